@@ -1,0 +1,43 @@
+# Every target makes what it needs: a fresh machine needs only Python 3.11 and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test test-long lint format bench serve clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/wardrobe demo $(ARGS)
+
+serve: setup
+	$(BIN)/wardrobe serve $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/pytest -m "not long and not gpu" $(ARGS)
+
+test-long: setup
+	$(BIN)/pytest -m "long" --timeout 3600 $(ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks.http $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,80 @@
+"""Every error the registry raises on purpose.
+
+    WardrobeError                  code, message: what was wrong, with which value, what to do
+    ├── InvalidName                a name, alias or selector that cannot be one
+    ├── NotFound
+    │   ├── AdapterNotFound
+    │   ├── VersionNotFound
+    │   ├── AliasNotFound
+    │   └── BaseNotFound
+    ├── Refused                    the validation gate said no; `problems` lists every reason
+    │   └── BaseMismatch           made for another base model
+    ├── Conflict                   somebody else moved the alias first, or the gate forbids the move
+    ├── IntegrityError             stored bytes are not what their digest says
+    └── StoreUnavailable           the disk or the database cannot take or give data now
+
+Domain code raises these; the HTTP status of each is decided in one table in `serving/api`,
+the exit code in one place in `wardrobe.py`.
+"""
+
+from collections.abc import Sequence
+
+
+class WardrobeError(Exception):
+    """An error with a message for the person who caused it or can cure it."""
+
+    code = "wardrobe_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidName(WardrobeError):
+    code = "invalid_name"
+
+
+class NotFound(WardrobeError):
+    code = "not_found"
+
+
+class AdapterNotFound(NotFound):
+    code = "adapter_not_found"
+
+
+class VersionNotFound(NotFound):
+    code = "version_not_found"
+
+
+class AliasNotFound(NotFound):
+    code = "alias_not_found"
+
+
+class BaseNotFound(NotFound):
+    code = "base_not_found"
+
+
+class Refused(WardrobeError):
+    """The validation gate refused the files. `problems` holds (code, sentence) pairs."""
+
+    code = "adapter_refused"
+
+    def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class BaseMismatch(Refused):
+    code = "base_mismatch"
+
+
+class Conflict(WardrobeError):
+    code = "conflict"
+
+
+class IntegrityError(WardrobeError):
+    code = "integrity_error"
+
+
+class StoreUnavailable(WardrobeError):
+    code = "store_unavailable"

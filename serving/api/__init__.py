@@ -1,0 +1,1 @@
+"""The HTTP surface: the only place in `serving` that imports litestar."""

@@ -1,0 +1,162 @@
+"""The engine boundary: after resolution and tokenisation, before scheduling.
+
+Token ids and an `AdapterRef` go in, token deltas come out. Nothing here knows torch, HTTP, names,
+aliases or paths, so an engine can stand in this process, in another one, or be a scripted fake.
+
+    EngineError
+    ├── EngineBusy              the waiting queue is full; try again in `retry_after` seconds
+    ├── EngineUnavailable       draining, closed or dead
+    ├── RequestRefused          this request can never run here (too long, rank over the bound)
+    ├── AdapterLoadFailed       this adapter cannot be worn; other requests are not touched
+    └── RequestFailed           this request failed while running; other requests are not touched
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from registry.adapter import AdapterRef
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(Exception):
+    """Base of everything an engine raises on purpose."""
+
+
+class EngineBusy(EngineError):
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds
+
+
+class EngineUnavailable(EngineError):
+    pass
+
+
+class RequestRefused(EngineError):
+    pass
+
+
+class AdapterLoadFailed(EngineError):
+    pass
+
+
+class RequestFailed(EngineError):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Bounds are checked by whoever builds it."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to continue. Primitives only; no path and no name in it."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: AdapterRef | None = None  # None is the base model
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithms of the model's own distribution, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """The tokens that one or more steps added. The last delta carries the finish reason.
+
+    An end-of-text token that ends the sequence is counted in usage but not in `token_ids`
+    of a delta with finish_reason "stop": there is nothing to show.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()  # as many as token_ids when asked for
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0  # sampled so far, an end-of-text token included
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """An adapter that sits in a slot now."""
+
+    digest: str
+    label: str
+    running: int  # requests that wear it now
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; all counters count since the engine started."""
+
+    running: int
+    waiting: int
+    max_running: int
+    max_waiting: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    adapter_slots: int  # slots that may hold adapters, over all rank buckets in use
+    resident: tuple[ResidentAdapter, ...]
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    aborted: int
+    failed: int
+    adapter_loads: int
+    adapter_evictions: int
+    adapter_load_seconds: float
+    device: str
+    dtype: str
+
+
+class Engine(Protocol):
+    """Runs requests of different adapters and of the base model in one batch."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and output tokens of one sequence, together."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+        """Continue one sequence. Loads the adapter when it is not resident.
+
+        Nothing is queued before the first `__anext__`. Closing the iterator (or cancelling the
+        task that reads it) aborts the request; its slot and KV space are free within one step.
+        Raises EngineBusy, EngineUnavailable, RequestRefused, AdapterLoadFailed, RequestFailed.
+        """
+        ...
+
+    async def warm(self, adapter: AdapterRef) -> None:
+        """Load the adapter into a slot. Idempotent; all or nothing; raises AdapterLoadFailed."""
+        ...
+
+    async def stats(self) -> EngineStats: ...
+
+    async def check_health(self) -> None:
+        """Raise EngineUnavailable when no step can run any more."""
+        ...
+
+    async def aclose(self) -> None:
+        """End running requests with EngineUnavailable and release everything. Idempotent."""
+        ...
