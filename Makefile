@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/wardrobe demo $(ARGS)
+	$(BIN)/python demo.py $(ARGS)
 
 serve: setup
 	$(BIN)/wardrobe serve $(ARGS)
@@ -37,7 +37,7 @@ test-long: setup
 	$(BIN)/pytest -m "long" --timeout 3600 $(ARGS)
 
 bench: setup
-	$(BIN)/python -m benchmarks.http $(ARGS)
+	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
