@@ -89,9 +89,7 @@ class Figures:
     @classmethod
     def of(cls, records: Sequence[Record], wall_seconds: float) -> "Figures":
         ttft = [(r.events[0] - r.sent) * 1e3 for r in records]
-        gaps = [
-            (b - a) * 1e3 for r in records for a, b in zip(r.events, r.events[1:], strict=False)
-        ]
+        gaps = [(b - a) * 1e3 for r in records for a, b in pairwise(r.events)]
         return cls(
             sum(r.tokens for r in records) / wall_seconds,
             percentile(ttft, 50),
