@@ -1,0 +1,108 @@
+"""The commands in README and docs run as they stand, on a tiny base under the default base's id.
+
+A page is one shell script: the `$ ` lines of its ```console blocks and its ```python blocks, in
+order, in a fresh home. `wardrobe serve` runs in the background until the page ends. Blocks of
+other languages are not run.
+"""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from registry.base import Bases
+from tests.tiny import make_base
+
+ROOT = Path(__file__).parent.parent
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.M | re.S)
+# These set up a machine or take the real base: CI is the first, and `make demo` is run by hand.
+NOT_HERE = ("make ", "git clone", "cd ")
+
+WAIT_READY = """
+for _ in $(seq 300); do
+  python -c "import httpx; httpx.get('http://127.0.0.1:8000/health/live').raise_for_status()" \\
+    2>/dev/null && break
+  sleep 0.2
+done
+"""
+
+
+def commands(block: str) -> list[str]:
+    """Join the continuation lines of each `$ ` command; what it prints is not compared."""
+    lines = block.splitlines()
+    found: list[str] = []
+    for i, line in enumerate(lines):
+        if line.startswith("$ "):
+            command = line[2:]
+            while command.endswith("\\"):
+                i += 1
+                command += "\n" + lines[i]
+            found.append(command)
+    return found
+
+
+def as_shell(command: str) -> str:
+    if command.startswith(NOT_HERE):
+        return ""
+    if command.startswith("wardrobe serve"):
+        return f"{command} &\n{WAIT_READY}"
+    return command
+
+
+def script_of(page: Path) -> str:
+    parts = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT", "set -x"]
+    for language, block in BLOCK.findall(page.read_text()):
+        if language == "python":
+            parts.append(f"python - <<'WARDROBE_PYTHON'\n{block}WARDROBE_PYTHON")
+        else:
+            parts += [as_shell(command) for command in commands(block)]
+    return "\n".join(parts)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    made = make_base(folder / "made", max_position_embeddings=2048)
+    Bases(folder / "bases").add(DEFAULT_BASE, made, origin="made for a test")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page: Path, cache: Path, tmp_path: Path) -> None:
+    script = script_of(page).replace(":8000", f":{free_port()}")
+    if "wardrobe" not in script and "python" not in script:
+        pytest.skip("this page has no commands")
+    port = re.search(r"127\.0\.0\.1:(\d+)", script)
+    if port:
+        script = script.replace("wardrobe serve", f"wardrobe serve --port {port[1]}")
+    (tmp_path / "adapters").symlink_to(ROOT / "adapters")
+    environment = os.environ | {
+        "WARDROBE_HOME": str(tmp_path / "home"),
+        "WARDROBE_CACHE": str(cache),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    tail = textwrap.indent((done.stdout + done.stderr)[-3000:], "    ")
+    assert done.returncode == 0, f"{page.name}:\n{tail}"
