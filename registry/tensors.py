@@ -1,0 +1,193 @@
+"""The header of a safetensors file, read in plain Python and within bounds.
+
+The format: 8 bytes little-endian header length, a JSON header, then the bytes of the tensors.
+https://github.com/huggingface/safetensors#format. The reference reader accepts duplicate keys
+and headers of 100 MB; this one does not.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from registry.errors import Refused
+from registry.jsonfile import parse_object, read_object, refused
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 32 << 20
+CHUNK = 8 << 20  # bytes read at once
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The largest header that is read and the most tensors it may name."""
+
+    header_bytes: int
+    tensors: int
+    dims: int = 8
+
+
+ADAPTER_BOUNDS = Bounds(header_bytes=1 << 20, tensors=4096)
+BASE_BOUNDS = Bounds(header_bytes=25_000_000, tensors=100_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a file, as its header describes it."""
+
+    name: str
+    dtype: str  # a key of DTYPE_BYTES
+    shape: tuple[int, ...]
+    path: Path
+    start: int  # first byte in the file
+    stop: int  # one past its last byte
+
+
+def read_header(path: Path, bounds: Bounds) -> dict[str, Tensor]:
+    """Return name → tensor of one safetensors file, in the order of their bytes.
+
+    Raises Refused unless the tensors tile the file exactly: no overlap, hole or trailing byte.
+    """
+    header, data_start, size = _read_header_json(path, bounds)
+    _check_metadata(header.pop("__metadata__", {}), path)
+    if len(header) > bounds.tensors:
+        message = f"{path.name} names {len(header)} tensors, the limit is {bounds.tensors}."
+        raise refused("header_invalid", message)
+    tensors = [
+        _parse_tensor(name, entry, path, data_start, bounds) for name, entry in header.items()
+    ]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    _check_tiling(tensors, data_start, size, path)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_folder(folder: Path, bounds: Bounds = BASE_BOUNDS) -> dict[str, Tensor]:
+    """Return name → tensor over all safetensors files of a model folder, sharded or not."""
+    tensors: dict[str, Tensor] = {}
+    for path in tensor_files(folder):
+        for name, tensor in read_header(path, bounds).items():
+            if name in tensors:
+                other = tensors[name].path.name
+                message = f"Tensor {name!r} is both in {other} and in {path.name}."
+                raise refused("header_invalid", message)
+            tensors[name] = tensor
+    return tensors
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder: those its index names, else all of them."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise refused("file_missing", f"{folder} holds no *.safetensors file.")
+        return files
+    weight_map = read_object(index, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise refused("header_invalid", f"{index} has no object `weight_map`.")
+    names = {str(name) for name in cast("dict[str, object]", weight_map).values()}
+    for name in sorted(names):
+        # A name with a slash in it could leave the folder.
+        if Path(name).name != name or not (folder / name).is_file():
+            raise refused("file_missing", f"{index} names {name!r}, which is not in {folder}.")
+    return [folder / name for name in sorted(names)]
+
+
+def read_chunks(tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes]:
+    """Yield the bytes of a tensor, `chunk` at most at a time."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.stop - tensor.start
+        while left:
+            data = file.read(min(chunk, left))
+            if not data:
+                raise refused("offsets_invalid", f"{tensor.path} ends inside {tensor.name!r}.")
+            left -= len(data)
+            yield data
+
+
+def _read_header_json(path: Path, bounds: Bounds) -> tuple[dict[str, Any], int, int]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            message = f"{path.name} has {size} bytes, too few for its header of {length}."
+            raise refused("header_invalid", message)
+        if length > bounds.header_bytes:
+            message = (
+                f"{path.name} has a header of {length} bytes, the limit is {bounds.header_bytes}."
+            )
+            raise refused("header_too_large", message)
+        data = file.read(length)
+    if not data.startswith(b"{"):
+        raise refused("header_invalid", f"{path.name} is not a safetensors file.")
+    return _parse_header(data, path), 8 + length, size
+
+
+def _parse_header(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(data, f"the header of {path.name}")
+    except Refused as error:
+        raise refused("header_invalid", error.message) from error
+
+
+def _check_metadata(metadata: object, path: Path) -> None:
+    strings = isinstance(metadata, dict) and all(
+        isinstance(value, str) for value in cast("dict[str, object]", metadata).values()
+    )
+    if not strings:
+        raise refused("header_invalid", f"{path.name}: __metadata__ must map strings to strings.")
+
+
+def _parse_tensor(name: str, entry: Any, path: Path, data_start: int, bounds: Bounds) -> Tensor:
+    if len(name) > 512 or not name.isprintable():
+        raise refused("header_invalid", f"{path.name} has the tensor name {name[:60]!r}.")
+    if not isinstance(entry, dict) or set(cast("dict[str, object]", entry)) != {
+        "dtype",
+        "shape",
+        "data_offsets",
+    }:
+        message = f"{path.name}: {name!r} needs exactly dtype, shape and data_offsets."
+        raise refused("header_invalid", message)
+    fields = cast("dict[str, object]", entry)
+    dtype = fields["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise refused("dtype_unsupported", f"{path.name}: {name!r} has the dtype {dtype!r}.")
+    shape = _sizes(fields["shape"], bounds.dims)
+    offsets = _sizes(fields["data_offsets"], 2)
+    if shape is None or offsets is None or len(offsets) != 2:
+        message = f"{path.name}: {name!r} has a shape or data_offsets that are not sizes."
+        raise refused("header_invalid", message)
+    start, stop = offsets
+    needed = math.prod(shape) * DTYPE_BYTES[dtype]
+    if stop - start != needed:
+        what = f"{path.name}: {name!r} of {dtype} {list(shape)}"
+        raise refused("offsets_invalid", f"{what} needs {needed} bytes, not {stop - start}.")
+    return Tensor(name, dtype, shape, path, data_start + start, data_start + stop)
+
+
+def _sizes(value: object, most: int) -> tuple[int, ...] | None:
+    """Return a list of at most `most` non-negative 48-bit integers as a tuple, else None."""
+    if not isinstance(value, list) or len(cast("list[object]", value)) > most:
+        return None
+    items = cast("list[object]", value)
+    sizes = [item for item in items if type(item) is int and 0 <= item < 1 << 48]
+    return tuple(sizes) if len(sizes) == len(items) else None
+
+
+def _check_tiling(tensors: list[Tensor], data_start: int, size: int, path: Path) -> None:
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position:
+            kind = "overlaps the one before it" if tensor.start < position else "leaves a hole"
+            raise refused("offsets_invalid", f"{path.name}: tensor {tensor.name!r} {kind}.")
+        position = tensor.stop
+    if position != size:
+        message = f"{path.name} has {size} bytes, its header describes {position}."
+        raise refused("offsets_invalid", message)
