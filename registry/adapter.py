@@ -95,6 +95,7 @@ class Version:
     size_bytes: int
     created_at: str  # ISO 8601, UTC
     files: dict[str, str]  # path → sha256 hex of the stored bytes
+    system_prompt: str = ""  # part of the identity, because it changes answers
     card: dict[str, Any] = field(default_factory=dict[str, Any])  # metrics, gate, lineage
 
     @property
