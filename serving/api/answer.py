@@ -1,0 +1,174 @@
+"""The answer to an inference request: one JSON body, or a stream of server-sent events.
+
+Both run under a lifeline: when the client goes, or the drain cuts, the engine's iterators are
+closed at once.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from litestar.types import Receive, Scope, Send
+
+from serving.api.drain import Drain
+from serving.api.errors import ClientGone, failure_of
+from serving.api.metrics import Metrics
+from serving.api.plan import Plan
+from serving.api.record import RequestRecord, record_of
+from serving.api.sequence import Piece, sequence, side_by_side
+from serving.engine.boundary import Engine, TokenLogprob
+from serving.tokens import Tokens
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class Choice:
+    """One finished choice of an answer that is not streamed."""
+
+    text: list[str] = field(default_factory=list[str])
+    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    finish_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Shape(Protocol):
+    """How chat and completions write the same things."""
+
+    def opening(self, index: int) -> bytes:
+        """The event before the first piece of a choice; may be empty."""
+        ...
+
+    def event(self, piece: Piece) -> bytes: ...
+
+    def usage_event(self, usage: Usage) -> bytes: ...
+
+    def body(self, choices: list[Choice], usage: Usage) -> bytes: ...
+
+
+class Answer:
+    """An ASGI app that generates and sends. Errors before the first byte are raised."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokens: Tokens,
+        drain: Drain,
+        metrics: Metrics,
+        plan: Plan,
+        shape: Shape,
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
+        self._engine = engine
+        self._tokens = tokens
+        self._drain = drain
+        self._metrics = metrics
+        self._plan = plan
+        self._shape = shape
+        self._headers = headers
+        self._completion_tokens = [0] * len(plan.requests)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = record_of(scope)
+        try:
+            if self._plan.stream:
+                await self._stream(record, receive, send)
+            else:
+                await self._whole(record, receive, send)
+        finally:
+            record.completion_tokens = sum(self._completion_tokens)
+
+    async def _whole(self, record: RequestRecord, receive: Receive, send: Send) -> None:
+        choices = [Choice() for _ in self._plan.requests]
+        async with self._drain.lifeline(receive), aclosing(self._pieces(record)) as pieces:
+            async for piece in pieces:
+                choice = choices[piece.index]
+                choice.text.append(piece.text)
+                choice.logprobs += piece.logprobs
+                choice.finish_reason = piece.finish_reason or ""
+        body = self._shape.body(choices, self._usage())
+        length = (b"content-length", str(len(body)).encode())
+        await self._start(send, [(b"content-type", b"application/json"), length])
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _stream(self, record: RequestRecord, receive: Receive, send: Send) -> None:
+        started = False
+        last = b""
+        try:
+            async with self._drain.lifeline(receive), aclosing(self._pieces(record)) as pieces:
+                async for piece in pieces:
+                    if not started:
+                        # Only now: until the engine has answered, an error has its own status.
+                        started = True
+                        await self._start(send, _EVENT_STREAM)
+                        await _send_events(send, b"".join(self._openings()))
+                    if piece.text or piece.logprobs or piece.finish_reason:
+                        await _send_events(send, self._shape.event(piece))
+            last = DONE
+            if self._plan.include_usage:
+                last = self._shape.usage_event(self._usage()) + DONE
+        except ClientGone:
+            if not started:
+                raise
+            record.outcome = "disconnect"
+        except Exception as error:
+            if not started:
+                raise
+            failure = failure_of(error)
+            record.outcome = failure.code
+            last = b"data: " + failure.body(record.request_id) + b"\n\n"
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _openings(self) -> list[bytes]:
+        return [self._shape.opening(index) for index in range(len(self._plan.requests))]
+
+    async def _pieces(self, record: RequestRecord) -> AsyncGenerator[Piece]:
+        plan = self._plan
+        streams = [
+            sequence(self._engine, self._tokens, request, plan.stops, index)
+            for index, request in enumerate(plan.requests)
+        ]
+        previous: list[float] = [0.0] * len(streams)
+        async with aclosing(side_by_side(streams)) as pieces:
+            async for piece in pieces:
+                now = time.monotonic()
+                before, previous[piece.index] = previous[piece.index], now
+                if before:
+                    self._metrics.itl.observe(now - before)
+                else:
+                    self._metrics.ttft.observe(now - record.started)
+                self._completion_tokens[piece.index] = piece.completion_tokens
+                yield piece
+
+    def _usage(self) -> Usage:
+        completion = sum(self._completion_tokens)
+        prompt = self._plan.prompt_tokens
+        return Usage(prompt, completion, prompt + completion)
+
+    async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        message: Any = {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [*headers, *self._headers],
+        }
+        await send(message)
+
+
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx: pass every event on at once
+]
+
+
+async def _send_events(send: Send, events: bytes) -> None:
+    if events:
+        await send({"type": "http.response.body", "body": events, "more_body": True})

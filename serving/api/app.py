@@ -1,0 +1,85 @@
+"""Builds the HTTP application from its parts."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from litestar import Litestar
+
+from registry.base import BaseModel
+from registry.store import Registry
+from serving.api.auth import Authentication, check_declared
+from serving.api.chat import chat_completions
+from serving.api.completions import completions
+from serving.api.drain import Drain
+from serving.api.errors import respond_with_error
+from serving.api.guard import Guard
+from serving.api.health import live, metrics, ready
+from serving.api.metrics import Metrics
+from serving.api.models import get_model, list_models
+from serving.api.services import Services
+from serving.api.settings import ServerSettings
+from serving.engine.boundary import Engine
+from serving.follower import Follower
+from serving.routing import LiveTable, Router
+from serving.tenants.keys import KeyRing
+from serving.tokens import Tokens
+
+HANDLERS = (list_models, get_model, chat_completions, completions, live, ready, metrics)
+
+
+def create_app(
+    settings: ServerSettings, registry: Registry, engine: Engine, base: BaseModel, tokens: Tokens
+) -> Litestar:
+    """Return the application. Its lifespan follows the registry and, at the end, closes the engine.
+
+    Raises UndeclaredRoute when a route does not say who may call it.
+    """
+    table = LiveTable()
+    services = Services(
+        settings=settings,
+        registry=registry,
+        engine=engine,
+        base=base,
+        tokens=tokens,
+        router=Router(registry, base, table),
+        live=table,
+        drain=Drain(),
+        metrics=Metrics(),
+        authentication=Authentication(KeyRing(registry) if settings.auth else None),
+    )
+    app = Litestar(
+        route_handlers=HANDLERS,
+        guards=[services.authentication.authorize],
+        exception_handlers={Exception: respond_with_error},
+        lifespan=[_lifespan(services)],
+        openapi_config=None,  # the schema would be one more route to guard
+        logging_config=None,  # the composition root configures logging
+        request_max_body_size=None,  # the guard counts
+        debug=False,
+    )
+    app.state.services = services
+    check_declared(app)
+    # Around Litestar's own routing, so that its 404 and 405 pass through the guard as well.
+    app.asgi_handler = Guard(app.asgi_handler, settings, services.drain, services.metrics)
+    return app
+
+
+def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncGenerator[None]:
+        follower = Follower(
+            services.registry,
+            services.engine,
+            services.base,
+            services.live,
+            server_id=services.settings.server_id,
+            url=services.settings.url,
+        )
+        await follower.start()
+        try:
+            yield
+        finally:
+            await follower.stop()
+            await services.engine.aclose()
+
+    return lifespan

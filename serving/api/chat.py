@@ -1,0 +1,145 @@
+"""POST /v1/chat/completions, in the shapes of the OpenAI API."""
+
+from typing import Any
+
+import msgspec
+from litestar import Request, post
+from litestar.types import ASGIApp
+
+from serving.api.answer import Choice, Usage
+from serving.api.auth import declare
+from serving.api.plan import Plan, make_plan, room_for_answer
+from serving.api.record import record_of
+from serving.api.schemas import ChatRequest, RequestDecoder
+from serving.api.sequence import Piece
+from serving.api.services import Services, read_json, services_of
+from serving.engine.boundary import TokenLogprob
+from serving.routing import Route
+from serving.tenants.keys import INFER
+from serving.tokens import ChatMessage, Tokens
+
+_DECODER = RequestDecoder.of(ChatRequest)
+_encode = msgspec.json.Encoder().encode
+
+
+@post("/v1/chat/completions", opt=declare(INFER), status_code=200)
+async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
+    services = services_of(request.app)
+    fields = _DECODER.decode(await read_json(request))
+    record = record_of(request.scope)
+    route = await services.router.resolve(fields.model)
+    record.label, record.digest = route.label, route.fingerprint
+    plan = await _plan(services, fields, route, record.request_id)
+    record.prompt_tokens = plan.prompt_tokens
+    shape = ChatShape(services.tokens, plan, record.request_id, services.now())
+    return services.answer(plan, shape)
+
+
+async def _plan(services: Services, fields: ChatRequest, route: Route, request_id: str) -> Plan:
+    context = services.engine.max_model_len
+    prompt = await services.tokens.encode_chat(messages_of(fields, route.system_prompt), context)
+    asked = fields.max_completion_tokens or fields.max_tokens
+    default = min(context - len(prompt), services.settings.default_max_tokens)
+    wanted = asked or max(default, 1)
+    room_for_answer(prompt, wanted, context, "messages")
+    return make_plan(
+        fields,
+        [prompt],
+        request_id=request_id,
+        route=route,
+        max_tokens=wanted,
+        logprobs=fields.top,
+    )
+
+
+def messages_of(fields: ChatRequest, system_prompt: str) -> list[ChatMessage]:
+    """Return the messages, the version's own system prompt first where the client sends none.
+
+    `developer` is the newer name of `system`; base models know only the older one.
+    """
+    roles = {"developer": "system"}
+    messages = [ChatMessage(roles.get(m.role, m.role), m.text) for m in fields.messages]
+    if system_prompt and not any(message.role == "system" for message in messages):
+        messages.insert(0, ChatMessage("system", system_prompt))
+    return messages
+
+
+class ChatShape:
+    """Writes `chat.completion` objects and their chunks."""
+
+    def __init__(self, tokens: Tokens, plan: Plan, request_id: str, created: int) -> None:
+        self._tokens = tokens
+        self._logprobs = plan.requests[0].sampling.logprobs is not None
+        self._common = {
+            "id": f"chatcmpl-{request_id}",
+            "created": created,
+            "model": plan.route.label,
+            "system_fingerprint": plan.route.system_fingerprint,
+        }
+        chunk = _encode({**self._common, "object": "chat.completion.chunk"})
+        # Everything of an event but its choice is the same for all events: encoded once.
+        self._head = b"data: " + chunk[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if plan.include_usage else b"]}\n\n"
+
+    def opening(self, index: int) -> bytes:
+        delta = {"role": "assistant", "content": ""}
+        return self._event(
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        )
+
+    def event(self, piece: Piece) -> bytes:
+        return self._event(
+            {
+                "index": piece.index,
+                "delta": {"content": piece.text} if piece.text or piece.logprobs else {},
+                "logprobs": self._logprobs_of(piece.logprobs),
+                "finish_reason": piece.finish_reason,
+            }
+        )
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
+
+    def body(self, choices: list[Choice], usage: Usage) -> bytes:
+        return _encode(
+            {
+                **self._common,
+                "object": "chat.completion",
+                "choices": [
+                    {
+                        "index": index,
+                        "message": {
+                            "role": "assistant",
+                            "content": "".join(choice.text),
+                            "refusal": None,
+                        },
+                        "logprobs": self._logprobs_of(choice.logprobs),
+                        "finish_reason": choice.finish_reason,
+                    }
+                    for index, choice in enumerate(choices)
+                ],
+                "usage": usage,
+            }
+        )
+
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        return self._head + _encode(choice) + self._tail
+
+    def _logprobs_of(self, tokens: "list[TokenLogprob] | tuple[TokenLogprob, ...]") -> Any:
+        if not self._logprobs:
+            return None
+        content = [
+            {
+                **self._token(token.token_id, token.logprob),
+                "top_logprobs": [self._token(*top) for top in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._tokens.token_text(token_id),
+            "bytes": list(self._tokens.token_bytes(token_id)),
+            "logprob": logprob,
+        }

@@ -1,0 +1,147 @@
+"""POST /v1/completions: raw prompts, as text or as token ids."""
+
+from typing import Any
+
+import msgspec
+from litestar import Request, post
+from litestar.types import ASGIApp
+
+from serving.api.answer import Choice, Usage
+from serving.api.auth import declare
+from serving.api.errors import RequestError
+from serving.api.plan import Plan, make_plan, room_for_answer
+from serving.api.record import record_of
+from serving.api.schemas import CompletionRequest, RequestDecoder
+from serving.api.sequence import Piece
+from serving.api.services import Services, read_json, services_of
+from serving.engine.boundary import TokenLogprob
+from serving.routing import Route
+from serving.tenants.keys import INFER
+from serving.tokens import Tokens
+
+DEFAULT_MAX_TOKENS = 16  # as the OpenAI API has it
+
+_DECODER = RequestDecoder.of(CompletionRequest)
+_encode = msgspec.json.Encoder().encode
+
+
+@post("/v1/completions", opt=declare(INFER), status_code=200)
+async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
+    services = services_of(request.app)
+    fields = _DECODER.decode(await read_json(request))
+    record = record_of(request.scope)
+    route = await services.router.resolve(fields.model)
+    record.label, record.digest = route.label, route.fingerprint
+    plan = await _plan(services, fields, route, record.request_id)
+    record.prompt_tokens = plan.prompt_tokens
+    shape = CompletionShape(services.tokens, plan, record.request_id, services.now())
+    return services.answer(plan, shape)
+
+
+async def _plan(
+    services: Services, fields: CompletionRequest, route: Route, request_id: str
+) -> Plan:
+    prompts = fields.prompts
+    choices = len(prompts) * fields.n
+    if choices > services.settings.max_choices:
+        raise RequestError(
+            f"{len(prompts)} prompts × n = {fields.n} are {choices} answers; one request may ask "
+            f"for {services.settings.max_choices}.",
+            param="prompt",
+        )
+    wanted = fields.max_tokens or DEFAULT_MAX_TOKENS
+    context = services.engine.max_model_len
+    encoded: list[list[int]] = []
+    for prompt in prompts:
+        ids = await _ids(services.tokens, prompt, context)
+        room_for_answer(ids, wanted, context, "prompt")
+        encoded.append(ids)
+    return make_plan(
+        fields,
+        encoded,
+        request_id=request_id,
+        route=route,
+        max_tokens=wanted,
+        logprobs=fields.logprobs,
+    )
+
+
+async def _ids(tokens: Tokens, prompt: str | list[int], context: int) -> list[int]:
+    ids = await tokens.encode(prompt, context) if isinstance(prompt, str) else prompt
+    if not ids:
+        raise RequestError("`prompt` is empty: there is nothing to continue.", param="prompt")
+    if max(ids) >= tokens.vocab_size:
+        raise RequestError(
+            f"`prompt`: token id {max(ids)} is not in the vocabulary, whose last id is "
+            f"{tokens.vocab_size - 1}.",
+            param="prompt",
+        )
+    return ids
+
+
+class CompletionShape:
+    """Writes `text_completion` objects; chunks have the same shape."""
+
+    def __init__(self, tokens: Tokens, plan: Plan, request_id: str, created: int) -> None:
+        self._tokens = tokens
+        self._logprobs = plan.requests[0].sampling.logprobs is not None
+        self._offsets = [0] * len(plan.requests)  # characters of token text so far, by choice
+        self._common = {
+            "id": f"cmpl-{request_id}",
+            "object": "text_completion",
+            "created": created,
+            "model": plan.route.label,
+            "system_fingerprint": plan.route.system_fingerprint,
+        }
+        self._head = b"data: " + _encode(self._common)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if plan.include_usage else b"]}\n\n"
+
+    def opening(self, index: int) -> bytes:
+        return b""
+
+    def event(self, piece: Piece) -> bytes:
+        choice = self._choice(piece.index, piece.text, piece.logprobs, piece.finish_reason)
+        return self._head + _encode(choice) + self._tail
+
+    def usage_event(self, usage: Usage) -> bytes:
+        return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
+
+    def body(self, choices: list[Choice], usage: Usage) -> bytes:
+        written = [
+            self._choice(index, "".join(c.text), c.logprobs, c.finish_reason)
+            for index, c in enumerate(choices)
+        ]
+        return _encode({**self._common, "choices": written, "usage": usage})
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        logprobs: "list[TokenLogprob] | tuple[TokenLogprob, ...]",
+        finish_reason: str | None,
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs_of(index, logprobs) if self._logprobs else None,
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs_of(
+        self, index: int, tokens: "list[TokenLogprob] | tuple[TokenLogprob, ...]"
+    ) -> dict[str, Any]:
+        """Return the four parallel lists; `text_offset` counts from the start of the answer."""
+        texts = [self._tokens.token_text(token.token_id) for token in tokens]
+        offsets: list[int] = []
+        for text in texts:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {self._tokens.token_text(token_id): logprob for token_id, logprob in token.top}
+                for token in tokens
+            ],
+            "text_offset": offsets,
+        }

@@ -1,0 +1,168 @@
+"""The one table from what went wrong to what HTTP says, and the envelope it is said in.
+
+    {"error": {"message", "type", "code", "param", "request_id"}}
+
+The status decides which exception class the OpenAI clients raise.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+
+from registry import errors as domain
+from serving.api.record import record_of
+from serving.engine import boundary as engine
+from serving.routing import ModelNotLive
+from serving.selfcheck import SelfCheckFailed
+from serving.tenants.keys import InvalidKey, ScopeMissing
+from serving.tokens import PromptTooLong, TemplateRefused
+
+log = logging.getLogger("wardrobe.errors")
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+UNAVAILABLE = "service_unavailable_error"
+RETRY_AFTER_SECONDS = 2
+
+
+class RequestError(domain.WardrobeError):
+    """A request that is wrong by itself; `param` names the field."""
+
+    code = "invalid_request"
+    status = 400
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str = "", status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or self.code
+        self.status = status
+
+
+class Unavailable(domain.WardrobeError):
+    """Not now: draining, or too many requests at once."""
+
+    code = "unavailable"
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    status: int
+    type: str
+    code: str = ""  # empty: the error's own
+    param: str | None = None
+
+
+# The nearest class in an error's ancestry decides.
+TABLE: dict[type[Exception], Rule] = {
+    RequestError: Rule(400, INVALID),
+    InvalidKey: Rule(401, "authentication_error"),
+    ScopeMissing: Rule(403, "permission_error"),
+    PromptTooLong: Rule(400, INVALID),
+    TemplateRefused: Rule(400, INVALID, param="messages"),
+    domain.InvalidName: Rule(400, INVALID),
+    domain.NotFound: Rule(404, "not_found_error", param="model"),
+    domain.Refused: Rule(422, INVALID, param="model"),
+    domain.Conflict: Rule(409, INVALID),
+    domain.IntegrityError: Rule(503, UNAVAILABLE, param="model"),
+    domain.StoreUnavailable: Rule(503, UNAVAILABLE),
+    ModelNotLive: Rule(503, UNAVAILABLE, param="model"),
+    Unavailable: Rule(503, UNAVAILABLE),
+    engine.EngineBusy: Rule(429, "rate_limit_error", "engine_busy"),
+    engine.EngineUnavailable: Rule(503, UNAVAILABLE, "engine_unavailable"),
+    engine.RequestRefused: Rule(400, INVALID, "request_refused"),
+    engine.AdapterLoadFailed: Rule(503, UNAVAILABLE, "adapter_load_failed", "model"),
+    SelfCheckFailed: Rule(503, UNAVAILABLE, "adapter_load_failed", "model"),
+    engine.RequestFailed: Rule(500, SERVER, "request_failed"),
+    ClientGone: Rule(499, INVALID, "client_closed_request"),
+}
+UNFORESEEN = Rule(500, SERVER, "internal_error")
+
+HTTP_CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as HTTP says it."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict[str, str])
+
+    def body(self, request_id: str) -> bytes:
+        return msgspec.json.encode(
+            {
+                "error": {
+                    "message": self.message,
+                    "type": self.type,
+                    "code": self.code,
+                    "param": self.param,
+                    "request_id": request_id,
+                }
+            }
+        )
+
+
+def failure_of(error: Exception) -> Failure:
+    """Say an error in HTTP. What nobody foresaw is logged and told without its inside."""
+    if isinstance(error, HTTPException):
+        return _from_litestar(error)
+    rule = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), UNFORESEEN)
+    if rule is UNFORESEEN:
+        log.error("unforeseen error", exc_info=error)
+        message = "The server failed on this request. Its log has the reason under the request id."
+        return Failure(rule.status, rule.type, rule.code, message)
+    status = getattr(error, "status", rule.status)
+    if isinstance(error, engine.AdapterLoadFailed) and isinstance(error.__cause__, domain.Refused):
+        status = 422  # refused for good: trying again does not help
+    code = rule.code or getattr(error, "code", "")
+    param = getattr(error, "param", rule.param)
+    return Failure(status, rule.type, code, str(error), param, _headers(status, error))
+
+
+def _headers(status: int, error: Exception) -> dict[str, str]:
+    if status == 401:
+        return {"www-authenticate": 'Bearer realm="wardrobe"'}
+    if status in (429, 503):
+        return {"retry-after": str(getattr(error, "retry_after", RETRY_AFTER_SECONDS))}
+    return {}
+
+
+def _from_litestar(error: HTTPException) -> Failure:
+    code = HTTP_CODES.get(error.status_code, "invalid_request")
+    if error.status_code >= 500:
+        log.error("unforeseen error", exc_info=error)
+        code = UNFORESEEN.code
+    kind = SERVER if error.status_code >= 500 else INVALID
+    headers = _plain_headers(error.headers)
+    return Failure(error.status_code, kind, code, error.detail, None, headers)
+
+
+def _plain_headers(headers: Mapping[str, Any] | None) -> dict[str, str]:
+    return {name.lower(): str(value) for name, value in (headers or {}).items()}
+
+
+def respond_with_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Litestar's exception handler for everything."""
+    record = record_of(request.scope)
+    failure = failure_of(error)
+    record.outcome = failure.code
+    return Response(
+        failure.body(record.request_id),
+        status_code=failure.status,
+        headers=failure.headers,
+        media_type="application/json",
+    )

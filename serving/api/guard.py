@@ -1,0 +1,196 @@
+"""The outermost layer: what no handler should have to think about.
+
+Every request gets an id, a record, bounds on headers and body, a deadline for the body, and one
+log line at its end. Requests whose framing two parsers could read differently are refused.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, cast
+
+from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
+
+from serving.api.drain import Drain
+from serving.api.errors import ClientGone, Failure, RequestError, Unavailable, failure_of
+from serving.api.metrics import Metrics
+from serving.api.record import SCOPE_KEY, RequestRecord, new_request_id
+from serving.api.settings import ServerSettings
+
+ALWAYS_ANSWERED = ("/health/live", "/health/ready")  # also while draining or overloaded
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+DISCARD_SECONDS = 5.0
+DISCARD_BYTES = 32 * 1024 * 1024
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Guard:
+    """An ASGI app around another one."""
+
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, drain: Drain, metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._drain = drain
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await _close_websocket(send)
+        record = RequestRecord(new_request_id(), scope["method"], scope["path"])
+        cast("dict[str, Any]", scope)[SCOPE_KEY] = record
+        expects = any(name == b"expect" for name, _ in scope["headers"])
+        body = _Body(receive, self._settings, discards=not expects)
+        respond = _Responder(send, record, body)
+        try:
+            with self._drain.request():
+                self._check(scope)
+                await self._app(scope, body.receive, respond)
+        except (RequestError, Unavailable) as error:
+            await respond.failure(failure_of(error))
+        except ClientGone:
+            record.outcome = record.outcome or "disconnect"
+        finally:
+            record.write()
+            self._metrics.finished(record, scope)
+
+    def _check(self, scope: HTTPScope) -> None:
+        headers = scope["headers"]
+        _check_size(headers, self._settings)
+        _check_framing(headers, self._settings.max_body_bytes)
+        if not self._settings.auth:
+            _check_host(headers)
+        if scope["path"] in ALWAYS_ANSWERED:
+            return
+        if self._drain.draining:
+            raise Unavailable("This server is shutting down. Try again in a moment.")
+        if self._drain.in_flight > self._settings.max_requests:
+            raise Unavailable(
+                f"More than {self._settings.max_requests} requests are in flight. Try again."
+            )
+
+
+def _check_size(headers: Headers, settings: ServerSettings) -> None:
+    sizes = [len(name) + len(value) + 4 for name, value in headers]
+    if len(sizes) > settings.max_headers or sum(sizes) > settings.max_header_bytes:
+        raise RequestError(
+            f"{len(sizes)} headers of {sum(sizes)} bytes; at most {settings.max_headers} headers "
+            f"of {settings.max_header_bytes} bytes are taken.",
+            code="headers_too_large",
+            status=431,
+        )
+
+
+def _check_framing(headers: Headers, max_body_bytes: int) -> None:
+    names = [name for name, _ in headers]
+    if names.count(b"host") != 1:
+        raise RequestError("Send exactly one Host header.", code="invalid_framing")
+    if b"transfer-encoding" in names and b"content-length" in names:
+        raise RequestError(
+            "Send either Content-Length or Transfer-Encoding, not both.", code="invalid_framing"
+        )
+    length = next((value for name, value in headers if name == b"content-length"), b"0")
+    if int(length) > max_body_bytes:  # the server in front has checked that it is a number
+        raise too_large(max_body_bytes)
+
+
+def _check_host(headers: Headers) -> None:
+    """Without keys, a web page whose name was bound to 127.0.0.1 must not get in."""
+    host = next(value for name, value in headers if name == b"host").decode("latin-1")
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    if name not in LOOPBACK_NAMES:
+        raise RequestError(
+            f"This server runs without authentication and only answers to "
+            f"{', '.join(LOOPBACK_NAMES)}, not to {name[:100]!r}.",
+            code="invalid_host",
+            status=403,
+        )
+
+
+def too_large(limit: int) -> RequestError:
+    return RequestError(
+        f"The body is longer than {limit} bytes.", code="request_too_large", status=413
+    )
+
+
+class _Body:
+    """Counts the body and holds it to its deadline."""
+
+    def __init__(self, receive: Receive, settings: ServerSettings, *, discards: bool) -> None:
+        self._receive = receive
+        self._discards = discards  # a client that waits for `100 Continue` has sent nothing
+        self._limit = settings.max_body_bytes
+        self._timeout = settings.body_timeout
+        self._deadline = asyncio.get_running_loop().time() + settings.body_timeout
+        self._read = 0
+        self.complete = False
+
+    async def receive(self) -> Any:
+        if self.complete:
+            return await self._receive()  # only the disconnect is left to come
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message: Any = await self._receive()
+        except TimeoutError:
+            raise RequestError(
+                f"The body did not arrive within {self._timeout:.0f} seconds.",
+                code="request_timeout",
+                status=408,
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        self._read += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        if self._read > self._limit:
+            raise too_large(self._limit)
+        return message
+
+    async def discard(self) -> None:
+        """Read what the client still sends: one that is writing cannot see our answer."""
+        try:
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while self._discards and not self.complete and self._read < DISCARD_BYTES:
+                    message: Any = await self._receive()
+                    self._read += len(message.get("body", b""))
+                    gone = message["type"] == "http.disconnect"
+                    self.complete = gone or not message.get("more_body", False)
+        except TimeoutError:
+            self.complete = True  # it had its chance
+
+
+class _Responder:
+    """The send of one request: adds the id, notes the status, lets refused clients finish."""
+
+    def __init__(self, send: Send, record: RequestRecord, body: _Body) -> None:
+        self._send = send
+        self._record = record
+        self._body = body
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._record.status = message["status"]
+            message["headers"] = [
+                *message["headers"],
+                (b"x-request-id", self._record.request_id.encode()),
+            ]
+            if message["status"] >= 400:
+                await self._body.discard()
+        await self._send(message)
+
+    async def failure(self, failure: Failure) -> None:
+        self._record.outcome = failure.code
+        body = failure.body(self._record.request_id)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            *((name.encode(), value.encode()) for name, value in failure.headers.items()),
+        ]
+        start: Any = {"type": "http.response.start", "status": failure.status, "headers": headers}
+        await self(start)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _close_websocket(send: Callable[[Any], Awaitable[None]]) -> None:
+    await send({"type": "websocket.close", "code": 1000, "reason": ""})

@@ -1,0 +1,69 @@
+"""Liveness, readiness and metrics."""
+
+from typing import Any
+
+from litestar import Request, Response, get
+
+from registry.errors import StoreUnavailable
+from serving.api.auth import OPEN, declare
+from serving.api.metrics import CONTENT_TYPE
+from serving.api.services import Services, services_of
+from serving.engine.boundary import EngineUnavailable
+from serving.tenants.keys import READ, InvalidKey
+
+
+@get("/health/live", opt=declare(OPEN), sync_to_thread=False)
+def live() -> dict[str, str]:
+    """The process answers. Says nothing about the engine."""
+    return {"status": "live"}
+
+
+@get("/health/ready", opt=declare(OPEN))
+async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
+    """200 when requests are taken, 503 when not. Anonymous callers get status and counts."""
+    services = services_of(request.app)
+    status, reason = await _status(services)
+    body: dict[str, Any] = {
+        "status": status,
+        "live_aliases": len(services.live.versions),
+        "failed_rollouts": len(services.live.failures),
+        "registry_stale": services.live.stale,
+    }
+    if await _may_read(services, request):
+        body["reason"] = reason
+        body["failures"] = [
+            {
+                "name": str(failure.name),
+                "alias": failure.alias,
+                "version": failure.number,
+                "message": failure.sentence,
+            }
+            for failure in services.live.failures.values()
+        ]
+    return Response(body, status_code=200 if status == "ready" else 503)
+
+
+@get("/metrics", opt=declare(READ))
+async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
+    services = services_of(request.app)
+    text = services.metrics.render(await services.engine.stats())
+    return Response(text, media_type=CONTENT_TYPE)
+
+
+async def _status(services: Services) -> tuple[str, str]:
+    if services.drain.draining:
+        return "draining", "the server is shutting down"
+    try:
+        await services.engine.check_health()
+    except EngineUnavailable as error:
+        return "unavailable", str(error)
+    return "ready", ""
+
+
+async def _may_read(services: Services, request: Request[Any, Any, Any]) -> bool:
+    """Details are for key holders; a missing key, a bad one or a lost database means no details."""
+    try:
+        principal = await services.authentication.principal(request)
+    except (InvalidKey, StoreUnavailable):
+        return False
+    return READ in principal.scopes

@@ -1,0 +1,95 @@
+"""Prometheus metrics of one server, in a registry of its own.
+
+Labels are bounded: routes come from the route table, and the adapters beyond the first
+`MAX_ADAPTER_LABELS` seen share the label `other`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serving.api.record import RequestRecord
+from serving.engine.boundary import EngineStats
+
+MAX_ADAPTER_LABELS = 100
+OTHER = "other"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_E2E = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+# metric → (field of EngineStats, help)
+_GAUGES = {
+    "wardrobe_requests_running": ("running", "Sequences in the batch"),
+    "wardrobe_requests_waiting": ("waiting", "Sequences in the queue"),
+    "wardrobe_kv_tokens_used": ("kv_tokens_used", "Tokens held in the KV cache"),
+    "wardrobe_kv_tokens": ("kv_tokens_total", "Tokens the KV cache can hold"),
+    "wardrobe_adapter_slots": ("adapter_slots", "Slots that may hold adapters"),
+}
+_TOTALS = {
+    "wardrobe_engine_steps_total": ("steps", "Engine steps"),
+    "wardrobe_engine_aborted_total": ("aborted", "Sequences that were aborted"),
+    "wardrobe_engine_failed_total": ("failed", "Sequences that failed"),
+    "wardrobe_adapter_loads_total": ("adapter_loads", "Adapters loaded into a slot"),
+    "wardrobe_adapter_evictions_total": ("adapter_evictions", "Adapters put out of their slot"),
+    "wardrobe_adapter_load_seconds_total": ("adapter_load_seconds", "Time spent loading"),
+}
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._adapters: set[str] = set()
+        self._requests = Counter(
+            "wardrobe_requests",
+            "Requests by route and status",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "wardrobe_tokens",
+            "Tokens by adapter and kind",
+            ["adapter", "kind"],
+            registry=self._registry,
+        )
+        self.ttft = self._histogram("time_to_first_token_seconds", "Request to first token", _TTFT)
+        self.itl = self._histogram("inter_token_seconds", "From one token to the next", _ITL)
+        self.e2e = self._histogram("request_seconds", "Whole inference requests", _E2E)
+        gauges = {**_GAUGES, **_TOTALS}
+        self._engine = {
+            field: Gauge(name, text, registry=self._registry)
+            for name, (field, text) in gauges.items()
+        }
+        self._resident = Gauge(
+            "wardrobe_adapters_resident", "Adapters in slots", registry=self._registry
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"wardrobe_{name}", text, buckets=buckets, registry=self._registry)
+
+    def finished(self, record: RequestRecord, scope: Mapping[str, Any]) -> None:
+        """Count one request at its end, however it ended."""
+        route = scope.get("path_template", "none")
+        self._requests.labels(route, str(record.status)).inc()
+        if not record.label:
+            return
+        self.e2e.observe(record.seconds)
+        adapter = self._adapter_label(record.label)
+        self._tokens.labels(adapter, "prompt").inc(record.prompt_tokens)
+        self._tokens.labels(adapter, "completion").inc(record.completion_tokens)
+
+    def _adapter_label(self, label: str) -> str:
+        name = label.partition("@")[0]
+        if name not in self._adapters and len(self._adapters) >= MAX_ADAPTER_LABELS:
+            return OTHER
+        self._adapters.add(name)
+        return name
+
+    def render(self, stats: EngineStats) -> bytes:
+        """Return the exposition text, with the engine's own counts as they are now."""
+        for field, gauge in self._engine.items():
+            gauge.set(getattr(stats, field))
+        self._resident.set(len(stats.resident))
+        return generate_latest(self._registry)

@@ -1,0 +1,63 @@
+"""What one request did: for the log line, the metrics and the response headers.
+
+Never holds a prompt, an answer or a key.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+SCOPE_KEY = "wardrobe.record"
+
+log = logging.getLogger("wardrobe.request")
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in while the request runs; written by one log line at its end."""
+
+    request_id: str
+    method: str
+    path: str
+    started: float = field(default_factory=time.monotonic)
+    tenant: str = ""
+    label: str = ""
+    digest: str = ""
+    status: int = 0  # 0: nothing was sent
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    outcome: str = ""  # why it did not end normally: disconnect, drain, or an error code
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def write(self) -> None:
+        log.info(
+            "id=%s tenant=%s method=%s path=%s status=%d label=%s digest=%s prompt_tokens=%d "
+            "completion_tokens=%d ms=%.1f outcome=%s",
+            self.request_id,
+            self.tenant or "-",
+            self.method,
+            # A path is client text: quoted by ascii() so that no line break forges a log line.
+            ascii(self.path[:200]),
+            self.status,
+            self.label or "-",
+            self.digest[:16] or "-",
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.seconds * 1000,
+            self.outcome or "ok",
+        )
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
+def record_of(scope: Mapping[str, Any]) -> RequestRecord:
+    """Return the record that the guard put into the scope."""
+    return cast(RequestRecord, scope[SCOPE_KEY])

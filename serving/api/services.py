@@ -1,0 +1,69 @@
+"""What the handlers work with, and how they get at it."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from litestar import Litestar, Request
+from litestar.types import ASGIApp
+
+from registry.base import BaseModel
+from registry.store import Registry
+from serving.api.answer import Answer, Shape
+from serving.api.auth import Authentication
+from serving.api.drain import Drain
+from serving.api.errors import RequestError
+from serving.api.metrics import Metrics
+from serving.api.plan import Plan
+from serving.api.settings import ServerSettings
+from serving.engine.boundary import Engine
+from serving.routing import LiveTable, Route, Router
+from serving.tokens import Tokens
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The object graph of one server."""
+
+    settings: ServerSettings
+    registry: Registry
+    engine: Engine
+    base: BaseModel
+    tokens: Tokens
+    router: Router
+    live: LiveTable
+    drain: Drain
+    metrics: Metrics
+    authentication: Authentication
+
+    def now(self) -> int:
+        return int(time.time())
+
+    def answer(self, plan: Plan, shape: Shape) -> ASGIApp:
+        headers = self._headers(plan.route)
+        return Answer(self.engine, self.tokens, self.drain, self.metrics, plan, shape, headers)
+
+    def _headers(self, route: Route) -> list[tuple[bytes, bytes]]:
+        headers = [
+            (b"x-adapter", route.label.encode()),
+            (b"x-adapter-digest", f"sha256:{route.fingerprint}".encode()),
+        ]
+        return [*headers, (b"x-registry-stale", b"1")] if self.live.stale else headers
+
+
+def services_of(app: Litestar) -> Services:
+    return app.state.services
+
+
+async def read_json(request: Request[Any, Any, Any]) -> bytes:
+    """Return the body. A page of another site cannot send this media type without asking first."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != JSON:
+        raise RequestError(
+            f"The body's Content-Type is {media_type[:100]!r}; send {JSON}.",
+            code="unsupported_media_type",
+            status=415,
+        )
+    return await request.body()

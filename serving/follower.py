@@ -1,0 +1,192 @@
+"""Follows the registry: warms what an alias was moved to, checks it, then flips the live table.
+
+The order of one alias move (a promote or a rollback, by whichever process):
+
+    registry event → report "warming" → engine.warm → self-check → live table → report "live"
+
+Until the flip the old version answers; when a step fails it goes on answering and the failure is
+reported. Aliases roll out side by side. Of one alias only the newest move counts: it stops an
+older one that is still warming and waits for its end, so an older version can never flip last.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from registry.adapter import Selector, Version
+from registry.base import BaseModel
+from registry.errors import StoreUnavailable, WardrobeError
+from registry.records import Event, RolloutState
+from registry.store import Registry
+from serving.engine.boundary import Engine, EngineBusy, EngineError
+from serving.routing import AliasKey, FailedRollout, LiveTable
+from serving.selfcheck import self_check
+
+POLL_SECONDS = 0.1
+HEARTBEAT_SECONDS = 1.0
+ROLLOUT_SECONDS = 120.0  # a version that is not live by then has failed
+BUSY_PAUSE_SECONDS = 0.1
+
+log = logging.getLogger("wardrobe.rollout")
+
+
+class Follower:
+    """Keeps a live table in step with the registry, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        base: BaseModel,
+        live: LiveTable,
+        *,
+        server_id: str,
+        url: str,
+    ) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._base = base
+        self._live = live
+        self._server_id = server_id
+        self._url = url
+        self._seq = 0
+        self._rollouts: dict[AliasKey, asyncio.Task[None]] = {}
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Take the aliases as they are; their versions load with their first request."""
+        self._seq, self._live.versions = await asyncio.to_thread(self._snapshot)
+        self._live.read_at = time.monotonic()
+        self._loops = [
+            asyncio.create_task(self._repeat(self._follow, POLL_SECONDS)),
+            asyncio.create_task(self._repeat(self._heartbeat, HEARTBEAT_SECONDS)),
+        ]
+
+    async def stop(self) -> None:
+        tasks = [*self._loops, *self._rollouts.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _snapshot(self) -> tuple[int, dict[AliasKey, Version]]:
+        # The number first: a move in between is then seen twice, which does no harm.
+        seq = self._registry.last_event()
+        versions = {
+            (alias.name, alias.alias): self._registry.resolve(
+                Selector(alias.name, number=alias.number)
+            )
+            for alias in self._registry.all_aliases()
+        }
+        return seq, {key: v for key, v in versions.items() if v.base_id == self._base.id}
+
+    async def _repeat(self, step: Callable[[], Any], seconds: float) -> None:
+        while True:
+            try:
+                await step()
+            except StoreUnavailable as error:
+                log.warning("the registry cannot be read, known aliases go on: %s", error.message)
+            except Exception:
+                # Following must outlive any surprise; readiness shows that the table is stale.
+                log.exception("following the registry failed, trying again")
+            await asyncio.sleep(seconds)
+
+    async def _heartbeat(self) -> None:
+        await asyncio.to_thread(self._registry.heartbeat, self._server_id, self._url)
+
+    async def _follow(self) -> None:
+        events = await asyncio.to_thread(self._registry.events, self._seq)
+        self._live.read_at = time.monotonic()
+        newest = {(e.name, e.alias): e for e in events if e.alias is not None}
+        for (name, alias), event in newest.items():
+            self._begin((name, alias), event)
+        if events:
+            self._seq = events[-1].seq
+
+    def _begin(self, key: AliasKey, event: Event) -> None:
+        older = self._rollouts.get(key)
+        if older is not None:
+            older.cancel()
+        task = asyncio.create_task(self._roll_out(key, event, older))
+        self._rollouts[key] = task
+        task.add_done_callback(partial(self._ended, key))
+
+    def _ended(self, key: AliasKey, task: asyncio.Task[None]) -> None:
+        if self._rollouts.get(key) is task:
+            del self._rollouts[key]
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a rollout ended unexpectedly", exc_info=error)
+
+    async def _roll_out(
+        self, key: AliasKey, event: Event, older: "asyncio.Task[None] | None"
+    ) -> None:
+        if older is not None:
+            await asyncio.wait([older])
+        started = time.monotonic()
+        report = partial(self._report, key, event)
+        try:
+            async with asyncio.timeout(ROLLOUT_SECONDS):
+                version = await asyncio.to_thread(
+                    self._registry.resolve, Selector(event.name, number=event.number)
+                )
+                if version.base_id != self._base.id:
+                    return  # another server's business
+                await report("warming")
+                await self._warm_and_check(version)
+        except TimeoutError:
+            await self._fail(key, event, f"not ready after {ROLLOUT_SECONDS:.0f} seconds", started)
+        except (WardrobeError, EngineError) as error:
+            await self._fail(key, event, str(error), started)
+        except Exception as error:
+            log.exception("a rollout failed in an unforeseen way")
+            await self._fail(key, event, f"{type(error).__name__}: {error}", started)
+        else:
+            # One assignment: a request sees the old version or the new one, nothing between.
+            self._live.versions[key] = version
+            self._live.failures.pop(key, None)
+            seconds = time.monotonic() - started
+            log.info("live label=%s alias=%s seconds=%.3f", version.ref.label, key[1], seconds)
+            await report("live", seconds=seconds)
+
+    async def _warm_and_check(self, version: Version) -> None:
+        while True:
+            try:
+                await self._engine.warm(version.ref)
+                return await self_check(self._engine, version.ref)
+            except EngineBusy:
+                # A full queue says nothing about the version; the rollout's deadline still holds.
+                await asyncio.sleep(BUSY_PAUSE_SECONDS)
+
+    async def _fail(self, key: AliasKey, event: Event, sentence: str, started: float) -> None:
+        self._live.failures[key] = FailedRollout(event.name, key[1], event.number, sentence)
+        log.error("rollout failed name=%s v%d: %s", event.name, event.number, sentence)
+        seconds = time.monotonic() - started
+        await self._report(key, event, "failed", message=sentence, seconds=seconds)
+
+    async def _report(
+        self,
+        key: AliasKey,
+        event: Event,
+        state: RolloutState,
+        *,
+        message: str = "",
+        seconds: float = 0.0,
+    ) -> None:
+        call = partial(
+            self._registry.report_rollout,
+            self._server_id,
+            event.name,
+            key[1],
+            event_seq=event.seq,
+            number=event.number,
+            digest=event.digest,
+            state=state,
+            message=message,
+            seconds=seconds,
+        )
+        try:
+            await asyncio.to_thread(call)
+        except StoreUnavailable as error:
+            log.warning("a rollout could not be reported: %s", error.message)

@@ -1,0 +1,145 @@
+"""From the `model` of a request to the version that runs: by digest, never by name.
+
+An alias is answered from the *live table*: versions that have been warmed and have answered a
+self-check in this server. Requests hold the version they resolved and never look again.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from registry.adapter import AdapterName, AdapterRef, Selector, Version
+from registry.base import BaseModel
+from registry.errors import AdapterNotFound, BaseMismatch, InvalidName, WardrobeError
+from registry.store import Registry
+
+BASE = "base"
+FIRST_LIVE_SECONDS = 10.0  # how long a request waits for the first version of a new alias
+FIRST_LIVE_POLL_SECONDS = 0.02
+STALE_AFTER_SECONDS = 1.0
+MAX_PINNED = 1024
+
+AliasKey = tuple[AdapterName, str]
+
+
+class ModelNotLive(WardrobeError):
+    """The alias exists, and no version of it is live in this server."""
+
+    code = "adapter_not_live"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What one request runs, from admission to its last byte."""
+
+    label: str  # acme/support@v7, or the base's id
+    fingerprint: str  # the version's digest, or the base's weights: 64 hex digits
+    adapter: AdapterRef | None = None
+    system_prompt: str = ""
+
+    @property
+    def system_fingerprint(self) -> str:
+        return f"fp_{self.fingerprint[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRollout:
+    """A version that an alias points to and that this server could not bring live."""
+
+    name: AdapterName
+    alias: str
+    number: int
+    sentence: str
+
+
+@dataclass(slots=True)
+class LiveTable:
+    """What every alias means in this server now. Written by the follower, read by the router."""
+
+    versions: dict[AliasKey, Version] = field(default_factory=dict[AliasKey, Version])
+    failures: dict[AliasKey, FailedRollout] = field(default_factory=dict[AliasKey, FailedRollout])
+    read_at: float = field(default_factory=time.monotonic)  # last good look at the registry
+
+    @property
+    def stale(self) -> bool:
+        return time.monotonic() - self.read_at > STALE_AFTER_SECONDS
+
+
+class Router:
+    """Resolves selectors. Aliases from the live table; numbers and digests from the registry."""
+
+    def __init__(self, registry: Registry, base: BaseModel, live: LiveTable) -> None:
+        self._registry = registry
+        self._base = base
+        self._live = live
+        self._pinned: OrderedDict[Selector, Version] = OrderedDict()  # immutable, so never stale
+
+    @property
+    def base_route(self) -> Route:
+        return Route(self._base.id, self._base.fingerprint)
+
+    def is_base(self, model: str) -> bool:
+        return model in (BASE, self._base.id)
+
+    async def resolve(self, model: str) -> Route:
+        """Return what `model` means now.
+
+        Raises NotFound, BaseMismatch, ModelNotLive, StoreUnavailable; never falls back to the
+        base.
+        """
+        if self.is_base(model):
+            return self.base_route
+        version = await self.version(self.selector(model))
+        return Route(version.ref.label, version.digest, version.ref, version.system_prompt)
+
+    def selector(self, model: str) -> Selector:
+        try:
+            return Selector.parse(model)
+        except InvalidName as error:
+            raise AdapterNotFound(
+                f"There is no model {model[:100]!r} here. {error.message}"
+            ) from error
+
+    async def version(self, selector: Selector) -> Version:
+        if selector.alias is not None:
+            live = self._live.versions.get((selector.name, selector.alias))
+            version = live or await self._first_version(selector)
+        else:
+            version = self._pinned.get(selector) or await self._pin(selector)
+        self._check_base(version)
+        return version
+
+    async def _pin(self, selector: Selector) -> Version:
+        version = await asyncio.to_thread(self._registry.resolve, selector)
+        # The beginning of a digest may become ambiguous with a later push: only whole ones stay.
+        if selector.number is not None or selector.digest == version.digest:
+            self._pinned[selector] = version
+            if len(self._pinned) > MAX_PINNED:
+                self._pinned.popitem(last=False)
+        return version
+
+    async def _first_version(self, selector: Selector) -> Version:
+        """Wait for an alias that was made moments ago, so that promote-then-ask just works."""
+        assert selector.alias is not None, "only aliases become live"
+        promised = await asyncio.to_thread(self._registry.resolve, selector)
+        self._check_base(promised)
+        key = (selector.name, selector.alias)
+        deadline = time.monotonic() + FIRST_LIVE_SECONDS
+        while time.monotonic() < deadline:
+            if live := self._live.versions.get(key):
+                return live
+            if failure := self._live.failures.get(key):
+                raise ModelNotLive(f"{promised.ref.label} cannot be served: {failure.sentence}")
+            await asyncio.sleep(FIRST_LIVE_POLL_SECONDS)
+        raise ModelNotLive(
+            f"{promised.ref.label} is still being loaded after {FIRST_LIVE_SECONDS:.0f} seconds. "
+            "Try again."
+        )
+
+    def _check_base(self, version: Version) -> None:
+        if version.base_id != self._base.id:
+            raise BaseMismatch(
+                f"{version.ref.label} was made for {version.base_id}; this server runs "
+                f"{self._base.id}. Ask a server that runs {version.base_id}."
+            )

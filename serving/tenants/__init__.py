@@ -1,0 +1,1 @@
+"""Who may call what. Knows keys and scopes; knows neither HTTP nor engines."""

@@ -1,0 +1,187 @@
+"""Text to token ids and back, with the base model's own tokenizer and chat template.
+
+Encoding runs in a thread of its own, after a bound on the bytes: no prompt stops the event loop.
+Neither tokenizer nor template ever comes from a request or an adapter.
+"""
+
+import asyncio
+import re
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from registry.errors import WardrobeError
+from serving.detokenizer import Detokenizer
+
+# One Unicode character takes at most this many UTF-8 bytes.
+_UTF8_MAX = 4
+
+
+class PromptTooLong(WardrobeError):
+    """The prompt and what it asks for do not fit into the context."""
+
+    code = "context_length_exceeded"
+    param = "messages"
+
+
+class TemplateRefused(WardrobeError):
+    """The base's chat template does not take these messages."""
+
+    code = "invalid_messages"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+class Tokens:
+    """The tokenizer of one base model. Close it after use."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load from a base's folder: local files only, and no code from there."""
+        loaded: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_fast=True
+        )
+        self._template = loaded
+        self._tokenizer: Tokenizer = loaded.backend_tokenizer
+        self._literal = Tokenizer.from_str(self._tokenizer.to_str())
+        self._literal.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        specials = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._longest_token = max(map(len, vocabulary)) * _UTF8_MAX
+        self._byte_level = _byte_level_alphabet() if _is_byte_level(self._tokenizer) else None
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokens")
+        self._token_bytes = lru_cache(maxsize=65536)(self._find_token_bytes)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._template.chat_template)
+
+    async def encode(self, text: str, max_tokens: int) -> list[int]:
+        """Encode a raw prompt. Control tokens written in it count as such: it is all the client's.
+
+        Raises PromptTooLong before any work when even the longest tokens could not make it fit.
+        """
+        self._check_bytes(text, max_tokens)
+        return await self._in_thread(lambda: self._encode(text, add_special_tokens=True))
+
+    async def encode_chat(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
+        """Render messages with the base's template and encode them.
+
+        Text inside a message that looks like a control token is encoded as plain text, so that
+        nobody can end their own turn and speak as the system.
+        Raises PromptTooLong, and TemplateRefused when the template does not take the messages.
+        """
+        self._check_bytes("".join(message.content for message in messages), max_tokens)
+        return await self._in_thread(lambda: self._encode_chat(messages))
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self.decode)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a whole sequence, without control tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token as text; bytes that are no whole character read as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, so that a client can put split characters together."""
+        return self._token_bytes(token_id)
+
+    async def _in_thread(self, work: Any) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _check_bytes(self, text: str, max_tokens: int) -> None:
+        least = len(text) // self._longest_token
+        if least > max_tokens:
+            raise PromptTooLong(
+                f"The prompt has {len(text)} characters, which is at least {least} tokens, and "
+                f"this model's context is {max_tokens} tokens. Send a shorter prompt."
+            )
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        nonce = secrets.token_hex(8)  # nobody can write a mark that they cannot guess
+        literals: list[str] = []
+
+        def mark(match: re.Match[str]) -> str:
+            literals.append(match[0])
+            return f"\ue000{nonce}:{len(literals) - 1}\ue001"
+
+        marked = [
+            {"role": message.role, "content": self._special.sub(mark, message.content)}
+            for message in messages
+        ]
+        text = self._render(marked)
+        if not literals:
+            return self._encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        pieces = re.split(f"\ue000{nonce}:([0-9]+)\ue001", text)
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                literal = literals[int(piece)]
+                ids += self._literal.encode(literal, add_special_tokens=False).ids
+            elif piece:
+                ids += self._encode(piece, add_special_tokens=False)
+        return ids
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if not self.has_chat_template:
+            raise TemplateRefused(
+                "This base model has no chat template. Use /v1/completions with a raw prompt."
+            )
+        try:
+            return self._template.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise TemplateRefused(
+                f"The base model's chat template refuses these messages: {error}"
+            ) from error
+
+    def _find_token_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""  # padding rows of the embedding have no text
+        if self._byte_level is not None:
+            if all(character in self._byte_level for character in token):
+                return bytes(self._byte_level[character] for character in token)
+            return token.encode()
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            return bytes([int(match[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    return "ByteLevel" in repr(tokenizer.decoder)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return character → byte of GPT-2's byte-level alphabet.
+
+    Printable bytes stand for themselves; the others take the code points from 256 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
