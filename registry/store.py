@@ -1,12 +1,26 @@
 """The registry: versions, numbers, aliases with history, and the files behind them."""
 
-from collections.abc import Callable
+import secrets
+import shutil
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from registry.adapter import PRODUCTION, AdapterName, AdapterRef, Selector, Version
+from filelock import FileLock
+
+from registry import aliases, fleet, keys, versions
+from registry.adapter import PRODUCTION, AdapterName, AdapterRef, Selector, Version, check_alias
 from registry.base import Bases
+from registry.blobs import Blobs
+from registry.card import CARD_NAME, system_prompt
+from registry.database import Database, now
+from registry.errors import Refused, StoreUnavailable, VersionNotFound
+from registry.manifest import config_bytes, digest_of
+from registry.materialize import export, materialize, sha256_of
 from registry.records import (
     Alias,
     AliasMove,
@@ -18,17 +32,42 @@ from registry.records import (
     ServerRecord,
     VerifyReport,
 )
+from registry.upload import CONFIG_NAME, WEIGHTS_NAME, UploadedFile, copy_upload
+from registry.validate import Checked, validate
+from registry.verify import Progress, verify
+
+_STALE_SECONDS = 3600  # a push that is still running is younger
 
 
 class Registry:
     """One store. Safe for threads and for several processes at once; close it after use."""
 
+    def __init__(self, home: Path, bases: Bases, database: Database, blobs: Blobs) -> None:
+        self.home = home
+        self.bases = bases
+        self._database = database
+        self._blobs = blobs
+
     @classmethod
     def open(cls, home: Path, bases: Bases) -> "Registry":
         """Open the store in `home`, making it when it is new. Sweeps what dead pushes left."""
-        raise NotImplementedError
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            blobs = Blobs.in_folder(home / "blobs")
+            # Two processes that make the same database at once would disturb each other.
+            with FileLock(home / ".open.lock"):
+                database = Database(f"sqlite:///{home / 'registry.sqlite'}")
+                database.prepare()
+        except OSError as error:
+            raise StoreUnavailable(
+                f"The store in {home} cannot be opened: {error}. Use another --home."
+            ) from error
+        registry = cls(home, bases, database, blobs)
+        registry._sweep()
+        return registry
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -41,21 +80,62 @@ class Registry:
     ) -> None:
         self.close()
 
-    # versions
+    # Versions
 
-    def push(
-        self, source: Path, name: AdapterName, *, base: str | None = None, actor: str
-    ) -> Push: ...
-    def adapters(self) -> list[AdapterName]: ...
-    def versions(self, name: AdapterName) -> list[Version]: ...
-    def resolve(self, selector: Selector) -> Version: ...
-    def fetch(self, ref: AdapterRef) -> Path: ...
-    def pull(self, selector: Selector, destination: Path) -> Version: ...
-    def verify(
-        self, progress: Callable[[int, int], None] | None = None
-    ) -> VerifyReport: ...  # (bytes done, bytes in all)
+    def push(self, source: Path, name: AdapterName, *, base: str | None = None, actor: str) -> Push:
+        """Make the folder the next version of `name`; durable when this returns.
 
-    # aliases
+        Idempotent: content that is already there under this name is answered with that version.
+        Raises Refused, BaseMismatch, BaseNotFound, NotFound or StoreUnavailable.
+        """
+        with self._staging() as staging:
+            files = copy_upload(source, staging)
+            checked = validate(staging, self.bases, base=base)
+            files[CONFIG_NAME] = _write_config(staging, checked)
+            version = _describe(name, checked, files)
+            for file_name in version.files:
+                self._blobs.put(files[file_name].path, files[file_name].sha256)
+        return self._record(version, checked, actor)
+
+    def adapters(self) -> list[AdapterName]:
+        with self._database.read() as connection:
+            return versions.list_names(connection)
+
+    def versions(self, name: AdapterName) -> list[Version]:
+        """Return the versions of an adapter, oldest first. Raises AdapterNotFound."""
+        with self._database.read() as connection:
+            return versions.list_versions(connection, name)
+
+    def resolve(self, selector: Selector) -> Version:
+        """Return the version that a selector means now.
+
+        Raises AdapterNotFound, VersionNotFound, AliasNotFound, or Conflict for an ambiguous digest.
+        """
+        with self._database.read() as connection:
+            return versions.resolve(connection, selector)
+
+    def fetch(self, ref: AdapterRef) -> Path:
+        """Return a folder with the two checked files of a version. Made once per digest.
+
+        Raises VersionNotFound, or IntegrityError when stored bytes are not what they were.
+        """
+        with self._database.read() as connection:
+            version = versions.find_content(connection, ref.digest)
+        if version is None:
+            raise VersionNotFound(f"No version has the digest {ref.digest} ({ref.label}).")
+        return materialize(version, self._blobs, self.home / "versions")
+
+    def pull(self, selector: Selector, destination: Path) -> Version:
+        """Write a version to a new folder, with its card and README."""
+        version = self.resolve(selector)
+        export(version, self._blobs, destination)
+        return version
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read and check everything; `progress` gets (bytes done, bytes in all)."""
+        return verify(self._database, self._blobs, progress)
+
+    # Aliases
 
     def promote(
         self,
@@ -67,20 +147,72 @@ class Registry:
         actor: str,
         force: bool = False,
         expected_generation: int | None = None,
-    ) -> AliasMove: ...
+    ) -> AliasMove:
+        """Point an alias to a version; durable when this returns.
+
+        Promoting what the alias points to already changes nothing. Raises VersionNotFound, and
+        Conflict when the version did not pass its gate (unless `force`) or when the alias is not
+        at `expected_generation` any more (0: not set yet).
+        """
+        check_alias(alias)
+        _check_reason(reason)
+        with self._database.write() as connection:
+            return aliases.promote(
+                connection,
+                name,
+                number,
+                alias,
+                reason=reason,
+                actor=actor,
+                force=force,
+                expected_generation=expected_generation,
+            )
+
     def rollback(
         self, name: AdapterName, *, alias: str = PRODUCTION, reason: str, actor: str
-    ) -> AliasMove: ...
-    def aliases(self, name: AdapterName) -> list[Alias]: ...
-    def all_aliases(self) -> list[Alias]: ...
-    def history(self, name: AdapterName, alias: str | None = None) -> list[Event]: ...
-    def events(self, after: int, limit: int = 1000) -> list[Event]: ...
-    def last_event(self) -> int: ...  # 0 in an empty store
+    ) -> AliasMove:
+        """Undo the last promote of an alias that is not undone yet. Raises Conflict if none is."""
+        check_alias(alias)
+        _check_reason(reason)
+        with self._database.write() as connection:
+            return aliases.rollback(connection, name, alias, reason=reason, actor=actor)
 
-    # servers that follow the store
+    def aliases(self, name: AdapterName) -> list[Alias]:
+        with self._database.read() as connection:
+            return aliases.list_aliases(connection, name)
 
-    def heartbeat(self, server_id: str, url: str) -> None: ...
-    def servers(self) -> list[ServerRecord]: ...
+    def all_aliases(self) -> list[Alias]:
+        with self._database.read() as connection:
+            return aliases.list_aliases(connection)
+
+    def history(self, name: AdapterName, alias: str | None = None) -> list[Event]:
+        """Return every move of the aliases of an adapter, oldest first."""
+        with self._database.read() as connection:
+            versions.list_versions(connection, name)
+            return aliases.history(connection, name, alias)
+
+    def events(self, after: int, limit: int = 1000) -> list[Event]:
+        """Return the events with a higher number than `after`, oldest first."""
+        with self._database.read() as connection:
+            return aliases.list_events(connection, after, limit)
+
+    def last_event(self) -> int:
+        """Return the number of the newest event, 0 in an empty store."""
+        with self._database.read() as connection:
+            return aliases.last_event(connection)
+
+    # Servers that follow the store
+
+    def heartbeat(self, server_id: str, url: str) -> None:
+        """Say that a server is alive; to be called at least every few seconds."""
+        with self._database.write() as connection:
+            fleet.heartbeat(connection, server_id, url)
+
+    def servers(self) -> list[ServerRecord]:
+        """Return the servers that were heard of within fleet.LIVE_SECONDS."""
+        with self._database.read() as connection:
+            return fleet.live_servers(connection)
+
     def report_rollout(
         self,
         server_id: str,
@@ -93,14 +225,118 @@ class Registry:
         state: RolloutState,
         message: str = "",
         seconds: float = 0.0,
-    ) -> None: ...
-    def rollouts(self, name: AdapterName | None = None) -> list[Rollout]: ...
+    ) -> None:
+        """Record how far a server is with the event that moved an alias."""
+        with self._database.write() as connection:
+            fleet.report_rollout(
+                connection,
+                server_id,
+                name,
+                alias,
+                event_seq=event_seq,
+                number=number,
+                digest=digest,
+                state=state,
+                message=message,
+                seconds=seconds,
+            )
+
+    def rollouts(self, name: AdapterName | None = None) -> list[Rollout]:
+        """Return the latest report of every live server on every alias."""
+        with self._database.read() as connection:
+            return fleet.live_rollouts(connection, name)
 
     # API keys
 
     def add_key(
         self, key_id: str, secret_hash: str, tenant: str, scopes: tuple[str, ...]
-    ) -> KeyRecord: ...
-    def find_key(self, key_id: str) -> KeyRecord | None: ...
-    def keys(self) -> list[KeyRecord]: ...
-    def revoke_key(self, key_id: str) -> KeyRecord: ...
+    ) -> KeyRecord:
+        with self._database.write() as connection:
+            return keys.add_key(connection, key_id, secret_hash, tenant, scopes)
+
+    def find_key(self, key_id: str) -> KeyRecord | None:
+        """Return a key, revoked or not: look at `revoked_at`."""
+        with self._database.read() as connection:
+            return keys.find_key(connection, key_id)
+
+    def keys(self) -> list[KeyRecord]:
+        with self._database.read() as connection:
+            return keys.list_keys(connection)
+
+    def revoke_key(self, key_id: str) -> KeyRecord:
+        """Revoke a key; idempotent. Raises NotFound."""
+        with self._database.write() as connection:
+            return keys.revoke_key(connection, key_id)
+
+    # Inside
+
+    def _record(self, version: Version, checked: Checked, actor: str) -> Push:
+        """Give the version its number; version and event appear in one transaction."""
+        warnings = checked.warnings
+        with self._database.write() as connection:
+            known = versions.find_digest(connection, version.name, version.digest)
+            if known is None:
+                number = versions.next_number(connection, version.name)
+                version = replace(version, number=number)
+                versions.add_version(connection, version)
+                aliases.add_event(connection, "push", version, actor=actor)
+                return Push(version, True, warnings)
+        if known.card != version.card:
+            text = f"{known.ref.label} has the same content; its card was kept, this one was not."
+            warnings = (*warnings, ("card_not_stored", text))
+        return Push(known, False, warnings)
+
+    @contextmanager
+    def _staging(self) -> Generator[Path, None, None]:
+        folder = self.home / "staging" / secrets.token_hex(16)
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+        except OSError as error:
+            raise StoreUnavailable(f"Cannot take the files: {error}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Delete what processes left that died in the middle of a push or a fetch."""
+        self._blobs.sweep()
+        left = [*self.home.glob("staging/*"), *self.home.glob("versions/.tmp-*")]
+        for folder in left:
+            try:
+                age = time.time() - folder.stat().st_mtime
+            except FileNotFoundError:
+                continue  # its owner is alive and has just finished
+            if age > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_config(staging: Path, checked: Checked) -> UploadedFile:
+    """Replace the maker's config by the resolved one: logical base id, never a path."""
+    path = staging / CONFIG_NAME
+    path.write_bytes(config_bytes(checked.config))
+    return UploadedFile(path, sha256_of(path), path.stat().st_size)
+
+
+def _describe(name: AdapterName, checked: Checked, files: dict[str, UploadedFile]) -> Version:
+    stored = {file_name: file for file_name, file in files.items() if file_name != CARD_NAME}
+    version = Version(
+        name=name,
+        number=0,  # given when the row is written
+        digest="",
+        kind=checked.card.get("kind", "lora"),
+        base_id=checked.base.id,
+        base_fingerprint=checked.card.get("base", {}).get("fingerprint", ""),
+        rank=checked.rank,
+        size_bytes=files[WEIGHTS_NAME].size,
+        created_at=now(),
+        files={file_name: file.sha256 for file_name, file in stored.items()},
+        system_prompt=system_prompt(checked.card),
+        card=checked.card,
+    )
+    return replace(version, digest=digest_of(version))
+
+
+def _check_reason(reason: str) -> None:
+    if not reason.strip() or len(reason) > 2000:
+        text = "A move of an alias needs a reason of at most 2000 characters: --reason TEXT."
+        raise Refused(text, [("reason_missing", text)])

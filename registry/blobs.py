@@ -1,0 +1,156 @@
+"""Content-addressed bytes: a blob is named by its sha256, written once and checked on every read.
+
+The acknowledge order: write to tmp/, fsync, rename, fsync the directories; only then does `put`
+return. A crash before that leaves a file in tmp/ or a blob that no version names.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, ObjectStore
+
+from registry.errors import IntegrityError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta  # a type that is not there when the program runs
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TMP = "tmp"
+_STALE = timedelta(hours=1)  # a push that is still running is younger
+
+
+def blob_key(digest: str) -> str:
+    """Return the path of a blob in its store: the only place where a digest becomes a path."""
+    if not _DIGEST.fullmatch(digest):
+        raise IntegrityError(f"{digest[:80]!r} is not a sha256 digest of 64 hex digits.")
+    return f"{digest[:2]}/{digest}"
+
+
+class Blobs:
+    """Blobs in one object store. Safe for threads and for several processes."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        # An object store in the cloud is durable when it answers; a local file only after fsync.
+        self._local = Path(str(store.prefix)) if isinstance(store, LocalStore) else None
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "Blobs":
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(LocalStore(folder))
+
+    def put(self, source: Path, digest: str) -> None:
+        """Store a file whose sha256 is `digest`; durable when this returns. Idempotent."""
+        key = blob_key(digest)
+        with _explained(digest):
+            if not self._has(key) or self._hash(key) != digest:
+                # A blob that is there with other bytes was damaged: these bytes replace it.
+                tmp = f"{_TMP}/{secrets.token_hex(16)}"
+                obstore.put(self._store, tmp, source)
+                self._sync(tmp)
+                obstore.rename(self._store, tmp, key)
+            # Also for a blob that was there: its writer may have died before this point.
+            self._sync(key)
+
+    def copy(self, digest: str, target: Path) -> None:
+        """Write a blob to a new file. Raises IntegrityError unless its bytes are the right ones."""
+        found = hashlib.sha256()
+        with _explained(digest), target.open("xb") as file:
+            for chunk in obstore.get(self._store, blob_key(digest)).stream(min_chunk_size=4 << 20):
+                found.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if found.hexdigest() != digest:
+            raise _damaged(digest, found.hexdigest())
+
+    def check(self, digest: str) -> int:
+        """Hash a stored blob and return its size. Raises IntegrityError when it is damaged."""
+        key = blob_key(digest)
+        with _explained(digest):
+            found = self._hash(key)
+            size = obstore.head(self._store, key)["size"]
+        if found != digest:
+            raise _damaged(digest, found)
+        return size
+
+    def sizes(self) -> dict[str, int]:
+        """Return digest → size of every blob in the store."""
+        with _explained("of the list"):
+            names = {meta["path"].rpartition("/")[2]: meta for meta in self._list()}
+        return {
+            name: meta["size"]
+            for name, meta in names.items()
+            if _DIGEST.fullmatch(name) and meta["path"] == blob_key(name)
+        }
+
+    def sweep(self) -> int:
+        """Delete what pushes that died long ago left in tmp/. Returns how many files."""
+        limit = datetime.now(UTC) - _STALE
+        with _explained("in tmp"):
+            tmp = self._list(_TMP)
+            stale = [meta["path"] for meta in tmp if meta["last_modified"] < limit]
+            for path in stale:
+                obstore.delete(self._store, path)
+        return len(stale)
+
+    def _list(self, prefix: str | None = None) -> "list[ObjectMeta]":
+        # The overload that gives arrow tables has no types unless pyarrow is installed.
+        pages = obstore.list(  # pyright: ignore[reportUnknownMemberType]
+            self._store, prefix=prefix, return_arrow=False
+        )
+        return [meta for page in pages for meta in page]
+
+    def _has(self, key: str) -> bool:
+        try:
+            obstore.head(self._store, key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _hash(self, key: str) -> str:
+        digest = hashlib.sha256()
+        for chunk in obstore.get(self._store, key).stream(min_chunk_size=4 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def _sync(self, key: str) -> None:
+        """Make a file durable, and its name in every directory up to the folder of the store."""
+        if self._local is None:
+            return
+        path = self._local / key
+        for part in (path, path.parent, self._local):
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _explained(digest: str) -> Generator[None, None, None]:
+    """Turn the errors of the store into ours."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"The blob {digest} is missing. Push the adapter again, or restore a backup."
+        ) from error
+    except (BaseError, OSError) as error:
+        raise StoreUnavailable(f"The blob {digest} cannot be read or written: {error}") from error
+
+
+def _damaged(digest: str, found: str) -> IntegrityError:
+    return IntegrityError(
+        f"The blob {digest} is damaged: its bytes hash to {found[:12]}…. "
+        "Push the adapter again to replace it, or restore a backup."
+    )

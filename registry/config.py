@@ -1,0 +1,223 @@
+"""Which fields of `adapter_config.json` are understood, and which values of them can be served.
+
+The fields are those of LoraConfig in peft 0.21. A field that is not listed here is refused by
+name: peft itself drops unknown fields with a warning and then computes something else.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+Problem = tuple[str, str]  # (code, sentence)
+
+MAX_RANK = 256
+MAX_PATTERNS = 4096
+MAX_NAMES = 4096
+MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+# Module names only, perhaps anchored: nothing here can backtrack.
+PATTERN = re.compile(r"\^?[A-Za-z0-9_]+(\\?\.[A-Za-z0-9_]+)*")
+
+# These initialisations change the base weights, so A and B alone mean something else.
+BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
+PLAIN_INIT = ("gaussian", "eva", "orthogonal", "mica")
+
+# field → (values that mean "not used", why any other value is refused)
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_dora": ((False,), "DoRA is not servable yet; train with use_dora=False"),
+    "bias": (("none",), "trained biases are not servable yet; train with bias='none'"),
+    "lora_bias": ((False,), "LoRA biases are not servable yet; train with lora_bias=False"),
+    "modules_to_save": (
+        (None, []),
+        "fully trained modules are not servable yet; train with modules_to_save=None",
+    ),
+    "trainable_token_indices": ((None, [], {}), "trained tokens are not servable yet"),
+    "layer_replication": ((None, []), "replicated layers are not servable"),
+    "target_parameters": (
+        (None, []),
+        "LoRA on bare parameters (mixture of experts) is not servable yet; use target_modules",
+    ),
+    "alora_invocation_tokens": ((None, []), "activated LoRA is not servable yet"),
+    "use_qalora": ((False,), "QALoRA is not servable yet"),
+    "use_bdlora": ((None, False), "BD-LoRA is not servable yet"),
+    "arrow_config": ((None,), "Arrow routing is not servable"),
+    "kasa_config": ((None,), "KaSA changes the base weights and is not servable"),
+    "velora_config": ((None,), "VeLoRA is not servable yet"),
+    "monteclora_config": ((None,), "MonteCLoRA is not servable"),
+    "fan_in_fan_out": (
+        (False,),
+        "adapters for Conv1D layers (GPT-2) are not servable yet",
+    ),
+    "ensure_weight_tying": ((False,), "tied adapter weights are not servable yet"),
+    "megatron_config": ((None,), "it imports code; adapters may not"),
+    "megatron_core": ((None, "megatron.core"), "it names a module to import; adapters may not"),
+    "auto_mapping": (
+        (None,),
+        "it names code to import; set it to null (train with task_type='CAUSAL_LM')",
+    ),
+    "runtime_config": ((None,), "it belongs to a running process, not to a file"),
+    "corda_config": ((None,), "it opens files and changes the base weights; convert as below"),
+    "lora_ga_config": ((None,), "it opens files and changes the base weights; convert as below"),
+    "loftq_config": ((None, {}), "it changes the base weights; convert as below"),
+    "eva_config": ((None, {}), "it is only needed while training; set it to null"),
+}
+
+
+def check_config(raw: dict[str, Any]) -> list[Problem]:
+    """Return every reason why this LoraConfig cannot be served; empty when it can."""
+    problems = [
+        ("config_unknown_field", f"adapter_config.json has the field {key[:60]!r}: not known here.")
+        for key in raw
+        if key not in CHECKS and key not in UNSUPPORTED
+    ]
+    for key, (unused, reason) in UNSUPPORTED.items():
+        if key in raw and not any(_same(raw[key], value) for value in unused):
+            problems.append((_code_of(key), f"{key}={_shown(raw[key])}: {reason}."))
+    for key, check in CHECKS.items():
+        if key in raw and (fault := check(raw[key])):
+            problems.append((_fault_code(key), f"{key}={_shown(raw[key])}: {fault}."))
+    problems += [
+        ("config_invalid", f"adapter_config.json has no field {key!r}.")
+        for key in ("peft_type", "r", "lora_alpha", "target_modules")
+        if key not in raw
+    ]
+    return problems + _check_init(raw.get("init_lora_weights", True))
+
+
+def _code_of(key: str) -> str:
+    unsafe = key in ("megatron_config", "megatron_core", "auto_mapping", "runtime_config")
+    return "unsafe_config_field" if unsafe else "config_unsupported"
+
+
+def _fault_code(key: str) -> str:
+    return "rank_invalid" if key in ("r", "rank_pattern") else "config_invalid"
+
+
+def _check_init(init: object) -> list[Problem]:
+    if isinstance(init, bool) or init in PLAIN_INIT:
+        return []
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INIT):
+        return [
+            (
+                "mutates_base",
+                f"init_lora_weights={_shown(init)} changed the base weights before training, so "
+                "these tensors do not fit the unchanged base. Save it as a plain LoRA: "
+                "model.save_pretrained(folder, path_initial_model_for_weight_conversion="
+                "<folder of the adapter saved right after initialisation>).",
+            )
+        ]
+    return [("config_invalid", f"init_lora_weights={_shown(init)} is not an initialisation.")]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _same(value: object, other: object) -> bool:
+    """Compare so that 0 is not False and 1 is not True."""
+    return type(value) is type(other) and value == other
+
+
+def _whole(low: int, high: int) -> Callable[[object], str | None]:
+    def check(value: object) -> str | None:
+        fits = type(value) is int and low <= value <= high
+        return None if fits else f"must be a whole number from {low} to {high}"
+
+    return check
+
+
+def _alpha(value: object) -> str | None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = fits and math.isfinite(cast("float", value)) and 0 < cast("float", value) <= 1e6
+    return None if fits else "must be a number above 0, 1e6 at most"
+
+
+def _dropout(value: object) -> str | None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return None if fits else "must be a number from 0 to 1"
+
+
+def _patterns(check: Callable[[object], str | None]) -> Callable[[object], str | None]:
+    def check_all(value: object) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            return "must map module names to numbers"
+        patterns = cast("dict[str, object]", value)
+        if len(patterns) > MAX_PATTERNS:
+            return f"has {len(patterns)} entries, the limit is {MAX_PATTERNS}"
+        for key, number in patterns.items():
+            if len(key) > 200 or not PATTERN.fullmatch(key):
+                return f"the key {key[:60]!r} is not a module name; write names out instead"
+            if fault := check(number):
+                return f"the value of {key!r} {fault}"
+        return None
+
+    return check_all
+
+
+def _names(value: object) -> str | None:
+    """Accept null, one bounded regular expression (never run here), or a list of module names."""
+    if value is None or (isinstance(value, str) and 0 < len(value) <= 4096):
+        return None
+    if not isinstance(value, list) or not 0 < len(cast("list[object]", value)) <= MAX_NAMES:
+        return f"must be a list of 1 to {MAX_NAMES} module names"
+    for name in cast("list[object]", value):
+        if not isinstance(name, str) or len(name) > 200 or not MODULE.fullmatch(name):
+            return f"{_shown(name)} is not a module name"
+    return None
+
+
+def _targets(value: object) -> str | None:
+    return "must name the modules that were trained" if value is None else _names(value)
+
+
+def _layer_names(value: object) -> str | None:
+    names = [value] if isinstance(value, str) else value
+    return None if names is None or names in ([], [""]) else _names(names)
+
+
+def _layers(value: object) -> str | None:
+    layers: list[object] = [] if value is None else [value]
+    if isinstance(value, list):
+        layers = cast("list[object]", value)
+    fits = len(layers) <= MAX_NAMES and all(type(n) is int and 0 <= n < 100_000 for n in layers)
+    return None if fits else "must be layer numbers"
+
+
+def _one_of(*allowed: object) -> Callable[[object], str | None]:
+    names = ", ".join(repr(value) for value in allowed)
+
+    def check(value: object) -> str | None:
+        found = any(_same(value, item) for item in allowed)
+        return None if found else f"must be one of {names} to be servable"
+
+    return check
+
+
+def _short_text(value: object) -> str | None:
+    fits = value is None or (isinstance(value, str) and len(value) <= 1024)
+    return None if fits else "must be null or a text of at most 1024 characters"
+
+
+CHECKS: dict[str, Callable[[object], str | None]] = {
+    "peft_type": _one_of("LORA"),
+    "task_type": _one_of(None, "CAUSAL_LM"),
+    "base_model_name_or_path": _short_text,
+    "revision": _short_text,
+    "peft_version": _short_text,
+    "inference_mode": _one_of(True, False),
+    "r": _whole(1, MAX_RANK),
+    "lora_alpha": _alpha,
+    "lora_dropout": _dropout,
+    "use_rslora": _one_of(True, False),
+    "target_modules": _targets,
+    "exclude_modules": _names,
+    "layers_to_transform": _layers,
+    "layers_pattern": _layer_names,
+    "rank_pattern": _patterns(_whole(1, MAX_RANK)),
+    "alpha_pattern": _patterns(_alpha),
+    "init_lora_weights": lambda _: None,  # _check_init has its own codes
+    "qalora_group_size": _whole(1, 1 << 20),  # inert while use_qalora is false
+}

@@ -1,0 +1,103 @@
+"""The database behind the registry: SQLite by default, any SQLAlchemy URL otherwise."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text
+from sqlalchemy.exc import DatabaseError, OperationalError
+
+from registry import tables
+from registry.errors import IntegrityError, StoreUnavailable
+
+BUSY_SECONDS = 5  # how long a writer waits for another process
+
+
+class Database:
+    """Transactions. Safe for threads; several processes may have one SQLite file open."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = _engine(url)
+
+    def prepare(self) -> None:
+        """Make the tables in a new database; refuse one that a newer wardrobe made."""
+        with self.write() as connection:
+            if not inspect(connection).has_table("schema"):
+                tables.metadata.create_all(connection)
+                connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
+            found = connection.execute(select(tables.schema.c.version)).scalar_one()
+        if found > tables.SCHEMA_VERSION:
+            raise StoreUnavailable(
+                f"This store has schema {found}, made by a newer wardrobe; this one knows "
+                f"{tables.SCHEMA_VERSION}. Upgrade wardrobe, or use another --home."
+            )
+
+    @contextmanager
+    def read(self) -> Generator[Connection, None, None]:
+        """Read one consistent snapshot."""
+        with _explained(), self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self) -> Generator[Connection, None, None]:
+        """Write in one transaction, durable when the block has ended; nothing on an exception.
+
+        The write lock is taken at the start: two writers that both read first and then write
+        would otherwise see one of them fail with "database is locked" at once.
+        """
+        with _explained(), self.engine.connect() as connection:
+            connection = connection.execution_options(begin="BEGIN IMMEDIATE")
+            with connection.begin():
+                yield connection
+
+    def quick_check(self) -> list[str]:
+        """Return what SQLite finds damaged in its file."""
+        if self.engine.dialect.name != "sqlite":
+            return []
+        with self.read() as connection:
+            lines = [str(row[0]) for row in connection.execute(text("PRAGMA quick_check"))]
+        return [line for line in lines if line != "ok"]
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(url)
+    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+
+    # The driver would start transactions by itself, and too late: SQLAlchemy's documented recipe.
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    def on_begin(connection: Connection) -> None:
+        begin = connection.get_execution_options().get("begin", "BEGIN")
+        connection.exec_driver_sql(begin)
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", on_begin)
+    return engine
+
+
+@contextmanager
+def _explained() -> Generator[None, None, None]:
+    """Turn the errors of the database into ours."""
+    try:
+        yield
+    except OperationalError as error:
+        raise StoreUnavailable(
+            f"The database cannot be used now: {error.orig}. Free disk space, or try again when "
+            "the other process has finished."
+        ) from error
+    except DatabaseError as error:
+        raise IntegrityError(
+            f"The database is damaged or was changed by hand: {error.orig}. Restore a backup."
+        ) from error

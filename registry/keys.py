@@ -1,0 +1,60 @@
+"""Rows of API keys. What a secret is and who may do what is decided elsewhere."""
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from registry.database import now
+from registry.errors import Conflict, NotFound
+from registry.records import KeyRecord
+from registry.tables import keys
+
+
+def add_key(
+    connection: Connection, key_id: str, secret_hash: str, tenant: str, scopes: tuple[str, ...]
+) -> KeyRecord:
+    if find_key(connection, key_id):
+        raise Conflict(f"There is already a key {key_id!r}. Make a new key id.")
+    record = KeyRecord(key_id, secret_hash, tenant, tuple(scopes), now(), None)
+    connection.execute(
+        insert(keys).values(
+            key_id=key_id,
+            secret_hash=secret_hash,
+            tenant=tenant,
+            scopes=list(scopes),
+            created_at=record.created_at,
+        )
+    )
+    return record
+
+
+def find_key(connection: Connection, key_id: str) -> KeyRecord | None:
+    """Return the key, revoked or not: the caller must look at `revoked_at`."""
+    row = connection.execute(select(keys).where(keys.c.key_id == key_id)).first()
+    return _key_of(row) if row else None
+
+
+def list_keys(connection: Connection) -> list[KeyRecord]:
+    rows = connection.execute(select(keys).order_by(keys.c.created_at, keys.c.key_id))
+    return [_key_of(row) for row in rows]
+
+
+def revoke_key(connection: Connection, key_id: str) -> KeyRecord:
+    """Revoke a key. Idempotent: the first time counts."""
+    unrevoked = (keys.c.key_id == key_id) & keys.c.revoked_at.is_(None)
+    connection.execute(update(keys).where(unrevoked).values(revoked_at=now()))
+    record = find_key(connection, key_id)
+    if record is None:
+        raise NotFound(f"There is no key {key_id!r}.")
+    return record
+
+
+def _key_of(row: Row[Any]) -> KeyRecord:
+    return KeyRecord(
+        key_id=row.key_id,
+        secret_hash=row.secret_hash,
+        tenant=row.tenant,
+        scopes=tuple(row.scopes),
+        created_at=row.created_at,
+        revoked_at=row.revoked_at,
+    )

@@ -1,0 +1,79 @@
+"""Folders made of blobs: the ones the engine reads, and the ones people pull."""
+
+import errno
+import hashlib
+import json
+import secrets
+import shutil
+from pathlib import Path
+
+from registry.adapter import Version
+from registry.blobs import Blobs
+from registry.card import CARD_NAME
+from registry.errors import Conflict, IntegrityError, StoreUnavailable
+from registry.manifest import digest_of
+from registry.upload import CONFIG_NAME, WEIGHTS_NAME
+
+IDENTITY_FILES = (CONFIG_NAME, WEIGHTS_NAME)
+
+
+def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
+    """Return `parent/<digest>` with the two files of the adapter, made once and checked each time.
+
+    Safe across threads and processes: the folder appears in one rename, the first one wins.
+    """
+    if digest_of(version) != version.digest:
+        raise IntegrityError(
+            f"The record of {version.ref.label} does not fit its digest {version.digest}: "
+            "the database was changed. Restore a backup."
+        )
+    folder = parent / version.digest
+    if not folder.exists():
+        _make(version, blobs, folder)
+    for name in IDENTITY_FILES:
+        _check(folder / name, version)
+    return folder
+
+
+def export(version: Version, blobs: Blobs, destination: Path) -> None:
+    """Write a version to a new folder that PEFT loads and that can be pushed again."""
+    if destination.exists() and any(destination.iterdir()):
+        raise Conflict(f"{destination} is not empty. Give a folder that is empty or not there yet.")
+    destination.mkdir(parents=True, exist_ok=True)
+    for name, sha256 in version.files.items():
+        blobs.copy(sha256, destination / name)
+    if version.card:
+        text = json.dumps(version.card, indent=2, ensure_ascii=False, allow_nan=False)
+        (destination / CARD_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make(version: Version, blobs: Blobs, folder: Path) -> None:
+    staging = folder.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        staging.mkdir(parents=True)
+        for name in IDENTITY_FILES:
+            blobs.copy(version.files[name], staging / name)
+        staging.rename(folder)
+    except OSError as error:
+        # Another thread or process made the folder between our look and our rename: use theirs.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise StoreUnavailable(f"Cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check(path: Path, version: Version) -> None:
+    try:
+        found = sha256_of(path)
+    except FileNotFoundError:
+        found = "nothing"
+    if found != version.files[path.name]:
+        raise IntegrityError(
+            f"{path} is not what {version.ref.label} (sha256:{version.digest}) consists of. "
+            f"Delete {path.parent}; it is made again from the store."
+        )

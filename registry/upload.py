@@ -1,0 +1,119 @@
+"""The files of a push: which may come in, and a private copy that nobody can change meanwhile."""
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.config import Problem
+from registry.errors import NotFound, Refused, StoreUnavailable
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_FILES = 1000
+
+# name → the most bytes it may have
+ALLOWED = {
+    CONFIG_NAME: 4 << 20,
+    WEIGHTS_NAME: 2 << 30,
+    "wardrobe.json": 1 << 20,
+    "README.md": 1 << 20,
+}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".zip", ".gguf")
+# First bytes of formats that run code when they are opened, or that hide other files.
+_MAGIC = {
+    b"PK\x03\x04": "a zip or torch.save file",
+    b"\x7fELF": "a program",
+    b"\x1f\x8b": "a gzip file",
+    b"GGUF": "a GGUF file",
+    b"\x93NUMPY": "a numpy file",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+}
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedFile:
+    """One file in the private copy."""
+
+    path: Path
+    sha256: str
+    size: int
+
+
+def copy_upload(source: Path, staging: Path) -> dict[str, UploadedFile]:
+    """Copy the allowed files of `source` into `staging`, hashing them on the way.
+
+    Raises NotFound when there is no such folder and Refused when anything else lies in it.
+    """
+    if not source.is_dir():
+        raise NotFound(f"There is no folder {source}. Give the folder that holds {CONFIG_NAME}.")
+    if problems := check_files(source):
+        raise Refused(" ".join(text for _, text in problems), problems)
+    return {
+        name: _copy(source / name, staging / name, limit)
+        for name, limit in ALLOWED.items()
+        if (source / name).exists()
+    }
+
+
+def check_files(source: Path) -> list[Problem]:
+    """Return what is wrong with the names, kinds, sizes and first bytes of the files."""
+    with os.scandir(source) as listing:
+        entries = [entry for entry, _ in zip(listing, range(MAX_FILES + 1), strict=False)]
+    if len(entries) > MAX_FILES:
+        return [("too_large", f"{source} holds more than {MAX_FILES} files.")]
+    problems: list[Problem] = []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        problems += _check_entry(entry)
+    found = {entry.name for entry in entries}
+    problems += [
+        ("file_missing", f"{name} is missing: save the adapter with save_pretrained.")
+        for name in (CONFIG_NAME, WEIGHTS_NAME)
+        if name not in found
+    ]
+    return problems
+
+
+def _check_entry(entry: os.DirEntry[str]) -> list[Problem]:
+    name = repr(entry.name[:100])
+    if entry.name.lower().endswith(_PICKLED):
+        return [("pickle_refused", f"{name}: only safetensors is taken; convert it and remove it.")]
+    if entry.name not in ALLOWED:
+        allowed = ", ".join(ALLOWED)
+        return [("file_not_allowed", f"{name} does not belong here. Allowed are {allowed}.")]
+    if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
+        return [("not_a_regular_file", f"{name} is a link or a special file.")]
+    size, limit = entry.stat(follow_symlinks=False).st_size, ALLOWED[entry.name]
+    if size > limit:
+        return [("too_large", f"{name} has {size} bytes, the limit is {limit}.")]
+    with Path(entry.path).open("rb") as file:
+        head = file.read(8)
+    # A safetensors length whose low bytes look like a magic number is told apart by what follows.
+    if found := next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None):
+        if head[2:] == b"\0" * 6 and entry.name == WEIGHTS_NAME:
+            return []
+        return [("pickle_refused", f"{name} is {found}: convert the adapter to safetensors.")]
+    return []
+
+
+def _copy(source: Path, target: Path, limit: int) -> UploadedFile:
+    digest, size = hashlib.sha256(), 0
+    # O_NOFOLLOW and the check on the open file: the entry may have been swapped since it was seen.
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Refused(f"{source} is not a regular file.", [("not_a_regular_file", source.name)])
+        while chunk := reader.read(_CHUNK):
+            size += len(chunk)
+            if size > limit:
+                text = f"{source.name} grew over {limit} bytes while it was read."
+                raise Refused(text, [("too_large", text)])
+            digest.update(chunk)
+            if writer.write(chunk) != len(chunk):
+                raise StoreUnavailable(f"Cannot write {target}.")
+    return UploadedFile(target, digest.hexdigest(), size)

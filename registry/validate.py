@@ -1,0 +1,244 @@
+"""The gate: may this folder become a version, and of which base model?
+
+Everything is checked and every problem is told at once. Nothing here needs torch, runs code or
+opens a path that a file names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from registry.base import BaseModel, Bases
+from registry.card import CARD_NAME, MAX_CARD_BYTES, check_card
+from registry.config import MAX_RANK, Problem
+from registry.errors import BaseMismatch, Refused
+from registry.jsonfile import read_object
+from registry.lora import TENSOR_NAME, AdapterConfig, lora_modules
+from registry.tensors import ADAPTER_BOUNDS, Tensor, read_chunks, read_header
+from registry.upload import ALLOWED, CONFIG_NAME, WEIGHTS_NAME
+
+T = TypeVar("T")
+_MISFITS = ("shape_mismatch", "module_not_in_base", "base_mismatch")
+_SUSPICIOUS = 1e4  # an absolute weight above this is no trained LoRA weight
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A folder that passed the gate."""
+
+    config: AdapterConfig  # resolved: logical base id, plain names
+    card: dict[str, Any]
+    base: BaseModel
+    rank: int  # highest of any module
+    warnings: tuple[Problem, ...]
+
+
+def validate(folder: Path, bases: Bases, *, base: str | None = None) -> Checked:
+    """Check the files in `folder`, which must not change meanwhile.
+
+    Raises Refused, or BaseMismatch when the adapter was made for another base model, with every
+    problem found; BaseNotFound when the base model it names is not on this machine.
+    """
+    problems: list[Problem] = []
+    card = _collect(problems, lambda: _read_card(folder))
+    config = _collect(problems, lambda: _read_config(folder))
+    tensors = _collect(problems, lambda: read_header(folder / WEIGHTS_NAME, ADAPTER_BOUNDS))
+    if tensors is not None:
+        problems += _check_names(tensors)
+    if card is None or config is None or tensors is None:
+        raise _refusal(problems)
+    model = bases.get(_base_id(config, card, base))
+    modules = {module for module, halves in lora_modules(tensors).items() if len(halves) == 2}
+    problems += _check_structure(card, model)
+    problems += _check_targets(config, modules)
+    for module in sorted(modules):
+        problems += _check_shapes(module, config, tensors, model)
+    # Values are read last: only a file whose every size is right is worth a pass over its bytes.
+    value_problems, warnings = ([], []) if problems else _check_values(tensors)
+    if problems := problems + value_problems:
+        raise _refusal(problems)
+    warnings += [*_weights_warning(card, model), *_coverage_warning(config, modules, model)]
+    rank = max(config.rank(module) for module in modules)
+    return Checked(config.resolved(model.id, modules), card, model, rank, tuple(warnings))
+
+
+def _collect(problems: list[Problem], read: Callable[[], T]) -> T | None:
+    """Run one reader; turn its refusal into problems, so that the other files are read as well."""
+    try:
+        return read()
+    except Refused as error:
+        problems += error.problems
+        return None
+
+
+def _refusal(problems: list[Problem]) -> Refused:
+    shown = " ".join(text for _, text in problems[:20])
+    more = f" And {len(problems) - 20} more." if len(problems) > 20 else ""
+    misfit = any(code in _MISFITS for code, _ in problems)
+    return (BaseMismatch if misfit else Refused)(shown + more, problems)
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    path = folder / CARD_NAME
+    return check_card(read_object(path, MAX_CARD_BYTES)) if path.exists() else {}
+
+
+def _read_config(folder: Path) -> AdapterConfig:
+    return AdapterConfig.parse(read_object(folder / CONFIG_NAME, ALLOWED[CONFIG_NAME]))
+
+
+def _base_id(config: AdapterConfig, card: dict[str, Any], given: str | None) -> str:
+    """Decide the logical base id: the caller's, else the card's, else the config's."""
+    recorded = cast("str", card.get("base", {}).get("id", ""))
+    if given and recorded and given != recorded:
+        text = f"The card says this adapter was made for {recorded!r}, not for {given!r}."
+        raise BaseMismatch(text, [("base_mismatch", text)])
+    if chosen := given or recorded:
+        return chosen
+    if not config.base_id or _is_path(config.base_id):
+        text = (
+            f"base_model_name_or_path is {config.base_id!r}, which names no base model. "
+            f"Give its id: --base ID, or base.id in {CARD_NAME}."
+        )
+        raise Refused(text, [("base_unnamed", text)])
+    return config.base_id
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
+
+
+def _check_structure(card: dict[str, Any], model: BaseModel) -> list[Problem]:
+    recorded = card.get("base", {}).get("structure", "")
+    if not recorded or recorded == model.structure:
+        return []
+    text = (
+        f"The adapter was made for a model of the structure {recorded[:12]}, "
+        f"{model.id} here has {model.structure[:12]}."
+    )
+    return [("base_mismatch", text)]
+
+
+def _check_names(tensors: dict[str, Tensor]) -> list[Problem]:
+    problems = [
+        ("unknown_key", f"{name[:120]!r} is not base_model.model.<module>.lora_A/B.weight.")
+        for name in tensors
+        if len(name) > 300 or not TENSOR_NAME.fullmatch(name)
+    ]
+    modules = lora_modules(tensors)
+    problems += [
+        ("orphan", f"{module} has lora_{next(iter(halves))} without its other half.")
+        for module, halves in sorted(modules.items())
+        if len(halves) == 1
+    ]
+    return problems if tensors else [("no_tensors", f"{WEIGHTS_NAME} holds no tensor.")]
+
+
+def _check_targets(config: AdapterConfig, modules: set[str]) -> list[Problem]:
+    problems = [
+        ("module_not_targeted", f"{module} is not among the config's target_modules.")
+        for module in sorted(modules)
+        if not config.targets(module)
+    ]
+    endings = {".".join(module.split(".")[i:]) for module in modules for i in range(32)}
+    problems += [
+        ("target_missing", f"target_modules names {target!r}, and no tensor belongs to it.")
+        for target in config.target_modules
+        if target not in endings
+    ]
+    return problems
+
+
+def _check_shapes(
+    module: str, config: AdapterConfig, tensors: dict[str, Tensor], model: BaseModel
+) -> list[Problem]:
+    last = module.rsplit(".", 1)[-1]
+    if last == "lm_head" or "embed" in last:
+        text = f"{module}: LoRA on embeddings or lm_head is not servable yet."
+        return [("module_unsupported", text)]
+    if module not in model.linears:
+        return [("module_not_in_base", f"{module} is no linear layer of {model.id}.")]
+    a, b = (tensors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+    problems: list[Problem] = []
+    for tensor in (a, b):
+        if tensor.dtype not in ("F32", "F16", "BF16"):
+            text = f"{tensor.name} is {tensor.dtype}; save it as F32, F16 or BF16."
+            problems.append(("dtype_unsupported", text))
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            shape = list(tensor.shape)
+            text = f"{tensor.name} has the shape {shape}; it looks like an ungathered shard."
+            problems.append(("empty_tensor", text))
+    if problems:
+        return problems
+    out, into = model.linears[module]
+    rank = config.rank(module)
+    if (a.shape[0], b.shape[1]) != (rank, rank) or not 1 <= rank <= MAX_RANK:
+        text = f"{module}: the config says rank {rank}, A has {a.shape[0]} and B has {b.shape[1]}."
+        problems.append(("rank_mismatch", text))
+    if (b.shape[0], a.shape[1]) != (out, into):
+        text = f"{module}: made for {[b.shape[0], a.shape[1]]}, {model.id} has {[out, into]}."
+        problems.append(("shape_mismatch", text))
+    return problems
+
+
+def _check_values(tensors: dict[str, Tensor]) -> tuple[list[Problem], list[Problem]]:
+    """Read every value once. Returns problems and warnings."""
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    any_b = False
+    for tensor in tensors.values():
+        largest = largest_magnitude(tensor)
+        if not np.isfinite(largest):
+            problems.append(("non_finite", f"{tensor.name} holds NaN or infinity."))
+        elif largest > _SUSPICIOUS:
+            text = f"{tensor.name} holds the value ±{largest:.3g}, large for a LoRA weight."
+            warnings.append(("suspicious_scale", text))
+        any_b = any_b or (largest != 0 and ".lora_B." in tensor.name)
+    if not any_b:
+        warnings.append(("noop_adapter", "Every lora_B is zero: the adapter changes nothing."))
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        warnings.append(("mixed_dtypes", "The tensors have different dtypes."))
+    return problems, warnings
+
+
+def largest_magnitude(tensor: Tensor) -> float:
+    """Return the largest absolute value, infinity when any value is NaN or infinite.
+
+    Works on the bits: without the sign bit, IEEE 754 numbers are ordered like integers.
+    """
+    kind = np.dtype("<u4" if tensor.dtype == "F32" else "<u2")
+    largest = 0
+    for chunk in read_chunks(tensor):
+        bits = np.frombuffer(chunk, kind) & kind.type((1 << (8 * kind.itemsize - 1)) - 1)
+        largest = max(largest, int(bits.max(initial=0)))
+    if tensor.dtype == "F16":
+        value = float(np.array(largest, np.uint16).view(np.float16))
+    else:
+        shift = 16 if tensor.dtype == "BF16" else 0
+        value = float(np.array(largest << shift, np.uint32).view(np.float32))
+    return value if np.isfinite(value) else float("inf")
+
+
+def _weights_warning(card: dict[str, Any], model: BaseModel) -> list[Problem]:
+    recorded = card.get("base", {}).get("fingerprint", "")
+    if not recorded or recorded == model.fingerprint:
+        return []
+    text = (
+        f"The adapter was made for other weights of {model.id} (fingerprint {recorded[:12]}, "
+        f"here {model.fingerprint[:12]}): its answers may be worse than measured."
+    )
+    return [("base_weights_differ", text)]
+
+
+def _coverage_warning(config: AdapterConfig, modules: set[str], model: BaseModel) -> list[Problem]:
+    if config.targets_regex is not None or config.excludes_regex is not None:
+        text = "A regular expression in the config was replaced by the names of the modules."
+        return [("targets_written_out", text)]
+    missing = [name for name in model.linears if config.targets(name) and name not in modules]
+    if not missing:
+        return []
+    text = f"{len(missing)} targeted modules have no tensors, for example {missing[0]}."
+    return [("partial_coverage", text)]
