@@ -43,8 +43,9 @@ class Usage:
 class Shape(Protocol):
     """How chat and completions write the same things."""
 
-    def opening(self, index: int) -> bytes:
-        """The event before the first piece of a choice; may be empty."""
+    @property
+    def opening(self) -> bytes:
+        """The events before the first piece; may be empty."""
         ...
 
     def event(self, piece: Piece) -> bytes: ...
@@ -109,7 +110,7 @@ class Answer:
                         # Only now: until the engine has answered, an error has its own status.
                         started = True
                         await self._start(send, _EVENT_STREAM)
-                        await _send_events(send, b"".join(self._openings()))
+                        await _send_events(send, self._shape.opening)
                     if piece.text or piece.logprobs or piece.finish_reason:
                         await _send_events(send, self._shape.event(piece))
             last = DONE
@@ -126,9 +127,6 @@ class Answer:
             record.outcome = failure.code
             last = b"data: " + failure.body(record.request_id) + b"\n\n"
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-    def _openings(self) -> list[bytes]:
-        return [self._shape.opening(index) for index in range(len(self._plan.requests))]
 
     async def _pieces(self, record: RequestRecord) -> AsyncGenerator[Piece]:
         plan = self._plan

@@ -80,12 +80,7 @@ class ChatShape:
         # Everything of an event but its choice is the same for all events: encoded once.
         self._head = b"data: " + chunk[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if plan.include_usage else b"]}\n\n"
-
-    def opening(self, index: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
-        return self._event(
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        )
+        self.opening = b"".join(map(self._opening, range(len(plan.requests))))
 
     def event(self, piece: Piece) -> bytes:
         return self._event(
@@ -120,6 +115,12 @@ class ChatShape:
                 ],
                 "usage": usage,
             }
+        )
+
+    def _opening(self, index: int) -> bytes:
+        delta = {"role": "assistant", "content": ""}
+        return self._event(
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         )
 
     def _event(self, choice: dict[str, Any]) -> bytes:

@@ -82,6 +82,8 @@ async def _ids(tokens: Tokens, prompt: str | list[int], context: int) -> list[in
 class CompletionShape:
     """Writes `text_completion` objects; chunks have the same shape."""
 
+    opening = b""
+
     def __init__(self, tokens: Tokens, plan: Plan, request_id: str, created: int) -> None:
         self._tokens = tokens
         self._logprobs = plan.requests[0].sampling.logprobs is not None
@@ -95,9 +97,6 @@ class CompletionShape:
         }
         self._head = b"data: " + _encode(self._common)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if plan.include_usage else b"]}\n\n"
-
-    def opening(self, index: int) -> bytes:
-        return b""
 
     def event(self, piece: Piece) -> bytes:
         choice = self._choice(piece.index, piece.text, piece.logprobs, piece.finish_reason)

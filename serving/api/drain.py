@@ -8,6 +8,8 @@ from litestar.types import Receive
 
 from serving.api.errors import ClientGone, Unavailable
 
+POLL_SECONDS = 0.02
+
 
 class Drain:
     """Counts requests in flight and can end their answers. Belongs to one event loop."""
@@ -28,6 +30,11 @@ class Drain:
 
     def begin(self) -> None:
         self.draining = True
+
+    async def finished(self) -> None:
+        """Return when nothing is in flight."""
+        while self.in_flight:  # noqa: ASYNC110  # a poll of an end that happens once
+            await asyncio.sleep(POLL_SECONDS)
 
     def cut(self) -> None:
         """End every running answer now."""

@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from litestar import Request, get
+from litestar.params import FromPath
 
 from registry.adapter import PRODUCTION, Version
 from serving.api.auth import declare
@@ -20,7 +21,7 @@ def list_models(request: Request[Any, Any, Any]) -> dict[str, Any]:
 
 
 @get("/v1/models/{model:path}", opt=declare(READ))
-async def get_model(request: Request[Any, Any, Any], model: str) -> dict[str, Any]:
+async def get_model(request: Request[Any, Any, Any], model: FromPath[str]) -> dict[str, Any]:
     services = services_of(request.app)
     name = model.removeprefix("/")
     if services.router.is_base(name):

@@ -1,0 +1,66 @@
+"""One HTTP connection with the deadlines that uvicorn does not have.
+
+Slow headers, and a client that stops reading, would hold a connection for ever. Both ends are
+decided where the bytes are: no handler and no stream has to think of them.
+"""
+
+import asyncio
+from typing import Any, cast
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.api.settings import ServerSettings
+
+
+class Connection(H11Protocol):
+    """uvicorn's h11 protocol; `settings` is set by the subclass that `connection_class` makes."""
+
+    settings: ServerSettings
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._header_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before and self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        elif self._between_requests and self._header_timer is None:
+            self._await_headers()  # the first bytes of the next request on this connection
+
+    @property
+    def _between_requests(self) -> bool:
+        return self.cycle is not None and self.cycle.response_complete
+
+    def _await_headers(self) -> None:
+        self._header_timer = self.loop.call_later(self.settings.header_timeout, self._abort)
+
+    def pause_writing(self) -> None:
+        """The client reads slower than we write: it has `stall_timeout` to catch up."""
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self.settings.stall_timeout, self._abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _abort(self) -> None:
+        # Not close(): that would wait until a client that does not read has read everything.
+        self.transport.abort()
+
+
+def connection_class(settings: ServerSettings) -> type[asyncio.Protocol]:
+    """Return the protocol class for uvicorn, which makes the instances itself."""
+    return cast("Any", type("Connection", (Connection,), {"settings": settings}))

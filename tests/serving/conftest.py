@@ -1,0 +1,36 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from registry.base import Bases
+from registry.store import Registry
+from serving.tokens import Tokens
+from tests import tiny
+from tests.registry.making import BASE_ID, make_base
+from tests.serving.live import Running, Wardrobe, running
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokens]:
+    """The byte tokenizer of the tiny base."""
+    tokens = Tokens(tiny.make_base(tmp_path_factory.mktemp("tokens") / "base", layers=1))
+    yield tokens
+    tokens.close()
+
+
+@pytest.fixture
+def wardrobe(tmp_path: Path) -> Iterator[Wardrobe]:
+    """An empty registry with one base."""
+    bases = Bases(tmp_path / "bases")
+    base = bases.add(BASE_ID, make_base(tmp_path / "prepared"), origin="test")
+    with Registry.open(tmp_path / "home", bases) as registry:
+        yield Wardrobe(registry, base, tmp_path)
+
+
+@pytest.fixture
+def live(wardrobe: Wardrobe, tokens: Tokens) -> Iterator[Running]:
+    """A server with one adapter, acme/support@v1, in production."""
+    wardrobe.push()
+    with running(wardrobe, tokens) as server:
+        yield server
