@@ -1,8 +1,174 @@
 """The command line: the composition root, the only module that may import all three packages."""
 
-import typer
+import logging
+from typing import Annotated, Literal
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from registry import commands as registry_commands
+from registry.base import BaseModel, Bases
+from registry.commands import Home, Json, clear_errors, open_registry
+from registry.errors import BaseNotFound
+from registry.home import default_cache
+from registry.screen import print_json
+
+# torch, transformers and litestar are imported where a command needs them, so that `wardrobe list`
+# answers at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="One frozen base model, a wardrobe of adapters: train, version, serve, hot-swap.",
+)
+app.add_typer(registry_commands.app)
+base_app = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
+key_app = typer.Typer(no_args_is_help=True, help="Keys that open the server.")
+app.add_typer(base_app, name="base")
+app.add_typer(key_app, name="key")
+
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+out = Console(soft_wrap=True)
+
+
+def known_bases() -> Bases:
+    return Bases(default_cache() / "bases")
+
+
+def find_base(spec: str) -> BaseModel:
+    """Return a base by its id; pull it when it is not on this machine yet."""
+    try:
+        return known_bases().get(spec)
+    except BaseNotFound:
+        return pull(spec)
+
+
+def pull(spec: str) -> BaseModel:
+    from training.base import pull_base
+    from training.screen import progress_bars
+
+    with progress_bars() as report:
+        return pull_base(spec, known_bases(), progress=report)
+
+
+@base_app.command("pull")
+@clear_errors()
+def base_pull(
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="A Hub id, a local folder, a .gguf file, or a catalogue name."
+        ),
+    ] = DEFAULT_BASE,
+    as_json: Json = False,
+) -> None:
+    """Fetch a base model and keep it as plain safetensors."""
+    base = pull(spec)
+    if as_json:
+        return print_json(base)
+    out.print(f"[bold]{base.id}[/] sha256:{base.fingerprint[:12]} in {base.path}")
+    return None
+
+
+@base_app.command("list")
+@clear_errors()
+def base_list(as_json: Json = False) -> None:
+    """List the base models on this machine."""
+    bases = known_bases().list()
+    if as_json:
+        return print_json(bases)
+    table = Table("id", "fingerprint", "path")
+    for base in bases:
+        table.add_row(base.id, base.fingerprint[:12], str(base.path))
+    out.print(table)
+    return None
+
+
+@key_app.command("rotate")
+@clear_errors()
+def key_rotate(home: Home = None, as_json: Json = False) -> None:
+    """Make a new operator key, print it once, and end the one before it."""
+    from serving.tenants.keys import rotate_operator_key
+
+    with open_registry(home) as registry:
+        key = rotate_operator_key(registry)
+    if as_json:
+        return print_json({"key": key})
+    return print(key)
+
+
+@app.command()
+@clear_errors()
+def serve(
+    base: Annotated[
+        str, typer.Option(help="Base model; pulled when it is not here.")
+    ] = DEFAULT_BASE,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="auto takes bfloat16 where the hardware has it."),
+    ] = "auto",
+    auth: Annotated[
+        bool, typer.Option("--auth/--no-auth", help="--no-auth only works on loopback.")
+    ] = True,
+    max_running: Annotated[int, typer.Option(min=1, help="Sequences in one batch.")] = 32,
+    max_waiting: Annotated[int, typer.Option(min=0, help="More that may wait; then 429.")] = 128,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=16, help="Tokens of prompt and answer together.")
+    ] = None,
+    max_batched_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of one step: prompts go in chunks of it.")
+    ] = 512,
+    adapter_slots: Annotated[
+        int, typer.Option(min=1, help="Adapters that can be worn at once.")
+    ] = 32,
+    max_lora_rank: Annotated[int, typer.Option(min=1, max=256, help="Highest rank.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds for running streams after SIGTERM.")
+    ] = 30.0,
+    home: Home = None,
+) -> None:
+    """Serve the base and every adapter of the registry over HTTP."""
+    from serving.api.server import serve as serve_http
+    from serving.api.settings import ServerSettings
+    from serving.engine.engine import TorchEngine
+    from serving.engine.settings import EngineSettings
+    from serving.tenants.keys import ensure_operator_key
+    from serving.tokens import Tokens
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    settings = ServerSettings(host=host, port=port, auth=auth, drain_timeout=drain_timeout)
+    engine_settings = EngineSettings(
+        device=device,
+        dtype=dtype,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        max_model_len=max_model_len,
+        max_batched_tokens=max_batched_tokens,
+        adapter_slots=adapter_slots,
+        max_lora_rank=max_lora_rank,
+        threads=threads,
+    )
+    model = find_base(base)
+    with open_registry(home) as registry:
+        if auth and (key := ensure_operator_key(registry)):
+            out.print(f"operator key, shown only now: [bold]{key}[/]", highlight=False)
+        engine = TorchEngine.create(model, registry.fetch, engine_settings)
+        serve_http(
+            settings,
+            registry,
+            engine,
+            model,
+            Tokens(model.path),
+            on_start=lambda url: out.print(f"serving {model.id} at [bold]{url}[/]"),
+        )
 
 
 def main() -> None:
