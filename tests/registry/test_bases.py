@@ -78,7 +78,7 @@ def test_concurrent_adds_of_one_base_all_return_it(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(results) == 6
-    assert len(set(base.fingerprint for base in results)) == 1
+    assert len({base.fingerprint for base in results}) == 1
     assert [base.id for base in bases.list()] == ["tiny"]
 
 

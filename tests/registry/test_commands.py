@@ -1,0 +1,175 @@
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from registry.adapter import AdapterName
+from registry.base import Bases
+from registry.commands import app
+from registry.store import Registry
+from tests.registry.making import BASE_ID
+
+Adapter = Callable[..., Path]
+Run = Callable[..., Result]
+NAME = AdapterName.parse("acme/support")
+PROMOTE = ("promote", "acme/support@v1", "--reason", "first")
+
+
+@pytest.fixture
+def run(registry: Registry, bases: Bases, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.setenv("WARDROBE_CACHE", str(tmp_path))  # where the fixture put the bases
+    monkeypatch.setenv("COLUMNS", "200")
+    runner = CliRunner()
+
+    def run(*arguments: str, status: int = 0) -> Result:
+        result = runner.invoke(app, [*arguments, "--home", str(registry.home)])
+        assert result.exit_code == status, result.output + repr(result.exception)
+        return result
+
+    return run
+
+
+def read(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+def test_push_list_show_promote_history_rollback_pull_verify_in_json(
+    run: Run, adapter: Adapter, tmp_path: Path
+) -> None:
+    first = read(run("push", str(adapter()), "acme/support", "--json"))
+    assert first["created"]
+    assert first["version"]["name"] == "acme/support"
+    run("push", str(adapter(seed=1)), "acme/support", "--base", BASE_ID)
+    run(*PROMOTE)
+    moved = read(run("promote", "acme/support@v2", "--reason", "better", "--json"))
+    assert moved["previous"] == 1
+    assert moved["alias"]["number"] == 2
+    [row] = read(run("list", "--json"))
+    assert (row["name"], row["latest"], row["aliases"]) == ("acme/support", 2, {"production": 2})
+    shown = read(run("show", "acme/support", "--json"))
+    assert [version["number"] for version in shown["versions"]] == [1, 2]
+    assert shown["rollouts"] == []
+    assert read(run("rollback", "acme/support", "--reason", "worse", "--json"))["moved"]
+    actions = [event["action"] for event in read(run("history", "acme/support", "--json"))]
+    assert actions == ["promote", "promote", "rollback"]
+    pulled = tmp_path / "pulled"
+    assert read(run("pull", "acme/support", str(pulled), "--json"))["number"] == 1
+    assert (pulled / "adapter_model.safetensors").is_file()
+    assert read(run("verify", "--json"))["ok"]
+
+
+def test_people_get_tables_and_sentences(run: Run, adapter: Adapter, tmp_path: Path) -> None:
+    assert "pushed acme/support@v1" in run("push", str(adapter()), "acme/support").stdout
+    again = run("push", str(adapter()), "acme/support").stdout
+    assert "is there already: acme/support@v1" in again
+    assert "production is now v1" in run(*PROMOTE).stdout
+    assert "production was already v1" in run(*PROMOTE).stdout
+    assert "production → v1" in run("list").stdout
+    assert BASE_ID in run("show", "acme/support@v1").stdout
+    assert "first" in run("history", "acme/support").stdout
+    assert "pulled" in run("pull", "acme/support@v1", str(tmp_path / "out")).stdout
+    assert "sound: 1 versions, 2 blobs" in run("verify").stdout
+
+
+def test_an_error_is_one_sentence_and_exit_code_2(run: Run, adapter: Adapter) -> None:
+    assert "There is no adapter acme/nobody" in run("show", "acme/nobody", status=2).stderr
+    assert "NAMESPACE/NAME@vN" in run("promote", "acme/x", "--reason", "r", status=2).stderr
+    refused = run("push", str(adapter(config={"r": 5, "bias": "all"})), "a/b", status=2)
+    assert "bias" in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_every_reason_of_a_refusal_is_printed_with_its_code(run: Run, adapter: Adapter) -> None:
+    spoiled = adapter(config={"use_dora": True, "bias": "all"})
+    printed = run("push", str(spoiled), "acme/support", status=2).stderr
+    assert "refused for 2 reasons" in printed
+    assert printed.count("config_unsupported: ") == 2
+
+
+def test_a_reason_is_required_to_move_an_alias(run: Run, adapter: Adapter) -> None:
+    run("push", str(adapter()), "acme/support")
+    run("promote", "acme/support@v1", status=2)
+    run("rollback", "acme/support", status=2)
+
+
+def test_verify_exits_with_1_and_names_the_damaged_blob(
+    run: Run, adapter: Adapter, registry: Registry
+) -> None:
+    version = read(run("push", str(adapter()), "acme/support", "--json"))["version"]
+    sha256 = version["files"]["adapter_model.safetensors"]
+    (registry.home / "blobs" / sha256[:2] / sha256).write_bytes(b"other bytes")
+    assert sha256 in run("verify", status=1).stdout
+
+
+class Server:
+    """A live server that answers every move in its own way."""
+
+    def __init__(self, registry: Registry, state: str, message: str = "") -> None:
+        self._registry, self._state, self._message = registry, state, message
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+
+    def __enter__(self) -> "Server":
+        self._registry.heartbeat("server-1", "http://127.0.0.1:9")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        seen = self._registry.last_event()
+        while not self._stop.wait(0.02):
+            for event in self._registry.events(seen):
+                seen = event.seq
+                for state in ("warming", self._state):
+                    self._registry.report_rollout(
+                        "server-1",
+                        event.name,
+                        event.alias or "",
+                        event_seq=event.seq,
+                        number=event.number,
+                        digest=event.digest,
+                        state=state,  # type: ignore[arg-type]
+                        message=self._message,
+                        seconds=0.31,
+                    )
+
+
+def test_promote_waits_until_a_running_server_is_live(
+    run: Run, adapter: Adapter, registry: Registry
+) -> None:
+    run("push", str(adapter()), "acme/support")
+    with Server(registry, "live"):
+        assert "live on http://127.0.0.1:9 after 0.31 s" in run(*PROMOTE).stdout
+        assert "live" in run("show", "acme/support").stdout
+
+
+def test_promote_exits_with_1_when_a_server_refuses_the_version(
+    run: Run, adapter: Adapter, registry: Registry
+) -> None:
+    run("push", str(adapter()), "acme/support")
+    with Server(registry, "failed", "rank 64 is over the bound of 32."):
+        assert "rank 64 is over the bound of 32." in run(*PROMOTE, status=1).stdout
+        assert "rank 64 is over the bound of 32." in run("show", "acme/support").stdout
+        rollout = read(run("show", "acme/support", "--json"))["rollouts"][0]
+        assert rollout["state"] == "failed"
+
+
+def test_no_wait_returns_at_once_and_a_silent_server_is_named(
+    run: Run, adapter: Adapter, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("push", str(adapter()), "acme/support")
+    registry.heartbeat("server-1", "http://127.0.0.1:9")
+    started = time.monotonic()
+    run(*PROMOTE, "--no-wait")
+    assert time.monotonic() - started < 1
+    registry.heartbeat("server-1", "http://127.0.0.1:9")
+    printed = run("rollback", "acme/support", "--reason", "none", status=2).stderr
+    assert "nothing to roll back to" in printed
