@@ -1,0 +1,64 @@
+"""Progress of long work on a terminal: one rich bar for each piece, on standard error."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from training.progress import Progress, Report
+
+
+class _Eta(ProgressColumn):
+    """What is left, as the work itself estimates it, and the loss where there is one."""
+
+    def render(self, task: object) -> Text:
+        fields: dict[str, object] = getattr(task, "fields", {})
+        eta, loss = fields.get("eta"), fields.get("loss")
+        parts = [f"loss {loss:.3f}"] if isinstance(loss, float) else []
+        parts += [f"{eta:.0f} s left"] if isinstance(eta, float) else []
+        return Text("  ".join(parts), style="cyan")
+
+
+@contextmanager
+def progress_bars() -> Generator[Report, None, None]:
+    """Yield a report function; each stage and text gets a bar of its own."""
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        _Eta(),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        yield _Reporter(bars).report
+
+
+class _Reporter:
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+
+    def report(self, progress: Progress) -> None:
+        key = (progress.stage, progress.text)
+        if key not in self._tasks:
+            description = f"{progress.stage} {progress.text}".strip()
+            self._tasks[key] = self._bars.add_task(description, total=None)
+        self._bars.update(
+            self._tasks[key],
+            completed=progress.done,
+            total=progress.total or None,
+            loss=progress.loss,
+            eta=progress.eta_seconds,
+        )
