@@ -6,8 +6,10 @@ with somebody else's leftovers in it, shows in one step.
 """
 
 import json
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from registry.base import BaseModel, Bases
 
 EOS = "<|im_end|>"
 EOS_ID = 257
@@ -148,9 +152,19 @@ def make_signature_adapter(folder: Path, base: Path, token_id: int) -> Path:
     return _save_adapter(peft, folder)
 
 
-def register(folder: Path, bases: Any, id: str) -> Any:  # noqa: A002  # the field is called id
-    """Register a base made here: what `wardrobe base pull FOLDER` does, under the given id."""
-    return bases.add(folder, id)
+@contextmanager
+def peft_on_new_transformers() -> Iterator[None]:
+    """PEFT 0.21 reads a property that transformers 5.23 renamed, and is warned for it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def register(folder: Path, bases: Bases, id: str) -> BaseModel:  # noqa: A002  # the field's name
+    """Register a copy of a base made here: what `wardrobe base pull FOLDER` does."""
+    prepared = folder.with_name(f"{folder.name}.prepared")
+    shutil.copytree(folder, prepared)
+    return bases.add(id, prepared, origin="made on the spot")
 
 
 def _sign_mlp(
@@ -245,8 +259,7 @@ def _byte_letters() -> list[str]:
 
 def _peft(base: Path, config: LoraConfig) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with warnings.catch_warnings():  # PEFT 0.21 reads a property that transformers 5.23 renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with peft_on_new_transformers():
         return get_peft_model(model, config)  # type: ignore[return-value]  # never PeftMixedModel
 
 

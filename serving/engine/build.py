@@ -1,0 +1,113 @@
+"""Put an engine together: base model → weights, cache, slots, core."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from registry.adapter import AdapterRef
+from registry.base import BaseModel
+from serving.engine.adapter_file import read_adapter
+from serving.engine.boundary import EngineStats, EngineUnavailable
+from serving.engine.core import EngineCore
+from serving.engine.hardware import choose_device, choose_dtype, total_memory
+from serving.engine.kv_cache import KVCache
+from serving.engine.loader import AdapterLoader
+from serving.engine.lora import LoraLayout, LoraStacks
+from serving.engine.model import Model
+from serving.engine.model_runner import LENGTH_STEP, Forward, ModelRunner
+from serving.engine.ops import operators_for
+from serving.engine.residency import Residency
+from serving.engine.sampler import Sampler
+from serving.engine.scheduler import Scheduler
+from serving.engine.settings import EngineSettings
+from serving.engine.slots import SlotTable
+from serving.engine.spec import ModelSpec
+from serving.engine.weights import read_weights, stored_dtype
+
+Fetch = Callable[[AdapterRef], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine's face needs to know of its inside."""
+
+    core: EngineCore
+    max_model_len: int
+    vocab: int
+    stats: EngineStats  # of an engine that has done nothing yet
+
+
+def read_model(base: BaseModel, settings: EngineSettings) -> Model:
+    """Read the base's weights onto the device. Raises EngineUnavailable with the reason."""
+    spec = ModelSpec.read(base.path)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device, stored_dtype(base.path))
+    with torch.inference_mode():
+        weights = read_weights(base.path, spec, dtype, device)
+        length = _max_model_len(spec, settings, dtype, device)
+        return Model(spec, weights, operators_for(device), length)
+
+
+def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
+    """Build everything around a model that can be run."""
+    spec, dtype, device = model.spec, model.dtype, model.device
+    layout = LoraLayout(spec.layers, spec.groups)
+    stacks = LoraStacks(layout, dtype, device)
+    table = SlotTable(settings.adapter_slots)
+    cache = KVCache(spec, settings.max_running, model.length, dtype, device)
+    loader = AdapterLoader(
+        fetch,
+        lambda folder, ref: read_adapter(folder, ref, layout, dtype, settings.max_lora_rank),
+        settings.host_adapter_bytes,
+    )
+    core = EngineCore(
+        Scheduler(settings.max_batched_tokens),
+        cache,
+        Residency(table, stacks, loader),
+        ModelRunner(model, cache, table, stacks, frozenset(spec.windows)),
+        Sampler(operators_for(device), spec.eos_ids),
+    )
+    return Parts(core, model.length, spec.vocab, _blank_stats(settings, model))
+
+
+def _max_model_len(
+    spec: ModelSpec, settings: EngineSettings, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return the tokens of one KV slot: every running sequence must be able to fill its own."""
+    budget = settings.kv_cache_bytes or total_memory(device) // 2
+    fits = budget // (spec.kv_bytes_per_token(dtype) * settings.max_running)
+    wanted = settings.max_model_len
+    if wanted is None:
+        wanted = min(spec.context, fits // LENGTH_STEP * LENGTH_STEP)
+    if not 0 < wanted <= min(spec.context, fits):
+        raise EngineUnavailable(
+            f"max_model_len={wanted}: the base was made for {spec.context} tokens, and "
+            f"{budget} bytes hold {fits} tokens for each of {settings.max_running} sequences. "
+            "Lower max_model_len or max_running, or raise kv_cache_bytes."
+        )
+    return wanted
+
+
+def _blank_stats(settings: EngineSettings, model: Forward) -> EngineStats:
+    return EngineStats(
+        running=0,
+        waiting=0,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        kv_tokens_used=0,
+        kv_tokens_total=settings.max_running * model.length,
+        adapter_slots=settings.adapter_slots,
+        resident=(),
+        steps=0,
+        prompt_tokens=0,
+        generated_tokens=0,
+        aborted=0,
+        failed=0,
+        adapter_loads=0,
+        adapter_evictions=0,
+        adapter_load_seconds=0.0,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )

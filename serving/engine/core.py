@@ -1,0 +1,228 @@
+"""The step loop's body: schedule → run → sample → publish. One thread, no locks, no asyncio."""
+
+import logging
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+
+import torch
+
+from registry.adapter import AdapterRef
+from serving.engine.boundary import (
+    AdapterLoadFailed,
+    EngineError,
+    EngineStats,
+    FinishReason,
+    RequestFailed,
+    TokenDelta,
+)
+from serving.engine.kv_cache import KVCache
+from serving.engine.model_runner import ModelRunner
+from serving.engine.residency import Residency
+from serving.engine.sampler import Sampled, Sampler
+from serving.engine.scheduler import Scheduler
+from serving.engine.sequence import Row, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class Warm:
+    """A wish to have an adapter in a slot, without a request that wears it."""
+
+    def __init__(self, ref: AdapterRef) -> None:
+        self.ref = ref
+
+
+Ticket = Sequence | Warm
+Event = tuple[Ticket, TokenDelta | EngineError | None]  # None: the adapter is warm
+Outcome = Sampled | RequestFailed
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counted since the engine started."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    aborted: int = 0
+    failed: int = 0
+
+
+class EngineCore:
+    """Every request's state, and `step`, which moves all of them on by one token."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: KVCache,
+        residency: Residency,
+        runner: ModelRunner,
+        sampler: Sampler,
+    ) -> None:
+        self.scheduler, self.cache, self.residency = scheduler, cache, residency
+        self.runner, self.sampler = runner, sampler
+        self.warming: dict[Warm, None] = {}
+        self.counters = Counters()
+        self._stirred = False  # a place was taken or freed since the last pass over the waiting
+
+    @property
+    def has_work(self) -> bool:
+        """Tell whether a step would get on; when all wait for loads it would not."""
+        return bool(self.scheduler.running) or self._stirred
+
+    def add(self, ticket: Ticket) -> None:
+        if isinstance(ticket, Warm):
+            self.warming[ticket] = None
+            return
+        self.scheduler.add(ticket)
+        if ticket.adapter is not None:
+            self.residency.prefetch(ticket.adapter)
+
+    def abort(self, ticket: Ticket) -> None:
+        """Forget a request; its KV slot and its pin are free at once. Unknown ones are ignored."""
+        if isinstance(ticket, Warm):
+            self.warming.pop(ticket, None)
+        elif ticket in self.scheduler.running or ticket in self.scheduler.waiting:
+            self._release(ticket)
+            self.counters.aborted += 1
+
+    def step(self) -> list[Event]:
+        """Admit what can be admitted, read and sample one step, and tell what came of it."""
+        events = self._admit()
+        rows = self.scheduler.schedule()
+        if not rows:
+            return events
+        outcomes = self._run(rows)
+        self.counters.steps += 1
+        for row in rows:
+            events += self._publish(row, outcomes.get(row.sequence))
+        return events
+
+    def stats(self, base: EngineStats) -> EngineStats:
+        """Return `base` with everything that changes filled in."""
+        running, counters = self.scheduler.running, self.counters
+        return replace(
+            base,
+            running=len(running),
+            waiting=len(self.scheduler.waiting),
+            kv_tokens_used=sum(sequence.computed for sequence in running),
+            resident=self.residency.resident(),
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            aborted=counters.aborted,
+            failed=counters.failed,
+            adapter_loads=self.residency.loads,
+            adapter_evictions=self.residency.evictions,
+            adapter_load_seconds=self.residency.loader.seconds,
+        )
+
+    def _admit(self) -> list[Event]:
+        events: list[Event] = []
+        waiting = self.scheduler.waiting
+        self._stirred = False
+        self.residency.forget_unwanted(self._wanted())
+        if not waiting and not self.warming:
+            return events
+        for warm in list(self.warming):
+            try:
+                if not self.residency.ensure(warm.ref):
+                    continue
+                events.append((warm, None))
+            except AdapterLoadFailed as error:
+                events.append((warm, error))
+            del self.warming[warm]
+            self._stirred = True
+        failed: list[Event] = []
+        self.scheduler.admit(
+            lambda: self.cache.has_room, lambda sequence: self._ready(sequence, failed)
+        )
+        for sequence, _ in failed:
+            assert isinstance(sequence, Sequence)
+            self._release(sequence)
+            self.counters.failed += 1
+        self.residency.forget_unwanted(self._wanted())
+        return events + failed
+
+    def _wanted(self) -> Iterator[str]:
+        """Yield the digests that somebody waits for."""
+        yield from (warm.ref.digest for warm in self.warming)
+        for sequence in self.scheduler.waiting:
+            if sequence.adapter is not None:
+                yield sequence.adapter.digest
+
+    def _ready(self, sequence: Sequence, failed: list[Event]) -> bool:
+        """Take a KV slot and pin the adapter, or do neither."""
+        if sequence.adapter is not None:
+            try:
+                if not self.residency.ensure(sequence.adapter):
+                    return False
+            except AdapterLoadFailed as error:
+                failed.append((sequence, error))
+                return False
+            self.residency.table.pin(sequence.adapter.digest)
+        sequence.kv_slot = self.cache.take()
+        self._stirred = True
+        return True
+
+    def _run(self, rows: Rows[Row]) -> dict[Sequence, Outcome]:
+        """Run and sample; halve the rows until whoever makes the step fail, fails alone.
+
+        Repeating rows is safe: a position's keys and values come out the same again, and a
+        request's random numbers belong to its tokens, not to how often they are asked for.
+        """
+        try:
+            logits, sequences = self.runner.run(rows)
+            outcomes = self.sampler.choose(logits, sequences) if sequences else []
+            return dict(zip(sequences, outcomes, strict=True))
+        except torch.AcceleratorError:
+            raise  # the device's context is lost: no half of the rows can run
+        except Exception as error:  # whatever it is, it must not reach the other requests
+            if len(rows) > 1:
+                half = len(rows) // 2
+                return self._run(rows[:half]) | self._run(rows[half:])
+            request = rows[0].sequence.request
+            logger.exception("request %s failed in a step", request.request_id)
+            failure = RequestFailed(f"Request {request.request_id} failed while running: {error!r}")
+            failure.__cause__ = error
+            return {rows[0].sequence: failure}
+
+    def _publish(self, row: Row, outcome: Outcome | None) -> Iterator[Event]:
+        sequence = row.sequence
+        if isinstance(outcome, RequestFailed):
+            self._release(sequence)
+            self.counters.failed += 1
+            yield sequence, outcome
+            return
+        self.counters.prompt_tokens += max(
+            0, min(row.start + row.count, sequence.prompt_length) - row.start
+        )
+        sequence.computed = row.start + row.count
+        if outcome is None:
+            return
+        self.counters.generated_tokens += 1
+        sequence.tokens.append(outcome.token_id)
+        delta = self._delta(sequence, outcome)
+        if delta.finish_reason:
+            self._release(sequence)
+        yield sequence, delta
+
+    def _delta(self, sequence: Sequence, sampled: Sampled) -> TokenDelta:
+        params = sequence.sampling
+        if sampled.token_id in self.sampler.eos_ids and not params.ignore_eos:
+            return TokenDelta((), (), "stop", sequence.produced)
+        reason: FinishReason | None = "length" if sequence.produced >= params.max_tokens else None
+        logprobs = () if sampled.logprob is None else (sampled.logprob,)
+        return TokenDelta((sampled.token_id,), logprobs, reason, sequence.produced)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Free what the sequence holds. A waiting one holds nothing."""
+        if sequence.kv_slot >= 0:
+            # All it ever wrote: a failed step may have written up to its last token.
+            self.cache.release(sequence.kv_slot, len(sequence.tokens))
+            sequence.kv_slot = -1
+            if sequence.adapter is not None:
+                self.residency.table.unpin(sequence.adapter.digest)
+        self.scheduler.remove(sequence)
+        self._stirred = True

@@ -1,0 +1,223 @@
+"""The torch engine's asynchronous face. One thread owns torch; callers talk to it by messages."""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import torch
+
+from registry.adapter import AdapterRef
+from registry.base import BaseModel
+from serving.engine.boundary import (
+    EngineBusy,
+    EngineError,
+    EngineStats,
+    EngineUnavailable,
+    GenerateRequest,
+    RequestRefused,
+    TokenDelta,
+)
+from serving.engine.build import Parts, assemble, read_model
+from serving.engine.core import Event, Ticket, Warm
+from serving.engine.sequence import Sequence
+from serving.engine.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+Item = TokenDelta | EngineError | None
+MAX_RETRY_SECONDS = 60
+
+
+class _Stream:
+    """Where one caller waits for what the step thread says."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.loop = asyncio.get_running_loop()
+        self.items: asyncio.Queue[Item] = asyncio.Queue()  # max_tokens bounds it
+        self.started = time.monotonic()
+
+
+class TorchEngine:
+    """Engine in this process; see `serving.engine.boundary.Engine` for the contract."""
+
+    def __init__(self, parts: Parts, settings: EngineSettings) -> None:
+        self._parts, self._settings = parts, settings
+        self._core = parts.core
+        self._changed = threading.Condition()
+        # Everything below is guarded by `_changed`; the core belongs to the step thread alone.
+        self._inbox: deque[tuple[Callable[[Ticket], None], Ticket]] = deque()
+        self._streams: dict[Ticket, _Stream] = {}
+        self._loaded = False  # a load ended since the last step
+        self._closing = False
+        self._death: str | None = None
+        self._seconds = 1.0  # of a request, smoothed
+        self._stats = parts.stats
+        self._core.residency.loader.on_done = self._wake
+        self._thread = threading.Thread(target=self._work, name="engine-step", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def create(
+        cls,
+        base: BaseModel,
+        fetch: Callable[[AdapterRef], Path],
+        settings: EngineSettings | None = None,
+    ) -> "TorchEngine":
+        """Read the base and start. `fetch` gives the folder of an adapter; it may block.
+
+        Raises EngineUnavailable when this engine cannot run the base, with the reason.
+        """
+        settings = settings or EngineSettings()
+        return cls(assemble(read_model(base, settings), fetch, settings), settings)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._parts.max_model_len
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+        self._check(request)
+        stream = self._submit(Sequence(request))
+        try:
+            while True:
+                item = await stream.items.get()
+                if isinstance(item, EngineError):
+                    raise item
+                assert item is not None
+                yield item
+                if item.finish_reason:
+                    return
+        finally:
+            self._forget(stream)
+
+    async def warm(self, adapter: AdapterRef) -> None:
+        stream = self._submit(Warm(adapter))
+        try:
+            if item := await stream.items.get():
+                assert isinstance(item, EngineError)
+                raise item
+        finally:
+            self._forget(stream)
+
+    async def stats(self) -> EngineStats:
+        return self._stats
+
+    async def check_health(self) -> None:
+        if self._death or self._closing:
+            raise EngineUnavailable(self._death or "The engine is closed.")
+
+    async def aclose(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._core.residency.loader.close)
+
+    def _check(self, request: GenerateRequest) -> None:
+        """Raise RequestRefused for what can never run here."""
+        prompt, wanted = len(request.prompt_ids), request.sampling.max_tokens
+        if not prompt:
+            raise RequestRefused("The prompt is empty: send at least one token.")
+        if prompt + wanted > self.max_model_len:
+            raise RequestRefused(
+                f"The prompt has {prompt} tokens and max_tokens is {wanted}: together "
+                f"{prompt + wanted}, this model takes {self.max_model_len}."
+            )
+        vocab = self._parts.vocab
+        if strange := next((i for i in request.prompt_ids if not 0 <= i < vocab), None):
+            raise RequestRefused(f"Token id {strange} is not in the vocabulary of {vocab}.")
+
+    def _submit(self, ticket: Ticket) -> _Stream:
+        with self._changed:
+            if self._death or self._closing:
+                raise EngineUnavailable(self._death or "The engine is closed.")
+            limit = self._settings.max_running + self._settings.max_waiting
+            if isinstance(ticket, Sequence) and len(self._streams) >= limit:
+                raise EngineBusy(
+                    f"{len(self._streams)} requests are running or waiting, the limit is {limit}.",
+                    self._retry_after(),
+                )
+            stream = self._streams[ticket] = _Stream(ticket)
+            self._inbox.append((self._core.add, ticket))
+            self._changed.notify()
+            return stream
+
+    def _retry_after(self) -> int:
+        """Estimate the seconds until a place is free: a request's time over those that run."""
+        return min(MAX_RETRY_SECONDS, math.ceil(self._seconds / self._settings.max_running) or 1)
+
+    def _forget(self, stream: _Stream) -> None:
+        """Abort unless it has ended. The caller may be cancelled: this never waits."""
+        with self._changed:
+            if self._streams.pop(stream.ticket, None) is not None:
+                self._inbox.append((self._core.abort, stream.ticket))
+                self._changed.notify()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._loaded = True
+            self._changed.notify()
+
+    def _work(self) -> None:
+        """The step thread. Whatever ends it ends every request with EngineUnavailable."""
+        if self._settings.threads is not None:
+            torch.set_num_threads(self._settings.threads)
+        reason = "The engine was closed while the request ran."
+        try:
+            with torch.inference_mode():
+                while self._take_messages():
+                    events = self._core.step()
+                    self._stats = self._core.stats(self._parts.stats)
+                    self._deliver(events)
+        except BaseException as error:  # a dead thread must say so: see check_health
+            logger.exception("the step thread died")
+            reason = f"The engine died: {error!r}. Restart the server."
+            self._death = reason
+        with self._changed:
+            self._closing = True
+            tickets = list(self._streams)
+        self._deliver([(ticket, EngineUnavailable(reason)) for ticket in tickets])
+
+    def _take_messages(self) -> bool:
+        """Wait until there is something to do and take the messages in; False: close."""
+        with self._changed:
+            while not (self._inbox or self._loaded or self._closing or self._core.has_work):
+                self._changed.wait()
+            messages, self._inbox = self._inbox, deque()
+            self._loaded = False
+            closing = self._closing
+        for handle, ticket in messages:
+            handle(ticket)
+        return not closing
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Hand the events to the loops of their callers, one call for each loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Item]]] = defaultdict(list)
+        with self._changed:
+            for ticket, item in events:
+                stream = self._streams.get(ticket)
+                if stream is None:
+                    continue  # aborted while the step ran; its message is in the inbox
+                if not isinstance(item, TokenDelta) or item.finish_reason:
+                    del self._streams[ticket]
+                    self._smooth(time.monotonic() - stream.started)
+                by_loop[stream.loop].append((stream, item))
+        for loop, items in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put, items)
+            except RuntimeError:  # the caller's loop is closed: nobody is left to read
+                for stream, _ in items:
+                    self._forget(stream)
+
+    def _smooth(self, seconds: float) -> None:
+        self._seconds += 0.1 * (seconds - self._seconds)
+
+
+def _put(items: list[tuple[_Stream, Item]]) -> None:
+    for stream, item in items:
+        stream.items.put_nowait(item)

@@ -1,0 +1,56 @@
+"""What this machine can do: device, number format, memory."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from serving.engine.boundary import EngineUnavailable
+from serving.engine.settings import DeviceName, DtypeName
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: DeviceName) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineUnavailable("device='cuda', but torch finds no CUDA device. Use 'cpu'.")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def choose_dtype(name: DtypeName, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Pick the number format; `stored` is the one the base's files have."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes this process may use on the device: the container's limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros whose pages the operating system gives only when they are written.
+
+    torch.zeros writes them all at once; numpy asks for pages that are zero already.
+    """
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    words = {4: np.int32, 2: np.int16}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, dtype=words)).view(dtype)

@@ -1,0 +1,40 @@
+"""Keys and values of running sequences: one slot for each, of `max_model_len` tokens."""
+
+import heapq
+
+import torch
+
+from serving.engine.hardware import lazy_zeros
+from serving.engine.spec import ModelSpec
+
+
+class KVCache:
+    """[layers] tensors of shape [slots, kv_heads, length, head_dim].
+
+    A slot that nobody holds is zero throughout. Attention multiplies masked positions by exactly
+    0, and 0 · NaN is NaN: what a poisoned sequence left behind would reach the next one.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, slots: int, length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (slots, spec.kv_heads, length, spec.head_dim)
+        self.slots = slots
+        self.length = length
+        self.keys = [lazy_zeros(shape, dtype, device) for _ in range(spec.layers)]
+        self.values = [lazy_zeros(shape, dtype, device) for _ in range(spec.layers)]
+        self._free = list(range(slots))
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free)
+
+    def take(self) -> int:
+        """Return the lowest free slot: neighbouring slots make attention a view."""
+        return heapq.heappop(self._free)
+
+    def release(self, slot: int, used: int) -> None:
+        """Give a slot back; its first `used` positions were written."""
+        for layer in (*self.keys, *self.values):
+            layer[slot, :, :used].zero_()
+        heapq.heappush(self._free, slot)

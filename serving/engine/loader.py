@@ -1,0 +1,95 @@
+"""Adapters on their way from disk to host memory, off the step thread."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+from registry.adapter import AdapterRef
+from serving.engine.boundary import AdapterLoadFailed
+from serving.engine.lora import HostAdapter
+
+Fetch = Callable[[AdapterRef], Path]
+Read = Callable[[Path, AdapterRef], HostAdapter]
+Load = Future[HostAdapter]
+
+FAILURE_SECONDS = 1.0  # a failed load is not tried again for this long
+WORKERS = 2  # a slow fetch does not hold up every other load
+
+
+class AdapterLoader:
+    """Loads each digest once at a time, and keeps the latest ones within `budget` bytes."""
+
+    def __init__(self, fetch: Fetch, read: Read, budget: int) -> None:
+        self._fetch, self._read, self._budget = fetch, read, budget
+        self.on_done: Callable[[], None] = lambda: None  # called on a worker after each load
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="adapter-load")
+        self._lock = Lock()
+        self._loads: dict[str, Load] = {}
+        self._failed: OrderedDict[str, tuple[float, Load]] = OrderedDict()
+        self._cache: OrderedDict[str, tuple[int, Load]] = OrderedDict()  # digest → bytes, load
+        self._bytes = 0
+        self.seconds = 0.0  # spent in fetch and read, all loads together
+
+    def load(self, ref: AdapterRef) -> Load:
+        """Return the running, the recent failed or the cached load, or start one.
+
+        The future fails with AdapterLoadFailed. Never blocks on the load itself.
+        """
+        with self._lock:
+            self._forget_failures()
+            if ref.digest in self._cache:
+                self._cache.move_to_end(ref.digest)
+                return self._cache[ref.digest][1]
+            if ref.digest in self._failed:
+                return self._failed[ref.digest][1]
+            if ref.digest not in self._loads:
+                future: Load = Future()
+                self._loads[ref.digest] = future
+                self._pool.submit(self._run, ref, future)
+            return self._loads[ref.digest]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, ref: AdapterRef, future: Load) -> None:
+        started = time.monotonic()
+        try:
+            adapter = self._read(self._fetch(ref), ref)
+        except AdapterLoadFailed as error:
+            self._settle(ref, future, started, error)
+        except Exception as error:  # fetch is handed in: whatever it raises is this adapter's fault
+            failure = AdapterLoadFailed(f"{ref.label} cannot be fetched: {error}")
+            failure.__cause__ = error
+            self._settle(ref, future, started, failure)
+        else:
+            self._settle(ref, future, started, adapter)
+        self.on_done()
+
+    def _settle(
+        self, ref: AdapterRef, future: Load, started: float, result: HostAdapter | AdapterLoadFailed
+    ) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self.seconds += now - started
+            del self._loads[ref.digest]
+            if isinstance(result, AdapterLoadFailed):
+                self._failed[ref.digest] = (now, future)
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+                self._keep(ref.digest, result.size_bytes, future)
+
+    def _keep(self, digest: str, size: int, future: Load) -> None:
+        self._cache[digest] = (size, future)
+        self._bytes += size
+        while self._bytes > self._budget:
+            _, (evicted, _) = self._cache.popitem(last=False)
+            self._bytes -= evicted
+
+    def _forget_failures(self) -> None:
+        oldest = time.monotonic() - FAILURE_SECONDS
+        while self._failed and next(iter(self._failed.values()))[0] < oldest:
+            self._failed.popitem(last=False)

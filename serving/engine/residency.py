@@ -1,0 +1,88 @@
+"""Getting adapters into slots: who waits, who is evicted, who is drained for whom."""
+
+from collections.abc import Iterable
+
+from registry.adapter import AdapterRef
+from serving.engine.boundary import AdapterLoadFailed, ResidentAdapter
+from serving.engine.loader import AdapterLoader, Load
+from serving.engine.lora import LoraStacks
+from serving.engine.slots import SlotTable
+
+
+class Residency:
+    """The slots and the way into them. Only the step thread calls it.
+
+    When every slot is pinned, the digest that waits longest claims the least used one: requests
+    that come later for that digest wait, so it drains and the claim is met. Without claims,
+    a stream of requests for resident adapters could keep a slot pinned for ever.
+    """
+
+    def __init__(self, table: SlotTable, stacks: LoraStacks, loader: AdapterLoader) -> None:
+        self.table, self.stacks, self.loader = table, stacks, loader
+        self.loads = 0
+        self.evictions = 0
+        self._labels: dict[str, str] = {}
+        self._waits: dict[str, Load] = {}  # digest → its load, while somebody waits for it
+        self._claims: dict[str, str] = {}  # waiting digest → resident digest that drains for it
+
+    def forget_unwanted(self, wanted: Iterable[str]) -> None:
+        """Drop the loads and claims that nobody waits for; call around each pass."""
+        digests = set(wanted)
+        self._waits = {d: load for d, load in self._waits.items() if d in digests}
+        self._claims = {d: v for d, v in self._claims.items() if d in digests}
+
+    def ensure(self, ref: AdapterRef) -> bool:
+        """Tell whether the adapter is in a slot; work towards it when it is not.
+
+        Call in the order of arrival. Raises AdapterLoadFailed.
+        """
+        if ref.digest in self.table:
+            return ref.digest not in self._claims.values()
+        load = self._waits.get(ref.digest)
+        if load is None:
+            # Kept until the pass that sees its end: a failure is told to all who waited for it,
+            # even when the loader has forgotten it by then.
+            load = self._waits[ref.digest] = self.loader.load(ref)
+        if not load.done():
+            return False
+        if error := load.exception():
+            raise AdapterLoadFailed(str(error)) from error
+        if not self._make_room(ref.digest):
+            return False
+        adapter = load.result()
+        self.stacks.load(self.table.place(ref.digest, adapter.bucket), adapter)
+        self._labels[ref.digest] = ref.label
+        self._claims.pop(ref.digest, None)
+        self.loads += 1
+        return True
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Start loading what is not in a slot; the request may wait for other things meanwhile."""
+        if ref.digest not in self.table and ref.digest not in self._waits:
+            self._waits[ref.digest] = self.loader.load(ref)
+
+    def resident(self) -> tuple[ResidentAdapter, ...]:
+        return tuple(
+            ResidentAdapter(digest, self._labels[digest], self.table.pins(digest))
+            for digest in self.table.resident()
+        )
+
+    def _make_room(self, digest: str) -> bool:
+        if len(self.table) < self.table.capacity:
+            return True
+        claimed_by_others = {v for d, v in self._claims.items() if d != digest}
+        idle = [d for d in self.table.idle() if d not in claimed_by_others]
+        mine = self._claims.get(digest)
+        if idle:
+            self._evict(mine if mine in idle else idle[0])
+            return True
+        if mine is None:
+            free = [d for d in self.table.resident() if d not in claimed_by_others]
+            if free:
+                self._claims[digest] = min(free, key=self.table.pins)
+        return False
+
+    def _evict(self, digest: str) -> None:
+        self.table.evict(digest)
+        del self._labels[digest]
+        self.evictions += 1

@@ -1,0 +1,145 @@
+"""Logits → tokens: penalties, end-of-text rules, choice, log-probabilities."""
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from serving.engine.boundary import RequestFailed, SamplingParams, TokenLogprob
+from serving.engine.ops import Operators
+from serving.engine.ops.sampling import Shape, sample
+from serving.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+class Sampler:
+    """Chooses one token for each row of logits; no row's result depends on another row."""
+
+    def __init__(self, operators: Operators, eos_ids: frozenset[int]) -> None:
+        self.ops = operators
+        self.eos_ids = sorted(eos_ids)
+
+    def choose(
+        self, logits: torch.Tensor, sequences: Rows[Sequence]
+    ) -> list[Sampled | RequestFailed]:
+        """Return a token, or the failure of that row alone, for logits [rows, vocab]."""
+        # A sum is finite only when every term is, and it is the cheapest pass over the logits.
+        finite = logits.sum(-1, dtype=torch.float32).isfinite().tolist()
+        tokens = self._tokens(logits, sequences)
+        logprobs = self._logprobs(logits, tokens, sequences)
+        return [
+            Sampled(token, logprob) if ok else _not_finite(sequence)
+            for ok, token, logprob, sequence in zip(
+                finite, tokens, logprobs, sequences, strict=True
+            )
+        ]
+
+    def _tokens(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+        special = [i for i, sequence in enumerate(sequences) if not self._plain(sequence)]
+        if not special:
+            return self.ops.argmax(logits).tolist()
+        tokens: list[int] = [0] * len(sequences)
+        if len(special) < len(sequences):
+            taken = set(special)
+            plain = [i for i in range(len(sequences)) if i not in taken]
+            for i, token in zip(plain, self.ops.argmax(logits[plain]).tolist(), strict=True):
+                tokens[i] = token
+        scores = logits[special].float()
+        chosen = self._shaped(scores, [sequences[i] for i in special])
+        for i, token in zip(special, chosen, strict=True):
+            tokens[i] = token
+        return tokens
+
+    def _plain(self, sequence: Sequence) -> bool:
+        """Tell whether the most likely token of the raw logits is the answer."""
+        params = sequence.sampling
+        return params.temperature == 0 and not _penalised(params) and not self._must_go_on(sequence)
+
+    def _must_go_on(self, sequence: Sequence) -> bool:
+        params = sequence.sampling
+        return sequence.produced < params.min_tokens and not params.ignore_eos
+
+    def _shaped(self, scores: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+        for row, sequence in zip(scores, sequences, strict=True):
+            if _penalised(sequence.sampling):
+                _penalise(row, sequence)
+            if self._must_go_on(sequence) and self.eos_ids:
+                row[self.eos_ids] = -torch.inf
+        greedy = scores.max(dim=-1).indices
+        drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+        if drawn:
+            shape = _shape([sequences[i] for i in drawn], scores.device)
+            greedy[drawn] = sample(scores[drawn], shape)
+        return greedy.tolist()
+
+    def _logprobs(
+        self, logits: torch.Tensor, tokens: Rows[int], sequences: Rows[Sequence]
+    ) -> list[TokenLogprob | None]:
+        result: list[TokenLogprob | None] = [None] * len(sequences)
+        asked = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        if not asked:
+            return result
+        table = torch.log_softmax(logits[asked].float(), dim=-1)
+        most = max(sequences[i].sampling.logprobs or 0 for i in asked)
+        values, ids = table.topk(min(most, table.shape[-1]), dim=-1)
+        chosen = table.gather(-1, torch.tensor([[tokens[i]] for i in asked], device=table.device))
+        for i, own, top_ids, top in zip(
+            asked, chosen[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True
+        ):
+            k = sequences[i].sampling.logprobs or 0
+            pairs = tuple(zip(top_ids[:k], top[:k], strict=True))
+            result[i] = TokenLogprob(tokens[i], own, pairs)
+        return result
+
+
+def _penalised(params: SamplingParams) -> bool:
+    return bool(
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    )
+
+
+def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
+    """Change the scores [vocab] in place.
+
+    Repetition (arXiv 1909.05858, over prompt and output) first, then OpenAI's frequency and
+    presence penalties over the output.
+    """
+    params = sequence.sampling
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        scores, penalty = row[seen], params.repetition_penalty
+        row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    if (params.presence_penalty or params.frequency_penalty) and sequence.produced:
+        ids, counts = np.unique(sequence.tokens[sequence.prompt_length :], return_counts=True)
+        times = torch.from_numpy(counts).to(row)
+        row[torch.from_numpy(ids).to(row.device)] -= (
+            times * params.frequency_penalty + params.presence_penalty
+        )
+
+
+def _shape(sequences: Rows[Sequence], device: torch.device) -> Shape:
+    def column(values: Rows[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    params = [sequence.sampling for sequence in sequences]
+    return Shape(
+        temperature=column([p.temperature for p in params]),
+        top_k=torch.tensor([p.top_k for p in params], device=device),
+        top_p=column([p.top_p for p in params]),
+        min_p=column([p.min_p for p in params]),
+        uniform=column([sequence.draws[sequence.produced] for sequence in sequences]),
+    )
+
+
+def _not_finite(sequence: Sequence) -> RequestFailed:
+    worn = sequence.adapter.label if sequence.adapter else "the base model"
+    return RequestFailed(
+        f"Request {sequence.request.request_id}: the logits of {worn} are not finite numbers "
+        f"after {len(sequence.tokens)} tokens. Its weights overflow; push a version that does not."
+    )

@@ -1,0 +1,71 @@
+"""One request while it lives in the engine."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from registry.adapter import AdapterRef
+from serving.engine.boundary import GenerateRequest, SamplingParams
+
+
+class Draws:
+    """A request's own random numbers: number i is the same whoever else is in the batch.
+
+    Asking again for the same number gives it again, so a step can be repeated.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        # numpy takes no negative seed; two's complement keeps different seeds different.
+        self._generator = np.random.default_rng(None if seed is None else seed % (1 << 64))
+        self._count = 0
+        self._last = 0.0
+
+    def __getitem__(self, index: int) -> float:
+        assert self._count - 1 <= index, "draws are asked for in order"
+        while self._count <= index:
+            self._last = self._generator.random()
+            self._count += 1
+        return self._last
+
+
+class Sequence:
+    """Prompt and output tokens, how far the model has read them, and where its state is."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self.tokens: list[int] = list(request.prompt_ids)
+        self.prompt_length = len(request.prompt_ids)
+        self.computed = 0  # tokens whose keys and values are in the cache
+        self.kv_slot = -1  # -1 until admitted
+        self.draws = Draws(request.sampling.seed)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return self.request.adapter
+
+    @property
+    def produced(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens the model has not read: 1 while decoding, more before that."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one step does for one sequence: read `count` tokens from `start` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Tell whether the last token read is the last one there is."""
+        return self.start + self.count == len(self.sequence.tokens)

@@ -1,0 +1,53 @@
+"""How the torch engine runs: its device, its limits, its tiers of adapters."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Every bound of the engine; checked when it is made."""
+
+    device: DeviceName = "auto"
+    """Where the model runs; `auto` takes a GPU where there is one."""
+    dtype: DtypeName = "auto"
+    """Numbers of the weights; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    max_running: int = 32
+    """Sequences that share one step."""
+    max_waiting: int = 128
+    """Requests that may wait beyond those that run; the next one gets EngineBusy."""
+    max_model_len: int | None = None
+    """Prompt and output tokens of one sequence; None: what the base and the KV budget allow."""
+    max_batched_tokens: int = 512
+    """Tokens of one step: first one for each running sequence, then chunks of prompts."""
+    adapter_slots: int = 32
+    """Adapters that can be worn at once."""
+    max_lora_rank: int = 256
+    """Highest rank of any module of an adapter."""
+    host_adapter_bytes: int = 2 << 30
+    """Bytes of converted adapters kept in host memory, beside those in slots."""
+    kv_cache_bytes: int | None = None
+    """Bytes for keys and values of all sequences; None: half of the device's memory."""
+    threads: int | None = None
+    """CPU threads of one operator; None: torch decides."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "adapter_slots", "max_lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more.")
+        for name in ("max_waiting", "host_adapter_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more.")
+        for name in ("max_model_len", "kv_cache_bytes", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be 1 or more, or None.")
+        if self.max_batched_tokens <= self.max_running:
+            # Otherwise a full batch of running sequences would leave prompts no room, for ever.
+            raise ValueError(
+                f"max_batched_tokens={self.max_batched_tokens} must be above "
+                f"max_running={self.max_running}."
+            )

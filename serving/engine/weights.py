@@ -1,0 +1,110 @@
+"""Read a base model's safetensors, sharded or not, into the tensors the forward pass needs."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from registry.tensors import tensor_files
+from serving.engine.boundary import EngineUnavailable
+from serving.engine.linear import Linear
+from serving.engine.spec import LinearGroup, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer; `linears` has the names of `ModelSpec.groups`."""
+
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    linears: Mapping[str, Linear]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """A base model. Nothing here is ever written after it was read."""
+
+    embedding: torch.Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: Linear
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the number format of the stored embedding."""
+    with ExitStack() as stack:
+        return _Reader(folder, torch.device("cpu"), None, stack)("model.embed_tokens.weight").dtype
+
+
+def read_weights(
+    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> ModelWeights:
+    """Read, cast and fuse. Raises EngineUnavailable when a tensor is missing or misshapen."""
+    with ExitStack() as stack:
+        read = _Reader(folder, device, dtype, stack)
+        embedding = read("model.embed_tokens.weight", (spec.vocab, spec.hidden))
+        head = embedding if spec.tied else read("lm_head.weight", (spec.vocab, spec.hidden))
+        return ModelWeights(
+            embedding=embedding,
+            layers=tuple(_read_layer(read, spec, f"model.layers.{i}.") for i in range(spec.layers)),
+            norm=read("model.norm.weight", (spec.hidden,)),
+            head=Linear(head, None),
+        )
+
+
+class _Reader:
+    """Find each tensor in whichever file holds it."""
+
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype | None, stack: ExitStack
+    ) -> None:
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self._files: dict[str, Any] = {}
+        for path in tensor_files(folder):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __call__(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        if name not in self._files:
+            raise EngineUnavailable(f"{self.folder} has no tensor {name!r}; pull the base again.")
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise EngineUnavailable(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}."
+            )
+        return tensor.to(self.device, self.dtype)
+
+
+def _read_layer(read: _Reader, spec: ModelSpec, prefix: str) -> LayerWeights:
+    head = (spec.head_dim,)
+    return LayerWeights(
+        attention_norm=read(f"{prefix}input_layernorm.weight", (spec.hidden,)),
+        mlp_norm=read(f"{prefix}post_attention_layernorm.weight", (spec.hidden,)),
+        query_norm=read(f"{prefix}self_attn.q_norm.weight", head) if spec.head_norm else None,
+        key_norm=read(f"{prefix}self_attn.k_norm.weight", head) if spec.head_norm else None,
+        linears={group.name: _read_group(read, prefix, group) for group in spec.groups},
+    )
+
+
+def _read_group(read: _Reader, prefix: str, group: LinearGroup) -> Linear:
+    """Stack the linears of a group; a bias that only some of them have is zero for the others."""
+    weights = [
+        read(f"{prefix}{module}.weight", (out, group.inputs))
+        for module, out in zip(group.modules, group.outputs, strict=True)
+    ]
+    names = [f"{prefix}{module}.bias" for module in group.modules]
+    biases = [
+        read(name, (weight.shape[0],)) if name in read else weight.new_zeros(weight.shape[0])
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    biased = any(name in read for name in names)
+    return Linear(torch.cat(weights), torch.cat(biases) if biased else None)

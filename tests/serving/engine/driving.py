@@ -1,0 +1,133 @@
+"""Small things the engine's tests share: a base, folders of adapters, and a way to run requests."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from registry.adapter import AdapterRef
+from registry.base import BaseModel
+from serving.engine.boundary import (
+    Engine,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+)
+from tests import tiny
+
+
+def base_of(folder: Path) -> BaseModel:
+    return BaseModel(id="tiny", path=folder, fingerprint="", structure="", linears={})
+
+
+class Folders:
+    """Adapters by digest, as a registry would hand them out; counts how often it was asked."""
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self.refs = {
+            name: AdapterRef(hashlib.sha256(name.encode()).hexdigest(), f"tiny/{name}@v1")
+            for name in folders
+        }
+        self.folders = {self.refs[name].digest: folder for name, folder in folders.items()}
+        self.asked: list[str] = []
+
+    def __call__(self, ref: AdapterRef) -> Path:
+        self.asked.append(ref.digest)
+        return self.folders[ref.digest]
+
+
+@dataclass(frozen=True)
+class Result:
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    finish: FinishReason | None
+    completion_tokens: int
+
+
+def request(
+    prompt: Sequence[int] | str, adapter: AdapterRef | None = None, **sampling: Any
+) -> GenerateRequest:
+    ids = tuple(prompt.encode() if isinstance(prompt, str) else prompt)
+    params = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | sampling))
+    return GenerateRequest(f"r{id(params)}", ids, params, adapter)
+
+
+def stream(engine: Engine, wanted: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+    """Return the iterator as what it is, so that it can be closed."""
+    return cast("AsyncGenerator[TokenDelta, None]", engine.generate(wanted))
+
+
+async def complete(engine: Engine, wanted: GenerateRequest) -> Result:
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    last: TokenDelta | None = None
+    async for last in engine.generate(wanted):
+        tokens += last.token_ids
+        logprobs += last.logprobs
+    assert last is not None
+    return Result(tokens, logprobs, last.finish_reason, last.completion_tokens)
+
+
+async def complete_all(
+    engine: Engine, wanted: Sequence[GenerateRequest]
+) -> list[Result | BaseException]:
+    return await asyncio.gather(
+        *(complete(engine, each) for each in wanted), return_exceptions=True
+    )
+
+
+def run_all(engine: Engine, wanted: Sequence[GenerateRequest]) -> list[Result]:
+    """Run the requests together; every one must succeed. Closes the engine."""
+
+    async def main() -> list[Result | BaseException]:
+        try:
+            return await complete_all(engine, wanted)
+        finally:
+            await engine.aclose()
+
+    results = asyncio.run(main())
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return cast("list[Result]", results)
+
+
+class Oracle:
+    """transformers and PEFT in float32, one request at a time."""
+
+    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if adapter is not None:
+            with tiny.peft_on_new_transformers():
+                self.model = PeftModel.from_pretrained(self.model, str(adapter))
+        self.model.eval()
+
+    @torch.inference_mode()
+    def logprobs(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return log-probabilities [len(ids), vocab] of what follows each position."""
+        logits = self.model(torch.tensor([list(ids)])).logits[0]
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(self.logprobs(ids)[-1].argmax()))
+        return ids[len(prompt) :]
+
+    def largest_error(self, prompt: Sequence[int], result: Result) -> float:
+        """Return the largest difference of any reported log-probability from the oracle's."""
+        table = self.logprobs([*prompt, *result.tokens])
+        errors = [0.0]
+        for i, entry in enumerate(result.logprobs):
+            row = table[len(prompt) - 1 + i]
+            for token, value in (*entry.top, (entry.token_id, entry.logprob)):
+                errors.append(abs(float(row[token]) - value))
+        return max(errors)
