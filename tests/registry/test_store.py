@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sqlite3
 import threading
@@ -409,8 +410,6 @@ def test_a_database_that_is_none_is_refused_in_clear_words(tmp_path: Path, bases
 def test_opening_sweeps_old_leftovers_and_spares_what_is_new(
     registry: Registry, bases: Bases
 ) -> None:
-    import os
-
     old, new = registry.home / "staging" / "old", registry.home / "staging" / "new"
     old_tmp, new_tmp = registry.home / "blobs/tmp/old", registry.home / "blobs/tmp/new"
     for folder in (old, new, old_tmp.parent):
