@@ -133,6 +133,7 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message: Any = await self._receive()
         except TimeoutError:
+            self._discards = False  # it had its time
             raise RequestError(
                 f"The body did not arrive within {self._timeout:.0f} seconds.",
                 code="request_timeout",
