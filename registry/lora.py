@@ -75,6 +75,8 @@ class AdapterConfig:
             return False
         if self.targets_regex is not None:
             return True
+        if module in self.target_modules:
+            return True  # peft: a full name counts whatever the layers are
         return _ends_with(module, self.target_modules) and self._in_layers(module)
 
     def resolved(self, base_id: str, modules: Collection[str]) -> "AdapterConfig":

@@ -1,4 +1,4 @@
-"""PEFT is the oracle: what it saves is accepted, what is pulled loads in it, rules agree with it."""
+"""PEFT is the oracle: what it saves is accepted, what is pulled loads in it, the rules agree."""
 
 import json
 from pathlib import Path
@@ -26,6 +26,12 @@ BASE = "acme/tiny-llama"
 NAME = AdapterName.parse("acme/support")
 IDS = torch.tensor([[5, 17, 33, 80, 2]])
 
+# peft 0.21 asks transformers 5 for an attribute that has a new name.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning"),
+]
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "lora_alpha": 5},
@@ -36,7 +42,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 1, "q_proj": 30},
     },
     "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "excluded": {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+    },
     "regex": {"target_modules": r".*layers\.\d\.self_attn\.(q|o)_proj"},
     "gaussian": {"target_modules": ["o_proj"], "init_lora_weights": "gaussian"},
 }  # fmt: skip

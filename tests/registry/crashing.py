@@ -1,0 +1,80 @@
+"""What the crash tests run in other processes: `python -m tests.registry.crashing COMMAND …`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from registry.adapter import AdapterName
+from registry.base import Bases
+from registry.errors import WardrobeError
+from registry.store import Registry
+from tests.registry.making import adapter_tensors, make_adapter
+
+NAME = AdapterName.parse("acme/support")
+ACK = "pushed and acknowledged"
+
+
+def work(root: Path, log: Path, seed: int) -> None:
+    """Push and move the alias for ever; note what was acknowledged in `log`, synced."""
+    folder, rng = make_adapter(root / f"work-{seed}"), np.random.default_rng(seed)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def acknowledge(what: str, number: int, key: str) -> None:
+        os.write(descriptor, json.dumps([what, number, key]).encode() + b"\n")
+        os.fsync(descriptor)
+
+    with Registry.open(root / "home", Bases(root / "bases")) as registry:
+        while True:
+            save_file(
+                adapter_tensors(int(rng.integers(1 << 40))), folder / "adapter_model.safetensors"
+            )
+            version = registry.push(folder, NAME, actor="test").version
+            acknowledge("push", version.number, version.digest)
+            move = registry.promote(NAME, version.number, reason="test", actor="test")
+            acknowledge("promote", move.alias.number, str(move.alias.generation))
+            if rng.random() < 0.3 and version.number > 1:
+                move = registry.rollback(NAME, reason="test", actor="test")
+                acknowledge("rollback", move.alias.number, str(move.alias.generation))
+
+
+def zygote(root: Path, log: Path) -> None:
+    """Fork a worker for each seed that is read: killed workers cost no interpreter start."""
+    for line in sys.stdin:
+        worker = os.fork()
+        if worker == 0:
+            work(root, log, int(line))
+        print(worker, flush=True)
+        os.waitpid(worker, 0)
+
+
+def push_once(root: Path, folder: Path) -> None:
+    """Push and then say so in one write, which a system call trace shows."""
+    with Registry.open(root / "home", Bases(root / "bases")) as registry:
+        try:
+            registry.push(folder, NAME, actor="test")
+        except WardrobeError as error:
+            sys.exit(f"{error.code}: {error.message}")
+        os.write(1, ACK.encode())
+
+
+def push_many(root: Path, seeds: str) -> None:
+    """Push the content of each seed once and print digest and number."""
+    with Registry.open(root / "home", Bases(root / "bases")) as registry:
+        for seed in map(int, seeds.split(",")):
+            folder = make_adapter(root / f"{os.getpid()}-{seed}", seed=seed)
+            push = registry.push(folder, NAME, actor="test")
+            print(json.dumps([seed, push.version.number, push.version.digest, push.created]))
+
+
+if __name__ == "__main__":
+    command, root, *rest = sys.argv[1:]
+    if command == "zygote":
+        zygote(Path(root), Path(rest[0]))
+    elif command == "push":
+        push_once(Path(root), Path(rest[0]))
+    else:
+        push_many(Path(root), rest[0])
