@@ -29,9 +29,8 @@ def work(root: Path, log: Path, seed: int) -> None:
 
     with Registry.open(root / "home", Bases(root / "bases")) as registry:
         while True:
-            save_file(
-                adapter_tensors(int(rng.integers(1 << 40))), folder / "adapter_model.safetensors"
-            )
+            tensors = adapter_tensors(int(rng.integers(1 << 40)))
+            save_file(tensors, folder / "adapter_model.safetensors")
             version = registry.push(folder, NAME, actor="test").version
             acknowledge("push", version.number, version.digest)
             move = registry.promote(NAME, version.number, reason="test", actor="test")

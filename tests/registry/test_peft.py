@@ -51,10 +51,15 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def lora_config(**config: Any) -> LoraConfig:
+    defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4}
+    return LoraConfig(**(defaults | config))
+
+
 def made_by_peft(folder: Path, base: Path, dtype: torch.dtype, **config: Any) -> torch.Tensor:
     """Save a random adapter as PEFT does and return its logits."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **({"r": 4} | config)))
+    peft = get_peft_model(model, lora_config(**config))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in peft.named_parameters():
@@ -64,7 +69,7 @@ def made_by_peft(folder: Path, base: Path, dtype: torch.dtype, **config: Any) ->
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
-    peft.save_pretrained(folder)
+    peft.save_pretrained(str(folder))
     return logits
 
 
@@ -177,17 +182,17 @@ def test_raw_pissa_is_refused_and_its_conversion_is_accepted(
     )
     peft = get_peft_model(model, config)
     start = tmp_path / "start"
-    peft.peft_config["default"].init_lora_weights = True
-    peft.save_pretrained(start)
-    peft.peft_config["default"].init_lora_weights = "pissa"
+    config.init_lora_weights = True
+    peft.save_pretrained(str(start))
+    config.init_lora_weights = "pissa"
     with torch.no_grad():
         for name, weight in peft.named_parameters():
             if "lora_B" in name:
                 weight.mul_(1.5)
         logits = peft(IDS).logits
     raw, converted = tmp_path / "raw", tmp_path / "converted"
-    peft.save_pretrained(raw)
-    peft.save_pretrained(converted, path_initial_model_for_weight_conversion=str(start))
+    peft.save_pretrained(str(raw))
+    peft.save_pretrained(str(converted), path_initial_model_for_weight_conversion=str(start))
     with Registry.open(tmp_path / "home", base_bases) as registry:
         with pytest.raises(Refused, match="path_initial_model_for_weight_conversion"):
             registry.push(raw, NAME, base=BASE, actor="test")
