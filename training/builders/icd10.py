@@ -1,0 +1,51 @@
+"""Diagnosis texts and the ICD-10-CM chapter each belongs to, from `simple-icd-10-cm`.
+
+The three-character category is the group: every text of a held-out category is new to training.
+"""
+
+import random
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import simple_icd_10_cm as icd
+
+from training.examples import Example, ask
+from training.recipe import Count
+
+_CODE_RANGE = re.compile(r" \([A-Z0-9]+-[A-Z0-9]+\)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Icd10Options:
+    """What `[data.options]` may say."""
+
+    categories_per_chapter: Count = 40
+    codes_per_category: Count = 1
+
+
+def build_icd10(options: Icd10Options, seed: int) -> list[Example]:
+    """Return diagnosis texts with the title of their chapter, without its range of codes."""
+    rng = random.Random(seed)  # noqa: S311  # draws examples, not secrets
+    examples: list[Example] = []
+    for chapter, categories in _chapters().items():
+        title = _CODE_RANGE.sub("", icd.get_description(chapter))
+        chosen = rng.sample(categories, min(len(categories), options.categories_per_chapter))
+        for category in chosen:
+            texts = sorted({icd.get_description(code) for code in _codes(category)})
+            drawn = rng.sample(texts, min(len(texts), options.codes_per_category))
+            examples += [ask(text, title, category) for text in drawn]
+    return examples
+
+
+def _chapters() -> dict[str, list[str]]:
+    """Return chapter → its three-character categories."""
+    chapters: dict[str, list[str]] = defaultdict(list)
+    for code in icd.get_all_codes():
+        if icd.is_category(code):
+            chapters[icd.get_ancestors(code)[-1]].append(code)
+    return dict(chapters)
+
+
+def _codes(category: str) -> list[str]:
+    return [category, *icd.get_descendants(category)]

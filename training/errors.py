@@ -1,0 +1,36 @@
+"""Every error training raises on purpose. All are WardrobeErrors, so one place prints them.
+
+WardrobeError
+└── TrainingError
+    ├── RecipeError       recipe.toml or an override says what cannot be done
+    ├── DataError         the data is missing, malformed, or too long for the recipe
+    ├── BaseUnavailable   a base model cannot be fetched or prepared
+    ├── HubUnreachable    the Hub does not answer, or says no
+    └── RunFailed         training stopped: the loss is not finite, or the run is in use
+"""
+
+from registry.errors import WardrobeError
+
+
+class TrainingError(WardrobeError):
+    code = "training_error"
+
+
+class RecipeError(TrainingError):
+    code = "recipe_error"
+
+
+class DataError(TrainingError):
+    code = "data_error"
+
+
+class BaseUnavailable(TrainingError):
+    code = "base_unavailable"
+
+
+class HubUnreachable(TrainingError):
+    code = "hub_unreachable"
+
+
+class RunFailed(TrainingError):
+    code = "run_failed"

@@ -1,0 +1,58 @@
+"""Words of the data: an example, the group it belongs to, and the split into two disjoint sides."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from registry.jsonfile import canonical
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation. The system prompt is the recipe's, never a turn."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What is asked, what is to be answered, and what it must not be separated from."""
+
+    turns: tuple[Turn, ...]  # ends with the user's
+    completion: str
+    group: str  # examples of one group are all on the same side of the split
+
+    @property
+    def text(self) -> str:
+        """The last thing the user said."""
+        return self.turns[-1].content
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Two sides that share no group and no text."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    duplicates: int  # training examples left out: the same text is held out, or came before
+    digest: str  # sha256 hex over both sides, in order
+
+
+def ask(text: str, completion: str, group: str) -> Example:
+    """Make an example of one question and its answer."""
+    return Example((Turn("user", text),), completion, group)
+
+
+def digest_examples(train: Iterable[Example], held_out: Iterable[Example]) -> str:
+    """Hash every turn, completion and group of both sides, in order."""
+    hasher = hashlib.sha256()
+    for side, examples in (("train", train), ("held_out", held_out)):
+        for example in examples:
+            turns = [[turn.role, turn.content] for turn in example.turns]
+            row = [side, turns, example.completion, example.group]
+            hasher.update(canonical(row) + b"\n")
+    return hasher.hexdigest()

@@ -1,0 +1,223 @@
+"""A recipe: one `recipe.toml` that says how to make the next version of an adapter."""
+
+import hashlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from registry.adapter import AdapterName
+from registry.errors import InvalidName
+from registry.jsonfile import canonical
+from training.errors import RecipeError
+
+FILE = "recipe.toml"
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """A data set on the Hub, read file by file."""
+
+    repo: Name
+    revision: Name = "main"
+    train: Name  # a file in the repo: .csv, .jsonl or .parquet
+    held_out: Name | None = None
+    rename: dict[str, str] = field(default_factory=dict[str, str])  # its column → ours
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """Where examples come from: a builder, files, or the Hub. `path` wins over `hub`."""
+
+    builder: Name | None = None
+    options: dict[str, Any] = field(default_factory=dict[str, Any])  # the builder checks them
+    path: Name | None = None  # .csv or .jsonl, relative to the recipe
+    held_out_path: Name | None = None  # a second file: what is held out instead of a share
+    hub: HubSource | None = None
+    prompt: Name = "prompt"  # column of what the user says
+    completion: Name = "completion"  # column of what is to be answered
+    group: Name | None = None  # column; without one, equal texts are a group
+    held_out: Annotated[float, Meta(gt=0, lt=1)] = 0.2  # share of the groups
+    train_limit: Count | None = None  # examples, drawn by the seed
+    held_out_limit: Count | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is asked of the model and how an answer is judged."""
+
+    system: Annotated[str, Meta(min_length=1, max_length=4000)]
+    metric: Literal["exact", "json", "label"]
+    max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """The adapter: low-rank updates of the linear layers."""
+
+    kind: Literal["lora"] = "lora"
+    r: Annotated[int, Meta(ge=1, le=256)] = 16
+    alpha: Annotated[int, Meta(ge=1, le=1024)] = 32
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """How long and how fast."""
+
+    steps: Count
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] = 8
+    learning_rate: Annotated[float, Meta(gt=0, le=1)] = 1e-3
+    warmup: Share = 0.1  # of the steps
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
+    weight_decay: Share = 0.0
+    max_grad_norm: Positive = 1.0
+    max_length: Annotated[int, Meta(ge=8, le=131_072)] = 256  # tokens of prompt and completion
+    too_long: Literal["error", "drop"] = "error"  # never cut
+    save_every: Count = 25  # steps between checkpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What the held-out metric must reach before the version may be promoted."""
+
+    min_value: Share | None = None
+    min_gain: Share | None = None  # over the base model, on the same examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to make the next version of one adapter."""
+
+    name: str  # namespace/name to push to
+    base: Name  # what `wardrobe base pull` takes
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    data: DataSource
+    task: Task
+    method: Method = Method()
+    train: Train
+    gate: Gate = Gate()
+    folder: Path = Path()  # where recipe.toml was; no key of it
+
+    @property
+    def digest(self) -> str:
+        """Hash every key but the paths of files: their content is in the data's digest."""
+        value = _as_toml(self)
+        for key in ("path", "held_out_path"):
+            del value["data"][key]
+        return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def load_recipe(place: Path) -> Recipe:
+    """Read a recipe from its file or from the folder that holds `recipe.toml`."""
+    path = place / FILE if place.is_dir() else place
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"There is no recipe at {path}. A recipe is a folder with {FILE}."
+        ) from None
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}.") from error
+    return parse_recipe(value, path.parent)
+
+
+def parse_recipe(value: Mapping[str, Any], folder: Path) -> Recipe:
+    """Check keys, types and bounds, then the rules between them."""
+    _refuse_unknown_keys(value, Recipe, "")
+    try:
+        recipe = msgspec.convert(value, Recipe)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"The recipe in {folder} is wrong: {error}.") from error
+    _check_source(recipe.data)
+    try:
+        AdapterName.parse(recipe.name)
+    except InvalidName as error:
+        raise RecipeError(f"The recipe's name cannot be pushed to. {error.message}") from error
+    return replace(recipe, folder=folder)
+
+
+def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe with `key=value` pairs set, such as `train.steps=20`.
+
+    A value is read as TOML, and as plain text when it is none. Paths given here are relative to
+    the working directory, as the shell completes them.
+    """
+    value = _as_toml(recipe)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"{override!r} sets nothing: write key=value, as in train.steps=20.")
+        _set(value, key.strip(), _toml_value(text.strip()))
+        if key.strip() in ("data.path", "data.held_out_path"):
+            _set(value, key.strip(), str(Path(text.strip()).absolute()))
+    return parse_recipe(_without_none(value), recipe.folder)
+
+
+def _as_toml(recipe: Recipe) -> dict[str, Any]:
+    value = asdict(recipe)
+    del value["folder"]
+    return value
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not set: TOML has no null."""
+    return {
+        key: _without_none(item) if isinstance(item, dict) else item
+        for key, item in value.items()
+        if item is not None
+    }
+
+
+def _set(value: dict[str, Any], key: str, new: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = value.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key!r} is no key of a recipe: {parent!r} holds a value.")
+        value = inner
+    value[last] = new
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def _check_source(data: DataSource) -> None:
+    files = data.path is not None or data.hub is not None
+    if (data.builder is not None) == files:
+        raise RecipeError(
+            "[data] needs exactly one source: builder = NAME, or path = FILE, or [data.hub]."
+        )
+    if data.held_out_path is not None and data.path is None:
+        raise RecipeError("data.held_out_path needs data.path: the file to train on.")
+
+
+def _refuse_unknown_keys(value: Any, shape: type, where: str) -> None:
+    """Walk the tables that are dataclasses; others (options, rename) are free."""
+    if not isinstance(value, Mapping):
+        return
+    hints = get_type_hints(shape)
+    known = [f.name for f in fields(shape) if f.name != "folder"]
+    for key, item in value.items():
+        if key not in known:
+            raise RecipeError(
+                f"{where}{key} is no key of a recipe. Known here: {', '.join(known)}."
+            )
+        for inner in (hints[key], *get_args(hints[key])):
+            if is_dataclass(inner) and isinstance(inner, type):
+                _refuse_unknown_keys(item, inner, f"{where}{key}.")

@@ -1,0 +1,143 @@
+"""The training run: a recipe and its data in, an adapter folder out."""
+
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from registry.base import BaseModel
+from training.adapter_files import write_adapter
+from training.batches import MaskedSample, Schedule, collate, encode_examples, show_masked
+from training.card import new_card, read_card, write_card
+from training.examples import Data
+from training.model import Hardware, detect_hardware, load_lora_model
+from training.progress import Report, own_progress_only
+from training.prompt import load_prompter
+from training.recipe import Recipe
+from training.run import Run, open_run
+from training.steps import StepLog
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedAdapter:
+    """A finished run: a folder the registry takes, and what it says about itself."""
+
+    folder: Path  # adapter_config.json, adapter_model.safetensors, wardrobe.json
+    card: dict[str, Any]
+    sample: MaskedSample  # what the first training row looked like to the loss
+    dropped: int  # examples too long, where the recipe says to drop them
+    reused: bool  # the very same run was finished before
+
+
+def train(
+    recipe: Recipe,
+    data: Data,
+    base: BaseModel,
+    runs: Path,
+    *,
+    progress: Report,
+    hardware: Hardware | None = None,
+) -> TrainedAdapter:
+    """Train, or continue, or find again, the run of this recipe in a folder under `runs`.
+
+    Equal recipe, data, base, versions and hardware give equal bytes, also after an interruption.
+    The card has no metrics yet: `training.evaluate` judges the adapter and completes it.
+    Raises DataError, RunFailed, BaseUnavailable.
+    """
+    hardware = hardware or detect_hardware()
+    prompter = load_prompter(base.path, recipe.task.system)
+    samples, dropped = encode_examples(data.train, prompter, recipe.train)
+    sample = show_masked(samples, prompter)
+    with open_run(runs, run_facts(recipe, data, base, hardware)) as run:
+        reused = run.finished
+        if not reused:
+            model = load_lora_model(base.path, recipe.method, hardware, recipe.seed)
+            rows = Schedule(samples, recipe.train.steps * recipe.train.batch_size, recipe.seed)
+            seconds, loss = _fit(recipe, model, rows, prompter.end_of_turn, run, hardware, progress)
+            prepared = run.folder / "adapter.partial"
+            shutil.rmtree(prepared, ignore_errors=True)
+            write_adapter(model, recipe.method, base.id, prepared)
+            write_card(prepared, new_card(recipe, data, base, hardware, seconds, loss))
+            run.publish(prepared)
+        return TrainedAdapter(run.adapter, read_card(run.adapter), sample, dropped, reused)
+
+
+def run_facts(recipe: Recipe, data: Data, base: BaseModel, hardware: Hardware) -> dict[str, Any]:
+    """Return everything the adapter's bytes depend on."""
+    return {
+        "base": base.fingerprint,
+        "data": data.digest,
+        "system": recipe.task.system,
+        "method": asdict(recipe.method),
+        "train": asdict(recipe.train),
+        "seed": recipe.seed,
+        "hardware": asdict(hardware),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _fit(
+    recipe: Recipe,
+    model: Any,
+    rows: Schedule,
+    pad_id: int,
+    run: Run,
+    hardware: Hardware,
+    progress: Report,
+) -> tuple[float, float]:
+    """Run the remaining steps; return the seconds of the whole run and its last loss."""
+    checkpoint = run.last_checkpoint()
+    log = StepLog(run.metrics, recipe.train.steps, run.forget_after(checkpoint), progress)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(recipe, run.checkpoints, hardware),
+        train_dataset=rows,
+        data_collator=partial(collate, pad_id=pad_id),
+        callbacks=[log],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with own_progress_only():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    last = run.read_metrics()[-1]
+    return last["seconds"], last["loss"]
+
+
+def training_arguments(recipe: Recipe, folder: Path, hardware: Hardware) -> TrainingArguments:
+    """Translate the recipe; everything that could differ between two runs is set here."""
+    settings = recipe.train
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule
+        if settings.schedule != "constant"
+        else "constant_with_warmup",
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",
+        bf16=hardware.bf16,
+        use_cpu=hardware.device == "cpu",
+        full_determinism=hardware.device == "cuda",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        train_sampling_strategy="sequential",  # the schedule is the order
+        remove_unused_columns=False,
+        dataloader_pin_memory=hardware.device == "cuda",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+        report_to="none",
+        disable_tqdm=True,
+    )
