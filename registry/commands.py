@@ -1,6 +1,7 @@
 """The commands of the registry: push, list, show, promote, rollback, history, pull, verify."""
 
 import getpass
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -261,7 +262,10 @@ def _not_a_number(text: str) -> NoReturn:
 
 
 def _actor() -> str:
-    return getpass.getuser()
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"  # a container may run as a user that has no name
 
 
 def _say(line: str) -> None:

@@ -11,10 +11,17 @@ from registry.records import Rollout, RolloutState, ServerRecord
 from registry.tables import rollouts, servers
 
 LIVE_SECONDS = 5.0  # a server that was not heard of for longer is not asked
+FORGET_SECONDS = 86_400.0  # and one that is silent for a day is forgotten
 
 
 def heartbeat(connection: Connection, server_id: str, url: str) -> None:
+    """Note that a server is alive, and forget those that ended long ago."""
     _replace(connection, servers, {"server_id": server_id}, {"url": url, "seen_at": time.time()})
+    ended = servers.c.seen_at < time.time() - FORGET_SECONDS
+    ids = connection.execute(select(servers.c.server_id).where(ended)).scalars().all()
+    if ids:
+        connection.execute(delete(rollouts).where(rollouts.c.server_id.in_(ids)))
+        connection.execute(delete(servers).where(servers.c.server_id.in_(ids)))
 
 
 def live_servers(connection: Connection) -> list[ServerRecord]:

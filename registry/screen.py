@@ -33,9 +33,8 @@ def summaries(registry: Registry) -> list[Summary]:
     pointers: dict[AdapterName, dict[str, int]] = {}
     for alias in registry.all_aliases():
         pointers.setdefault(alias.name, {})[alias.alias] = alias.number
-    return [
-        _summary(registry.versions(name), pointers.get(name, {})) for name in registry.adapters()
-    ]
+    counts = registry.newest()
+    return [_summary(version, count, pointers.get(version.name, {})) for version, count in counts]
 
 
 def plain(value: object) -> Any:
@@ -150,11 +149,10 @@ def history_table(events: Sequence[Event]) -> Table:
     return _table(("when", "action", "alias", "version", "who", "why"), rows)
 
 
-def _summary(versions: Sequence[Version], aliases: dict[str, int]) -> Summary:
-    newest = versions[-1]
+def _summary(newest: Version, versions: int, aliases: dict[str, int]) -> Summary:
     return Summary(
         name=newest.name,
-        versions=len(versions),
+        versions=versions,
         latest=newest.number,
         base_id=newest.base_id,
         aliases=aliases,

@@ -101,6 +101,11 @@ class Registry:
         with self._database.read() as connection:
             return versions.list_names(connection)
 
+    def newest(self) -> list[tuple[Version, int]]:
+        """Return the newest version of every adapter and how many it has, by name."""
+        with self._database.read() as connection:
+            return versions.list_newest(connection)
+
     def versions(self, name: AdapterName) -> list[Version]:
         """Return the versions of an adapter, oldest first. Raises AdapterNotFound."""
         with self._database.read() as connection:

@@ -59,6 +59,23 @@ def list_versions(connection: Connection, name: AdapterName) -> list[Version]:
     return [version_of(row) for row in rows]
 
 
+def list_newest(connection: Connection) -> list[tuple[Version, int]]:
+    """Return the newest version of every adapter and how many it has, by name."""
+    columns = (versions.c.namespace, versions.c.name)
+    counts = (
+        select(*columns, func.max(versions.c.number).label("newest"), func.count().label("count"))
+        .group_by(*columns)
+        .subquery()
+    )
+    same = (
+        (versions.c.namespace == counts.c.namespace)
+        & (versions.c.name == counts.c.name)
+        & (versions.c.number == counts.c.newest)
+    )
+    query = select(versions, counts.c["count"]).join(counts, same).order_by(*columns)
+    return [(version_of(row), row[-1]) for row in connection.execute(query)]
+
+
 def all_versions(connection: Connection) -> list[Version]:
     order = (versions.c.namespace, versions.c.name, versions.c.number)
     return [version_of(row) for row in connection.execute(select(versions).order_by(*order))]

@@ -4,12 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from registry.base import BaseModel, Bases
 from registry.store import Registry
 from tests.registry.making import BASE_ID, make_adapter, make_base
 
 Adapter = Callable[..., Path]
+
+# A busy machine must not fail a property by being slow; the timeout of pytest still holds.
+settings.register_profile("wardrobe", deadline=None)
+settings.load_profile("wardrobe")
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ def test_push_list_show_promote_history_rollback_pull_verify_in_json(
     assert moved["alias"]["number"] == 2
     [row] = read(run("list", "--json"))
     assert (row["name"], row["latest"], row["aliases"]) == ("acme/support", 2, {"production": 2})
+    assert row["versions"] == 2
     shown = read(run("show", "acme/support", "--json"))
     assert [version["number"] for version in shown["versions"]] == [1, 2]
     assert shown["rollouts"] == []

@@ -7,7 +7,7 @@ import pytest
 
 from registry.adapter import AdapterName
 from registry.errors import Conflict, NotFound
-from registry.fleet import LIVE_SECONDS
+from registry.fleet import FORGET_SECONDS, LIVE_SECONDS
 from registry.follow import wait_for_rollouts
 from registry.records import Alias, RolloutState
 from registry.store import Registry
@@ -65,6 +65,16 @@ def test_the_latest_report_of_each_live_server_counts(registry: Registry, alias:
     assert [rollout.message for rollout in registry.rollouts(NAME)] == ["because"] * 2
     assert registry.rollouts(AdapterName.parse("acme/other")) == []
     age(registry, LIVE_SECONDS + 1)
+    assert registry.rollouts() == []
+
+
+def test_a_server_that_ended_long_ago_is_forgotten(registry: Registry, alias: Alias) -> None:
+    registry.heartbeat("old", URL)
+    report(registry, "old", alias, "live")
+    age(registry, FORGET_SECONDS + 1)
+    registry.heartbeat("new", URL)
+    registry.heartbeat("old", URL)
+    assert {server.server_id for server in registry.servers()} == {"old", "new"}
     assert registry.rollouts() == []
 
 
