@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 ROOT = Path(__file__).parent
-SMART_HOME = "acme/smart-home"
+SMART_HOME = "home/smart-home"
 ICD10 = "clinic/icd-10"
 DRAFT_STEPS = 40  # v1 of the smart-home adapter: stopped early, so that v2 has something to beat
 

@@ -1,18 +1,31 @@
 """The command line: the composition root, the only module that may import all three packages."""
 
+import asyncio
+import hashlib
 import logging
-from typing import Annotated, Literal
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from registry import commands as registry_commands
+from registry.adapter import AdapterName, AdapterRef
 from registry.base import BaseModel, Bases
-from registry.commands import Home, Json, clear_errors, open_registry
+from registry.commands import Home, Json, actor, clear_errors, open_registry
 from registry.errors import BaseNotFound
-from registry.home import default_cache
+from registry.home import default_cache, default_home
 from registry.screen import print_json
+
+if TYPE_CHECKING:
+    from training.evaluate import Evaluation
+    from training.examples import Data
+    from training.progress import Report
+    from training.recipe import Recipe
+    from training.train import TrainedAdapter
 
 # torch, transformers and litestar are imported where a command needs them, so that `wardrobe list`
 # answers at once.
@@ -97,6 +110,90 @@ def key_rotate(home: Home = None, as_json: Json = False) -> None:
     if as_json:
         return print_json({"key": key})
     return print(key)
+
+
+@app.command()
+@clear_errors()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A folder with a recipe.toml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
+    ] = None,
+    push: Annotated[bool, typer.Option("--push", help="Store the result as a version.")] = False,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Push, and point production to it if its gate passed.")
+    ] = False,
+    copy_to: Annotated[
+        Path | None, typer.Option("--out", help="Also write the adapter to this new folder.")
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Train an adapter, judge it on held-out examples, and push it. Goes on where it stopped."""
+    from training.data import load_data
+    from training.recipe import apply_overrides, load_recipe
+    from training.screen import progress_bars, score_table
+    from training.train import train as fit
+
+    chosen = apply_overrides(load_recipe(recipe), overrides or [])
+    runs = (home or default_home()) / "runs"
+    base = find_base(chosen.base)
+    data = load_data(chosen)
+    with progress_bars() as report:
+        trained = fit(chosen, data, base, runs, progress=report)
+        trained = evaluated(chosen, data, base, trained, report)
+    out.print(score_table(chosen, trained))
+    out.print(f"adapter in {trained.folder}")
+    if copy_to:
+        shutil.copytree(trained.folder, copy_to)
+    if push or promote:
+        push_trained(chosen, base, trained, home, promote)
+
+
+def evaluated(
+    recipe: "Recipe",
+    data: "Data",
+    base: BaseModel,
+    trained: "TrainedAdapter",
+    report: "Report",
+) -> "TrainedAdapter":
+    """Answer the held-out examples with and without the adapter on the serving engine."""
+    from serving.engine.engine import TorchEngine
+    from serving.engine.settings import EngineSettings
+    from serving.offline import generate_all
+    from training.evaluate import complete_card, evaluate
+    from training.prompt import load_prompter
+
+    if trained.card["metrics"]:
+        return trained  # a finished run was found again, with its verdict
+    weights = (trained.folder / "adapter_model.safetensors").read_bytes()
+    ref = AdapterRef(hashlib.sha256(weights).hexdigest(), recipe.name)
+    engine = TorchEngine.create(base, lambda _: trained.folder, EngineSettings())
+    prompter = load_prompter(base.path, recipe.task.system)
+
+    def judged(adapter: AdapterRef | None, text: str) -> "Evaluation":
+        generate = partial(generate_all, engine, adapter)
+        return evaluate(recipe, data.held_out, prompter, generate, progress=report, text=text)
+
+    try:
+        with_adapter = judged(ref, "with the adapter")
+        without = judged(None, "base model")
+    finally:
+        asyncio.run(engine.aclose())
+    return complete_card(trained, recipe, with_adapter, without)
+
+
+def push_trained(
+    recipe: "Recipe", base: BaseModel, trained: "TrainedAdapter", home: Path | None, promote: bool
+) -> None:
+    name = AdapterName.parse(recipe.name)
+    with open_registry(home) as registry:
+        pushed = registry.push(trained.folder, name, base=base.id, actor=actor())
+    said = "pushed" if pushed.created else "is there already:"
+    out.print(f"{said} [bold]{pushed.version.ref.label}[/]", highlight=False)
+    if promote:
+        reason = "passed its gate in wardrobe train"
+        registry_commands.promote(pushed.version.ref.label, reason=reason, home=home)
 
 
 @app.command()

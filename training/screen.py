@@ -14,9 +14,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.progress import Progress as Bars
+from rich.table import Table
 from rich.text import Text
 
 from training.progress import Progress, Report
+from training.recipe import Recipe
+from training.statistics import Interval
+from training.train import TrainedAdapter
 
 
 class _Eta(ProgressColumn):
@@ -28,6 +32,21 @@ class _Eta(ProgressColumn):
         parts = [f"loss {loss:.3f}"] if isinstance(loss, float) else []
         parts += [f"{eta:.0f} s left"] if isinstance(eta, float) else []
         return Text("  ".join(parts), style="cyan")
+
+
+def score_table(recipe: Recipe, trained: TrainedAdapter) -> Table:
+    """Return what the card says of the held-out examples: the metric with its 95 % interval."""
+    metrics, gate = trained.card["metrics"], trained.card["gate"]
+    table = Table(title=f"{recipe.name}: {metrics['metric']} on held-out groups")
+    for column in ("", "correct", "share (95 % interval)"):
+        table.add_column(column)
+    for row in ("base", "adapter"):
+        facts = metrics[row]
+        share = Interval(facts["value"], facts["low"], facts["high"])
+        table.add_row(row, f"{facts['correct']}/{facts['total']}", str(share))
+    verdict = "[green]passed[/]" if gate["passed"] else f"[red]{'; '.join(gate['failures'])}[/]"
+    table.add_row("gate", "", verdict)
+    return table
 
 
 @contextmanager
