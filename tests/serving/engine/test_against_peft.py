@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,7 +166,7 @@ def test_few_slots_give_what_many_slots_give(base: Path, adapters: dict[str, Pat
     ],
 )
 def test_every_architecture_equals_transformers(
-    tmp_path: Path, arch: str, config: dict[str, object]
+    tmp_path: Path, arch: str, config: dict[str, Any]
 ) -> None:
     base = tiny.make_base(tmp_path / "base", arch=arch, **config)
     adapters = {"a": tiny.make_adapter(tmp_path / "a", base, rank=6, seed=1)}

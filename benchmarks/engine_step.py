@@ -1,0 +1,166 @@
+"""Milliseconds of one decode step, on random weights of a real size.
+
+    python -m benchmarks.engine_step [--dtype bfloat16] [--batch 1 8 32] [--adapters 0 1 8 32]
+
+The shape is SmolLM2-135M's; adapters have rank 16 on all seven linears. Every row has
+`--context` tokens behind it. Prints the median and the fastest of `--steps` steps, and the time of
+reading one prompt of 128 tokens and one chunk of 512.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from registry.adapter import AdapterRef
+from serving.engine.boundary import GenerateRequest, SamplingParams
+from serving.engine.build import Parts, assemble
+from serving.engine.hardware import choose_device, choose_dtype
+from serving.engine.linear import Linear
+from serving.engine.lora import HostAdapter, LoraLayout, bucket_of
+from serving.engine.model import Model
+from serving.engine.ops import operators_for
+from serving.engine.sequence import Row
+from serving.engine.sequence import Sequence as Request
+from serving.engine.settings import EngineSettings
+from serving.engine.spec import ModelSpec
+from serving.engine.weights import LayerWeights, ModelWeights
+
+RANK = 16
+SMOLLM2_135M = ModelSpec(
+    architecture="llama",
+    vocab=49152,
+    layers=30,
+    hidden=576,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    intermediate=1536,
+    eps=1e-5,
+    context=8192,
+    windows=(None,) * 30,
+    inverse_frequencies=tuple(100000.0 ** (-i / 32) for i in range(32)),
+    head_norm=False,
+    tied=True,
+    eos_ids=frozenset({2}),
+)
+
+
+def random_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Model:
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        return values.to(device, dtype)
+
+    ones = torch.ones(spec.hidden, dtype=dtype, device=device)
+    layers = tuple(
+        LayerWeights(
+            ones,
+            ones,
+            None,
+            None,
+            {g.name: Linear(weight(sum(g.outputs), g.inputs), None) for g in spec.groups},
+        )
+        for _ in range(spec.layers)
+    )
+    embedding = weight(spec.vocab, spec.hidden)
+    weights = ModelWeights(embedding, layers, ones, Linear(embedding, None))
+    return Model(spec, weights, operators_for(device), 1024)
+
+
+def load_adapters(
+    parts: Parts, spec: ModelSpec, count: int, dtype: torch.dtype
+) -> list[AdapterRef]:
+    """Put random adapters into the slots; returns how to name them, and prints the load time."""
+    residency = parts.core.residency
+    layout = LoraLayout(spec.layers, spec.groups)
+    refs, seconds = [], []
+    for index in range(count):
+        groups = layout.zeros(bucket_of(RANK), (spec.layers,), dtype=dtype)
+        for a, b in groups.values():
+            a.normal_(std=0.02)
+            b.normal_(std=0.02)
+        adapter = HostAdapter(f"{index:064x}", bucket_of(RANK), groups)
+        slot = residency.table.place(adapter.digest, adapter.bucket)
+        started = time.perf_counter()
+        residency.stacks.load(slot, adapter)
+        seconds.append(time.perf_counter() - started)
+        refs.append(AdapterRef(adapter.digest, f"random/{index}@v1"))
+    print(
+        f"slot load of rank {RANK}: {1e3 * statistics.median(seconds):.1f} ms, "
+        f"{adapter.size_bytes / 1e6:.1f} MB"
+    )
+    return refs
+
+
+def decoding(refs: Sequence[AdapterRef], batch: int, adapters: int, context: int) -> list[Row]:
+    """Return rows that read token number `context` of `batch` sequences."""
+    rows = []
+    for index in range(batch):
+        ref = refs[index % adapters] if adapters else None
+        prompt = tuple((7 * index + j) % 49152 for j in range(context + 1))
+        request = Request(GenerateRequest(str(index), prompt, SamplingParams(temperature=0), ref))
+        request.kv_slot, request.computed = index, context
+        rows.append(Row(request, context, 1))
+    return rows
+
+
+def reading(tokens: int, ref: AdapterRef | None) -> list[Row]:
+    prompt = tuple(j % 49152 for j in range(tokens))
+    request = Request(GenerateRequest("p", prompt, SamplingParams(temperature=0), ref))
+    request.kv_slot = 0
+    return [Row(request, 0, tokens)]
+
+
+def measure(parts: Parts, rows: Sequence[Row], steps: int) -> str:
+    times = []
+    for step in range(steps + 3):
+        started = time.perf_counter()
+        logits, sequences = parts.core.runner.run(rows)
+        parts.core.sampler.choose(logits, sequences)
+        if step >= 3:
+            times.append(1e3 * (time.perf_counter() - started))
+    return f"{statistics.median(times):7.2f} {min(times):7.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32])
+    parser.add_argument("--context", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    spec, device = SMOLLM2_135M, choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device, torch.bfloat16)
+    with torch.inference_mode():
+        parts = assemble(random_model(spec, dtype, device), _no_fetch, EngineSettings())
+        refs = load_adapters(parts, spec, max(1, *options.adapters), dtype)
+        print(f"{device} {dtype} threads={torch.get_num_threads()} context={options.context}")
+        print("batch adapters  median     min  ms a decode step")
+        for batch in options.batch:
+            for adapters in options.adapters:
+                if adapters <= batch:
+                    rows = decoding(refs, batch, adapters, options.context)
+                    print(f"{batch:5} {adapters:8} {measure(parts, rows, options.steps)}")
+        for tokens in (128, 512):
+            for ref in (None, refs[0]):
+                steps = max(3, options.steps // 4)
+                result = measure(parts, reading(tokens, ref), steps)
+                print(f"prompt of {tokens}, {'one adapter' if ref else 'base':11} {result} ms")
+
+
+def _no_fetch(ref: AdapterRef) -> NoReturn:
+    raise AssertionError(f"{ref.label} is loaded already")
+
+
+if __name__ == "__main__":
+    main()

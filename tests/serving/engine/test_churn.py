@@ -1,0 +1,158 @@
+"""Signature adapters under churn: one wrong row, slot or leftover shows as a wrong token."""
+
+import asyncio
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from registry.adapter import AdapterRef
+from serving.engine.build import assemble, read_model
+from serving.engine.engine import TorchEngine
+from serving.engine.model import Model
+from serving.engine.settings import EngineSettings
+from tests import tiny
+from tests.serving.engine.driving import Folders, base_of, request, stream
+
+TOKENS = range(60, 92)  # one adapter each
+SETTINGS = EngineSettings(
+    device="cpu",
+    dtype="float32",
+    max_running=16,
+    max_waiting=200,
+    max_model_len=64,
+    max_batched_tokens=48,
+    adapter_slots=4,
+    host_adapter_bytes=1 << 20,  # a few adapters, so that most loads read files again
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_signature_base(tmp_path_factory.mktemp("signature"))
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    folder = tmp_path_factory.mktemp("adapters")
+    return Folders(
+        {str(t): tiny.make_signature_adapter(folder / str(t), base, t) for t in TOKENS}
+    )
+
+
+def test_ten_thousand_requests_over_four_slots_give_no_wrong_token(
+    base: Path, folders: Folders
+) -> None:
+    churn(base, folders, requests=10_000, workers=48)
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_requests_over_four_slots_give_no_wrong_token(
+    base: Path, folders: Folders
+) -> None:
+    churn(base, folders, requests=100_000, workers=96)
+
+
+def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Folders) -> None:
+    """The oracle can tell: adding an adapter to a slot instead of overwriting it shows."""
+    model = read_model(base_of(base), SETTINGS)
+    parts = assemble(model, folders, SETTINGS)
+    stacks, fill = parts.core.residency.stacks, parts.core.residency.stacks.load
+
+    def add_up(slot, adapter):  # noqa: ANN001, ANN202  # the shape of LoraStacks.load
+        fill(slot, adapter)
+        for name, pair in adapter.groups.items():
+            for stack, source in zip(stacks._stacks[slot.bucket][name], pair, strict=True):
+                stack[:, slot.row] = source + leftovers.get((slot, name, source.shape), 0)
+                leftovers[slot, name, source.shape] = stack[:, slot.row].clone()
+
+    leftovers: dict[object, torch.Tensor] = {}
+    stacks.load = add_up  # type: ignore[method-assign]  # the sabotage this test is about
+    wrong = asyncio.run(drive(TorchEngine(parts, SETTINGS), folders, requests=300, workers=16))
+    assert wrong["wrong"] > 10
+
+
+def churn(base: Path, folders: Folders, requests: int, workers: int) -> None:
+    model = read_model(base_of(base), SETTINGS)
+    before, file_before = weights_digest(model), file_digest(base)
+    parts = assemble(model, folders, SETTINGS)
+    counts = asyncio.run(drive(TorchEngine(parts, SETTINGS), folders, requests, workers))
+    residency = parts.core.residency
+    assert counts["wrong"] == 0
+    assert counts["done"] > requests // 2
+    assert counts["aborted"] > requests // 20
+    assert residency.evictions > requests // 200
+    assert not parts.core.scheduler.running
+    assert not parts.core.scheduler.waiting
+    assert all(residency.table.pins(digest) == 0 for digest in residency.table.resident())
+    assert all(not layer.any() for layer in (*parts.core.cache.keys, *parts.core.cache.values))
+    assert weights_digest(model) == before
+    assert file_digest(base) == file_before
+
+
+async def drive(
+    engine: TorchEngine, folders: Folders, requests: int, workers: int
+) -> Counter[str]:
+    """Let `workers` clients share `requests` requests; each picks, reads and perhaps leaves."""
+    rng = random.Random(1)
+    counts: Counter[str] = Counter()
+    left = iter(range(requests))
+
+    async def one(ref: AdapterRef | None, token: int) -> None:
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, 30))]
+        count, stop_at = rng.choice((1, 1, 2, 3, 6)), rng.random()
+        deltas = stream(engine, request(prompt, ref, max_tokens=count))
+        async for delta in deltas:
+            counts["wrong"] += any(t != token for t in delta.token_ids)
+            if stop_at < 0.1:
+                await deltas.aclose()
+                counts["aborted"] += 1
+                return
+        counts["done"] += 1
+
+    async def client() -> None:
+        for _ in left:
+            # Popularity as in life: a few adapters are asked for most of the time.
+            rank = min(int(rng.paretovariate(0.9)) - 1, len(TOKENS) - 1)
+            token = TOKENS[rank] if rng.random() < 0.9 else tiny.SIGNATURE_BASE_TOKEN
+            ref = folders.refs.get(str(token))
+            parallel = 4 if rng.random() < 0.02 else 1  # as for n > 1
+            try:
+                async with asyncio.timeout(None if rng.random() < 0.97 else rng.random() * 0.05):
+                    await asyncio.gather(*(one(ref, token) for _ in range(parallel)))
+            except TimeoutError:
+                counts["aborted"] += 1
+
+    await asyncio.gather(*(client() for _ in range(workers)))
+    await drained(engine)
+    await engine.aclose()
+    return counts
+
+
+async def drained(engine: TorchEngine) -> None:
+    async with asyncio.timeout(10):
+        while (stats := await engine.stats()).running or stats.waiting:
+            await asyncio.sleep(0.01)
+
+
+def weights_digest(model: Model) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors_of(model):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensors_of(model: Model) -> Iterator[torch.Tensor]:
+    weights = model.weights
+    yield from (weights.embedding, weights.norm, weights.head.dense())
+    for layer in weights.layers:
+        yield from (layer.attention_norm, layer.mlp_norm)
+        yield from (linear.dense() for linear in layer.linears.values())
+
+
+def file_digest(base: Path) -> str:
+    return hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
