@@ -118,7 +118,9 @@ class Tokens:
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch of one: `encode` holds the interpreter lock for its whole run, a batch does not.
+        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return batch[0].ids
 
     def _encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         nonce = secrets.token_hex(8)  # nobody can write a mark that they cannot guess

@@ -7,8 +7,11 @@ decided where the bytes are: no handler and no stream has to think of them.
 import asyncio
 from typing import Any, cast
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from serving.api.errors import INVALID, Failure
+from serving.api.record import new_request_id
 from serving.api.settings import ServerSettings
 
 
@@ -55,6 +58,23 @@ class Connection(H11Protocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP in the same envelope as every other error."""
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            return self._abort()  # an answer is on its way: a second one would end up inside it
+        failure = Failure(400, INVALID, "invalid_http", msg)
+        headers = [("content-type", "application/json"), ("connection", "close")]
+        events = (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=failure.body(new_request_id())),
+            h11.EndOfMessage(),
+        )
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+        return None
 
     def _abort(self) -> None:
         # Not close(): that would wait until a client that does not read has read everything.

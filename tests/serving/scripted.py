@@ -103,13 +103,11 @@ class ScriptedEngine:
 
     async def _run(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
         sampling = request.sampling
-        count = 0
-        for token_id in self.script(request):
+        for count, token_id in enumerate(self.script(request), start=1):
             await asyncio.sleep(self.step_seconds)
             self._check_alive()
-            if self.fail_after is not None and count >= self.fail_after:
+            if self.fail_after is not None and count > self.fail_after:
                 raise RequestFailed("the script says that this request fails here")
-            count += 1
             self.generated += 1
             if token_id == EOS_ID and not sampling.ignore_eos and count > sampling.min_tokens:
                 yield TokenDelta((), (), "stop", count)
@@ -180,5 +178,5 @@ class ScriptedEngine:
 
     async def aclose(self) -> None:
         self.dead = self.dead or "the engine is closed"
-        while self.running:
+        while self.running:  # noqa: ASYNC110  # a poll of an end that happens once
             await asyncio.sleep(0.001)

@@ -16,10 +16,9 @@ def chat(tokens: Tokens, *messages: tuple[str, str]) -> list[int]:
 
 def test_messages_are_rendered_by_the_base_s_template(tokens: Tokens) -> None:
     ids = chat(tokens, ("system", "be brief"), ("user", "hé"))
-    expected = (
-        [START, *b"system\nbe brief", END, *b"\n", START, *"user\nhé".encode(), END, *b"\n"]
-        + [START, *b"assistant\n"]
-    )  # fmt: skip
+    system = [START, *b"system\nbe brief", END, *b"\n"]
+    user = [START, *"user\nhé".encode(), END, *b"\n"]
+    expected = [*system, *user, START, *b"assistant\n"]
     assert ids == expected
 
 

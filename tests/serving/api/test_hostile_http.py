@@ -1,5 +1,6 @@
 """Bytes that no decent client sends. Nothing may be a 5xx, hang, or reach a second request."""
 
+import contextlib
 import json
 import socket
 import time
@@ -26,8 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tokens: Tokens) -> Iterator
     base = bases.add(BASE_ID, make_base(folder / "prepared"), origin="test")
     with Registry.open(folder / "home", bases) as registry:
         wardrobe = Wardrobe(registry, base, folder)
-        timeouts = {"header_timeout": 0.5, "body_timeout": 0.5, "stall_timeout": 0.5}
-        with running(wardrobe, tokens, **timeouts) as live:
+        with running(wardrobe, tokens, header_timeout=0.5, body_timeout=0.5) as live:
             yield live
 
 
@@ -35,10 +35,9 @@ def talk(server: Running, data: bytes, seconds: float = 10.0) -> bytes:
     """Send raw bytes and read to the end of the connection, or to the first answer's end."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=seconds) as sock:
-        try:
+        # The answer may still be there to read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(data)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the answer may still be there to read
         received = b""
         try:
             while chunk := sock.recv(65536):
@@ -115,6 +114,7 @@ def test_a_broken_body_is_a_400_in_the_envelope(server: Running, case: str) -> N
 
 
 def raw_cases(server: Running) -> dict[str, tuple[bytes, set[int]]]:
+    te = "Transfer-Encoding: chunked"
     key = f"Authorization: Bearer {server.key}\r\n"
     json_type = "Content-Type: application/json"
     length = f"Content-Length: {len(BODY)}"
@@ -122,21 +122,24 @@ def raw_cases(server: Running) -> dict[str, tuple[bytes, set[int]]]:
     line = f"POST {PATH} HTTP/1.1\r\n"
     whole = f"{key}{json_type}\r\n{length}\r\nConnection: close\r\n\r\n".encode() + BODY
     return {
-        "CL and TE": (head(server, length, "Transfer-Encoding: chunked", json_type) + chunked, {400}),
-        "TE and CL": (head(server, "Transfer-Encoding: chunked", length, json_type) + chunked, {400}),
+        "CL and TE": (head(server, length, te, json_type) + chunked, {400}),
+        "TE and CL": (head(server, te, length, json_type) + chunked, {400}),
         "two CL": (head(server, length, "Content-Length: 3", json_type) + BODY, {400}),
         "CL list": (head(server, f"{length}, 3", json_type) + BODY, {400}),
         "CL +": (head(server, f"Content-Length: +{len(BODY)}", json_type) + BODY, {400}),
         "CL minus": (head(server, "Content-Length: -1", json_type) + BODY, {400}),
         "CL huge digits": (head(server, f"Content-Length: {'9' * 4000}", json_type), {400, 413}),
-        "TE identity, chunked": (head(server, "Transfer-Encoding: identity, chunked", json_type) + chunked, {400, 501}),
-        "TE twice": (head(server, "Transfer-Encoding: chunked", "Transfer-Encoding: chunked", json_type) + chunked, {400, 501}),
+        "TE identity, chunked": (
+            head(server, "Transfer-Encoding: identity, chunked", json_type) + chunked,
+            {400, 501},
+        ),
+        "TE twice": (head(server, te, te, json_type) + chunked, {400, 501}),
         "TE unknown": (head(server, "Transfer-Encoding: gzip", json_type) + chunked, {400, 501}),
         "TE tab": (head(server, "Transfer-Encoding:\tchunked", json_type) + chunked, {200, 400}),
-        "chunk size junk": (head(server, "Transfer-Encoding: chunked", json_type) + b"zz\r\n", {400}),
-        "chunk size huge": (head(server, "Transfer-Encoding: chunked", json_type) + b"f" * 40 + b"\r\n", {400}),
-        "chunk terminator": (head(server, "Transfer-Encoding: chunked", json_type) + b"3\r\nabcXX0\r\n\r\n", {400}),
-        "good chunks": (head(server, "Transfer-Encoding: chunked", json_type) + chunked, {200}),
+        "chunk size junk": (head(server, te, json_type) + b"zz\r\n", {400}),
+        "chunk size huge": (head(server, te, json_type) + b"f" * 40 + b"\r\n", {400}),
+        "chunk terminator": (head(server, te, json_type) + b"3\r\nabcXX0\r\n\r\n", {400}),
+        "good chunks": (head(server, te, json_type) + chunked, {200}),
         "no Host": (line.encode() + whole, {400}),
         "two Hosts": (f"{line}Host: a\r\nHost: b\r\n".encode() + whole, {400}),
         "no Host, 1.0": (f"POST {PATH} HTTP/1.0\r\n".encode() + whole, {400}),
@@ -148,9 +151,19 @@ def raw_cases(server: Running) -> dict[str, tuple[bytes, set[int]]]:
         "no colon": (f"{line}Host: x\r\nnonsense\r\n".encode() + whole, {400}),
         "empty name": (f"{line}Host: x\r\n: b\r\n".encode() + whole, {400}),
         "8-bit header": (f"{line}Host: x\r\n".encode() + b"X-A: \xff\xfe\r\n" + whole, {200, 400}),
-        "8-bit key": (f"{line}Host: x\r\n".encode() + b"Authorization: Bearer \xff\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", {401}),
-        "101 headers": (head(server, *(f"X-{i}: 1" for i in range(101)), json_type, length) + BODY, {431}),
-        "20,000 headers": (head(server, *(f"X-{i}: 1" for i in range(20_000)), json_type), {400, 431}),
+        "8-bit key": (
+            f"{line}Host: x\r\n".encode()
+            + b"Authorization: Bearer \xff\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+            {401},
+        ),
+        "101 headers": (
+            head(server, *(f"X-{i}: 1" for i in range(101)), json_type, length) + BODY,
+            {431},
+        ),
+        "20,000 headers": (
+            head(server, *(f"X-{i}: 1" for i in range(20_000)), json_type),
+            {400, 431},
+        ),
         "40 KiB header": (head(server, "X-A: " + "a" * 40_960, json_type, length) + BODY, {431}),
         "1 MiB header": (head(server, "X-A: " + "a" * 2**20, json_type), {400, 431}),
         "1 MiB URL": (head(server, path="/" + "a" * 2**20, verb="GET"), {400, 414, 431}),
@@ -161,29 +174,63 @@ def raw_cases(server: Running) -> dict[str, tuple[bytes, set[int]]]:
         "encoded dots": (head(server, path="/v1/%2e%2e/%2e%2e/etc/passwd", verb="GET"), {404}),
         "encoded NUL": (head(server, path="/v1/models/%00", verb="GET"), {404}),
         "invalid percent": (head(server, path="/v1/models/%ff%zz", verb="GET"), {404}),
-        "path tricks in a model": (head(server, path="/v1/models/../../etc/passwd", verb="GET"), {404}),
+        "path tricks in a model": (
+            head(server, path="/v1/models/../../etc/passwd", verb="GET"),
+            {404},
+        ),
         "CONNECT": (head(server, path="x:80", verb="CONNECT"), {400, 404, 405}),
         "strange verb": (head(server, verb="FROB"), {400, 405}),
         "lower-case verb": (head(server, verb="post"), {400, 405}),
         "HTTP/9.9": (b"GET / HTTP/9.9\r\nHost: x\r\nConnection: close\r\n\r\n", {400, 404, 505}),
         "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}),
-        "TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100 + b"\r\n\r\n", {400}),
+        "TLS hello": (
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100 + b"\r\n\r\n",
+            {400},
+        ),
         "junk": (b"\r\n\r\n\x00\x01\x02\r\n\r\n", {400}),
-        "websocket": (head(server, "Upgrade: websocket", "Connection: Upgrade", verb="GET", path="/v1/models"), {200, 400, 404}),
+        "websocket": (
+            head(
+                server, "Upgrade: websocket", "Connection: Upgrade", verb="GET", path="/v1/models"
+            ),
+            {200, 400, 404},
+        ),
         "no media type": (head(server, length) + BODY, {415}),
-        "form": (head(server, length, "Content-Type: application/x-www-form-urlencoded") + BODY, {415}),
+        "form": (
+            head(server, length, "Content-Type: application/x-www-form-urlencoded") + BODY,
+            {415},
+        ),
         "text": (head(server, length, "Content-Type: text/plain") + BODY, {415}),
         "broken media type": (head(server, length, "Content-Type: ;;;=") + BODY, {415}),
-        "odd charset": (head(server, length, "Content-Type: application/json; charset=utf-7") + BODY, {200, 415}),
+        "odd charset": (
+            head(server, length, "Content-Type: application/json; charset=utf-7") + BODY,
+            {200, 415},
+        ),
         "zipped": (head(server, length, json_type, "Content-Encoding: gzip") + BODY, {200, 415}),
         "body on GET": (head(server, length, verb="GET", path="/v1/models") + BODY, {200}),
         "body never comes": (head(server, "Content-Length: 10", json_type) + b"abc", {408}),
-        "chunks never end": (head(server, "Transfer-Encoding: chunked", json_type) + b"3\r\nabc\r\n", {408}),
-        "5 MiB by length": (head(server, "Content-Length: 5242880", json_type) + b" " * 5242880, {413}),
-        "5 MiB in chunks": (head(server, "Transfer-Encoding: chunked", json_type) + b"10000\r\n" + (b" " * 65536 + b"\r\n10000\r\n") * 80 + b" " * 65536 + b"\r\n0\r\n\r\n", {413}),
-        "5 MiB without a key": (f"{line}Host: x\r\nConnection: close\r\nContent-Length: 4000000\r\n\r\n".encode() + b" " * 4_000_000, {401}),
-        "expect, too large": (head(server, "Content-Length: 5242880", "Expect: 100-continue"), {413}),
-    }  # fmt: skip
+        "chunks never end": (head(server, te, json_type) + b"3\r\nabc\r\n", {408}),
+        "5 MiB by length": (
+            head(server, "Content-Length: 5242880", json_type) + b" " * 5242880,
+            {413},
+        ),
+        "5 MiB in chunks": (
+            head(server, te, json_type)
+            + b"10000\r\n"
+            + (b" " * 65536 + b"\r\n10000\r\n") * 80
+            + b" " * 65536
+            + b"\r\n0\r\n\r\n",
+            {413},
+        ),
+        "5 MiB without a key": (
+            f"{line}Host: x\r\nConnection: close\r\nContent-Length: 4000000\r\n\r\n".encode()
+            + b" " * 4_000_000,
+            {401},
+        ),
+        "expect, too large": (
+            head(server, "Content-Length: 5242880", "Expect: 100-continue"),
+            {413},
+        ),
+    }
 
 
 def test_hostile_bytes_are_refused_and_the_client_can_read_why(server: Running) -> None:
@@ -197,6 +244,8 @@ def test_hostile_bytes_are_refused_and_the_client_can_read_why(server: Running) 
             wrong.append(f"{name}: the connection hangs")
             continue
         status = status_of(answer) if answer else 0
+        if status >= 400 and not error_of(answer)["message"]:
+            wrong.append(f"{name}: an error without its envelope")
         if status not in allowed:
             wrong.append(f"{name}: {status or 'no answer'}, not {sorted(allowed)}")
     assert wrong == []
@@ -225,11 +274,8 @@ def test_slow_headers_are_closed_while_others_are_served(server: Running) -> Non
         assert client.get("/health/live").status_code == 200
     assert time.monotonic() - began < 0.5
     for sock in slow:
-        with sock:
-            try:
-                assert sock.recv(100) == b""
-            except ConnectionResetError:
-                pass
+        with sock, contextlib.suppress(ConnectionResetError):
+            assert sock.recv(100) == b""
     assert time.monotonic() - began < 3
 
 
@@ -290,18 +336,18 @@ def test_too_long_is_said_with_both_numbers(server: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "status"),
-    [("", 400), ([], 400), ([[]], 400), ([1, "a"], 400), ([300], 400), ([-1], 400), (["x"] * 65, 400), (7, 400), ({}, 400)],
-)  # fmt: skip
-def test_prompts_that_are_none_are_refused(server: Running, prompt: object, status: int) -> None:
+    "prompt",
+    ["", [], [[]], [1, "a"], [300], [-1], ["x"] * 65, 7, {}],
+)
+def test_prompts_that_are_none_are_refused(server: Running, prompt: object) -> None:
     answer = server.post({"model": "base", "prompt": prompt}, "/v1/completions")
-    assert answer.status_code == status, answer.text
+    assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == "prompt"
 
 
 @pytest.mark.parametrize(
     "model",
-    ["nobody", "acme/nobody", "acme/support@canary", "acme/support@v9", "acme/support@sha256:00000000",
+    ["nobody", "acme/nobody", "acme/support@canary", "acme/support@v9", "acme/x@sha256:00000000",
      "../etc/passwd", "a/b/c", "ACME/Support", "acme/support@", "acme/\x00", "é" * 50, "base@v1"],
 )  # fmt: skip
 def test_a_model_that_is_not_there_is_a_404_and_never_the_base(server: Running, model: str) -> None:
