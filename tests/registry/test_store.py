@@ -217,7 +217,7 @@ def test_of_many_racing_promotes_exactly_one_wins_each_generation(
     promote(registry, 8)
     won: list[tuple[int, int]] = []
     lost: list[Conflict] = []
-    barrier = threading.Barrier(7)
+    barrier = threading.Barrier(7, timeout=30)
 
     def race(number: int) -> None:
         for generation in range(1, 11):
@@ -290,7 +290,7 @@ def test_threads_that_fetch_one_version_at_once_all_get_it(
     registry: Registry, adapter: Adapter
 ) -> None:
     ref = push(registry, adapter()).version.ref
-    barrier, folders = threading.Barrier(8), []
+    barrier, folders = threading.Barrier(8, timeout=30), []
 
     def fetch() -> None:
         barrier.wait()
@@ -430,7 +430,7 @@ def test_many_threads_push_different_content_and_every_number_is_given_once(
     registry: Registry, adapter: Adapter
 ) -> None:
     folders = [adapter(seed=seed) for seed in range(12)]
-    barrier, numbers = threading.Barrier(12), []
+    barrier, numbers = threading.Barrier(12, timeout=30), []
 
     def run(folder: Path) -> None:
         barrier.wait()
