@@ -118,7 +118,7 @@ class Tokens:
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # As a batch of one: `encode` holds the interpreter lock for its whole run, a batch does not.
+        # A batch of one: `encode` holds the interpreter lock all the time, a batch does not.
         batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return batch[0].ids
 

@@ -65,10 +65,15 @@ class Connection(H11Protocol):
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             return self._abort()  # an answer is on its way: a second one would end up inside it
         failure = Failure(400, INVALID, "invalid_http", msg)
-        headers = [("content-type", "application/json"), ("connection", "close")]
+        body = failure.body(new_request_id())
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
         events = (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=failure.body(new_request_id())),
+            h11.Data(data=body),
             h11.EndOfMessage(),
         )
         for event in events:
