@@ -80,7 +80,7 @@ def push(
     """Check an adapter and store it as the next version of NAME."""
     console = Console(stderr=True)
     with open_registry(home) as registry, console.status("Checking and storing …"):
-        result = registry.push(folder, AdapterName.parse(name), base=base, actor=_actor())
+        result = registry.push(folder, AdapterName.parse(name), base=base, actor=actor())
     if as_json:
         return print_json(result)
     for code, text in result.warnings:
@@ -153,7 +153,7 @@ def promote(
             selector.number,
             alias=alias,
             reason=reason,
-            actor=_actor(),
+            actor=actor(),
             force=force,
         )
         _tell_move(registry, move, wait, as_json)
@@ -172,7 +172,7 @@ def rollback(
     """Point an alias back to where it was before its last promote."""
     with open_registry(home) as registry:
         move = registry.rollback(
-            AdapterName.parse(name), alias=alias, reason=reason, actor=_actor()
+            AdapterName.parse(name), alias=alias, reason=reason, actor=actor()
         )
         _tell_move(registry, move, wait, as_json)
 
@@ -261,7 +261,7 @@ def _not_a_number(text: str) -> NoReturn:
     raise InvalidName(f"{text!r} names no version number. Write NAMESPACE/NAME@vN.")
 
 
-def _actor() -> str:
+def actor() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
