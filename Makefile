@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-long lint format bench serve clean
+.PHONY: setup demo test test-long lint format docs bench serve clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,9 @@ test: lint
 
 test-long: setup
 	$(BIN)/pytest -m "long" --timeout 3600 $(ARGS)
+
+docs: setup
+	$(BIN)/typer wardrobe utils docs --name wardrobe --title "The command line" --output docs/cli.md
 
 bench: setup
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
