@@ -17,6 +17,7 @@ import uvicorn
 from litestar import Litestar
 
 from registry.base import BaseModel
+from registry.errors import WardrobeError
 from registry.store import Registry
 from serving.api.app import create_app
 from serving.api.connection import connection_class
@@ -34,6 +35,10 @@ IDLE_CONNECTIONS = 4  # times max_requests: connections that wait for their next
 log = logging.getLogger("wardrobe.server")
 
 
+class PortUnavailable(WardrobeError):
+    code = "port_unavailable"
+
+
 def serve(
     settings: ServerSettings,
     registry: Registry,
@@ -43,7 +48,7 @@ def serve(
     *,
     on_start: Callable[[str], None],
 ) -> None:
-    """Serve until a signal; call `on_start(url)` when the port answers."""
+    """Serve until a signal; call `on_start(url)` when the port answers. Raises PortUnavailable."""
     with listen(settings) as listener:
         settings = replace(settings, port=listener.getsockname()[1])
         app = create_app(settings, registry, engine, base, tokens)
@@ -52,16 +57,22 @@ def serve(
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """Return a bound socket, so that the URL is known before anything else starts."""
+    """Return a bound socket, so that the URL is known before anything else starts.
+
+    Raises PortUnavailable.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio turns Nagle's algorithm off; else every answer waits 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        raise PortUnavailable(
+            f"Port {settings.port} of {settings.host} cannot be listened on: {error.strerror}. "
+            "Use another --port, or --port 0 for a free one."
+        ) from error
     return listener
 
 

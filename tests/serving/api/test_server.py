@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.api.server import PortUnavailable, listen
+from serving.api.settings import ServerSettings
 from serving.tokens import Tokens
 from tests.serving.live import CHAT, Running, Wardrobe, running
 from tests.serving.scripted import ScriptedEngine
@@ -300,6 +302,12 @@ def test_signals_drain_a_real_process(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_a_port_that_is_taken_is_said_in_a_sentence(live: Running) -> None:
+    port = live.services.settings.port
+    with pytest.raises(PortUnavailable, match=f"Port {port} of 127.0.0.1.*in use"):
+        listen(ServerSettings(port=port))
 
 
 def test_the_per_token_path_is_cheap(live: Running, caplog: pytest.LogCaptureFixture) -> None:
