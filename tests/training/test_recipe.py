@@ -1,0 +1,99 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.errors import RecipeError
+from training.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "name": "acme/support",
+        "base": "local/tiny",
+        "data": {"path": "rows.csv"},
+        "task": {"system": "Answer.", "metric": "exact"},
+        "train": {"steps": 10},
+    }
+
+
+def parsed(**changes: Any) -> Recipe:
+    return parse_recipe(minimal() | changes, Path("/recipes/support"))
+
+
+def test_a_minimal_recipe_gets_the_documented_defaults() -> None:
+    recipe = parsed()
+    assert (recipe.method.r, recipe.method.alpha, recipe.method.targets) == (16, 32, "all-linear")
+    assert (recipe.train.batch_size, recipe.train.learning_rate) == (8, 1e-3)
+    assert recipe.gate.min_gain is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stpes": 1}, ["stpes", "train", "seed"]),
+        ({"train": {"steps": 1, "lr": 0.1}}, ["train.lr", "learning_rate"]),
+        ({"method": {"rank": 8}}, ["method.rank", "alpha"]),
+        ({"data": {"path": "x.csv", "hub": {"repo": "a/b", "file": "c"}}}, ["data.hub.file"]),
+        ({"folder": "/etc"}, ["folder"]),
+        ({"train": {"steps": "many"}}, ["int", "train.steps"]),
+        ({"train": {"steps": 0}}, [">= 1", "train.steps"]),
+        ({"train": {}}, ["steps"]),
+        ({"train": {"steps": 5, "learning_rate": 0.0}}, ["learning_rate"]),
+        ({"method": {"r": 512}}, ["<= 256", "method.r"]),
+        ({"method": {"kind": "pissa"}}, ["pissa", "method.kind"]),
+        ({"method": {"dropout": 1.0}}, ["dropout"]),
+        ({"task": {"system": "x", "metric": "bleu"}}, ["bleu", "metric"]),
+        ({"gate": {"min_gain": 40}}, ["gate.min_gain"]),
+        ({"seed": -1}, ["seed"]),
+        ({"data": {}}, ["exactly one source"]),
+        ({"data": {"builder": "icd-10-chapters", "path": "x.csv"}}, ["exactly one source"]),
+        ({"name": "Acme/Support"}, ["Acme", "a-z"]),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_name(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        parsed(**changes)
+    assert [word for word in words if word not in refusal.value.message] == []
+
+
+def test_an_override_sets_one_key_and_is_checked_like_the_file() -> None:
+    recipe = apply_overrides(
+        parsed(), ["train.steps=20", "task.system=Be brief.", "method.targets=['q_proj']"]
+    )
+    assert recipe.train.steps == 20
+    assert recipe.task.system == "Be brief."
+    assert recipe.method.targets == ("q_proj",)
+    assert recipe.train.batch_size == parsed().train.batch_size
+    with pytest.raises(RecipeError, match=r"train\.stpes"):
+        apply_overrides(parsed(), ["train.stpes=20"])
+    with pytest.raises(RecipeError, match=r"train\.steps"):
+        apply_overrides(parsed(), ["train.steps=few"])
+    with pytest.raises(RecipeError, match="key=value"):
+        apply_overrides(parsed(), ["train.steps"])
+    with pytest.raises(RecipeError, match="no key of a recipe"):
+        apply_overrides(parsed(), ["name.first=x"])
+
+
+def test_a_data_path_is_relative_to_the_recipe_and_an_override_to_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = apply_overrides(parsed(), ["data.path=mine.csv"])
+    assert recipe.data.path == str(tmp_path / "mine.csv")
+    assert parsed().data.path == "rows.csv"
+
+
+def test_the_digest_sees_every_setting_and_no_place() -> None:
+    assert parsed().digest == parse_recipe(minimal(), Path("/elsewhere")).digest
+    assert parsed().digest == parsed(data={"path": "/abs/rows.csv"}).digest
+    assert parsed().digest != apply_overrides(parsed(), ["train.steps=11"]).digest
+    assert parsed().digest != apply_overrides(parsed(), ["gate.min_gain=0.1"]).digest
+
+
+def test_a_missing_or_broken_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe at"):
+        load_recipe(tmp_path)
+    (tmp_path / "recipe.toml").write_text("name = ")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(tmp_path)
