@@ -48,7 +48,14 @@ def _logical_id(spec: str) -> str:
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
         return f"local/{path.stem}"
-    return f"local/{path.resolve().name}" if path.is_dir() else spec
+    if path.is_dir():
+        return f"local/{path.resolve().name}"
+    if not _HUB_ID.fullmatch(spec):
+        raise BaseUnavailable(
+            f"{spec!r} is no folder, no .gguf file and no Hub id (OWNER/NAME). "
+            "Give one of these, or smollm2-135m."
+        )
+    return spec
 
 
 @contextmanager
@@ -79,11 +86,6 @@ def _fill(
         return _from_gguf(path, folder, f"{path.name}, GGUF sha256:{sha256_of(path)}", progress)
     if path.is_dir():
         return _from_folder(path, folder)
-    if not _HUB_ID.fullmatch(spec) and packaged is None:
-        raise BaseUnavailable(
-            f"{spec!r} is no folder, no .gguf file and no Hub id (OWNER/NAME). "
-            "Give one of these, or smollm2-135m."
-        )
     try:
         files = list_base_files(packaged.id if packaged else spec, endpoint=endpoint)
         return _from_hub(files, folder, progress, endpoint)
