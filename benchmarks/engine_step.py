@@ -78,21 +78,23 @@ def load_adapters(
     """Put random adapters into the slots; returns how to name them, and prints the load time."""
     residency = parts.core.residency
     layout = LoraLayout(spec.layers, spec.groups)
-    refs, seconds = [], []
+    refs: list[AdapterRef] = []
+    seconds: list[float] = []
+    size = 0
     for index in range(count):
         groups = layout.zeros(bucket_of(RANK), (spec.layers,), dtype=dtype)
         for a, b in groups.values():
             a.normal_(std=0.02)
             b.normal_(std=0.02)
         adapter = HostAdapter(f"{index:064x}", bucket_of(RANK), groups)
+        size = adapter.size_bytes
         slot = residency.table.place(adapter.digest, adapter.bucket)
         started = time.perf_counter()
         residency.stacks.load(slot, adapter)
         seconds.append(time.perf_counter() - started)
         refs.append(AdapterRef(adapter.digest, f"random/{index}@v1"))
     print(
-        f"slot load of rank {RANK}: {1e3 * statistics.median(seconds):.1f} ms, "
-        f"{adapter.size_bytes / 1e6:.1f} MB"
+        f"slot load of rank {RANK}: {1e3 * statistics.median(seconds):.1f} ms, {size / 1e6:.1f} MB"
     )
     return refs
 

@@ -12,7 +12,7 @@ class Linear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.packed = _can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32) if self.packed else weight
         self.bias = bias
 
@@ -24,3 +24,11 @@ class Linear:
     def dense(self) -> torch.Tensor:
         """Return the weight in the usual layout, [out, in]."""
         return self.weight.to_dense() if self.packed else self.weight
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from registry.adapter import AdapterRef
 from registry.base import BaseModel
 from serving.engine.boundary import (
     Engine,
+    EngineStats,
     FinishReason,
     GenerateRequest,
     SamplingParams,
@@ -82,6 +83,14 @@ async def complete_all(
     return await asyncio.gather(
         *(complete(engine, each) for each in wanted), return_exceptions=True
     )
+
+
+async def until(engine: Engine, seen: Callable[[EngineStats], bool]) -> EngineStats:
+    """Wait until the engine's own figures show it; give up after ten seconds."""
+    async with asyncio.timeout(10):
+        while not seen(stats := await engine.stats()):  # noqa: ASYNC110  # an engine tells nobody
+            await asyncio.sleep(0.001)
+    return stats
 
 
 def run_all(engine: Engine, wanted: Sequence[GenerateRequest]) -> list[Result]:

@@ -16,7 +16,7 @@ from serving.engine.engine import TorchEngine
 from serving.engine.model import Model
 from serving.engine.settings import EngineSettings
 from tests import tiny
-from tests.serving.engine.driving import Folders, base_of, request, stream
+from tests.serving.engine.driving import Folders, base_of, request, stream, until
 
 TOKENS = range(60, 92)  # one adapter each
 SETTINGS = EngineSettings(
@@ -39,9 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folder = tmp_path_factory.mktemp("adapters")
-    return Folders(
-        {str(t): tiny.make_signature_adapter(folder / str(t), base, t) for t in TOKENS}
-    )
+    return Folders({str(t): tiny.make_signature_adapter(folder / str(t), base, t) for t in TOKENS})
 
 
 def test_ten_thousand_requests_over_four_slots_give_no_wrong_token(
@@ -63,7 +61,7 @@ def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Fol
     parts = assemble(model, folders, SETTINGS)
     stacks, fill = parts.core.residency.stacks, parts.core.residency.stacks.load
 
-    def add_up(slot, adapter):  # noqa: ANN001, ANN202  # the shape of LoraStacks.load
+    def add_up(slot, adapter):  # the shape of LoraStacks.load
         fill(slot, adapter)
         for name, pair in adapter.groups.items():
             for stack, source in zip(stacks._stacks[slot.bucket][name], pair, strict=True):
@@ -94,9 +92,7 @@ def churn(base: Path, folders: Folders, requests: int, workers: int) -> None:
     assert file_digest(base) == file_before
 
 
-async def drive(
-    engine: TorchEngine, folders: Folders, requests: int, workers: int
-) -> Counter[str]:
+async def drive(engine: TorchEngine, folders: Folders, requests: int, workers: int) -> Counter[str]:
     """Let `workers` clients share `requests` requests; each picks, reads and perhaps leaves."""
     rng = random.Random(1)
     counts: Counter[str] = Counter()
@@ -128,15 +124,9 @@ async def drive(
                 counts["aborted"] += 1
 
     await asyncio.gather(*(client() for _ in range(workers)))
-    await drained(engine)
+    await until(engine, lambda stats: not stats.running and not stats.waiting)
     await engine.aclose()
     return counts
-
-
-async def drained(engine: TorchEngine) -> None:
-    async with asyncio.timeout(10):
-        while (stats := await engine.stats()).running or stats.waiting:
-            await asyncio.sleep(0.01)
 
 
 def weights_digest(model: Model) -> str:
