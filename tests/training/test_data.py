@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from hassil import recognize_all
-from hassil.intents import Intents, TextSlotList
+from hassil.intents import Intents, SlotList, TextSlotList
 
 from training.builders import home_assistant as home
 from training.data import load_data, split_by_group
@@ -162,7 +162,9 @@ def test_smart_home_sentences_mean_to_home_assistants_own_parser_what_their_json
         json.loads((home.resources.files(home.PACKAGE) / "data" / "en.json").read_text())
     )
     lists = {"area": home.AREAS, "floor": home.FLOORS, "name": home._names(None)}
-    slot_lists = {key: TextSlotList.from_strings(values) for key, values in lists.items()}
+    slot_lists: dict[str, SlotList] = {
+        key: TextSlotList.from_strings(values) for key, values in lists.items()
+    }
     examples = home.build_home_assistant(options, seed=3)[::6]
     assert len(examples) >= 15
     for example in examples:

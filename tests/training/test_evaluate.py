@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,17 @@ def test_evaluation_asks_the_trained_prompt_judges_and_completes_the_card(
     }
     assert card["metrics"]["gain"] == 0.5
     assert card["metrics"]["adapter"]["low"] == pytest.approx(0.3424, abs=1e-4)
+
+    def again(recipe: Recipe) -> dict[str, Any]:
+        hardware = Hardware("cpu", "float32", 1)
+        found = train(recipe, data, tiny_base, tmp_path, progress=told.append, hardware=hardware)
+        assert found.reused
+        return found.card
+
+    assert again(short) == card
+    stricter = again(apply_overrides(short, ["gate.min_gain=0.9"]))
+    assert stricter["metrics"] == {}, "another gate needs another verdict"
+    assert stricter["gate"]["passed"] is False
     lines = (trained.folder.parent / "held_out.jsonl").read_text().splitlines()
     assert [json.loads(line)["base"]["correct"] for line in lines] == [False, True]
 
