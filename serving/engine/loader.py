@@ -52,7 +52,8 @@ class AdapterLoader:
             return self._loads[ref.digest]
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Start no more loads. One that hangs in `fetch` must not hang whoever closes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, ref: AdapterRef, future: Load) -> None:
         started = time.monotonic()
