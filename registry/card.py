@@ -2,8 +2,7 @@
 
 from typing import Any, cast
 
-from registry.config import Problem
-from registry.errors import Refused
+from registry.errors import Problem, Refused
 
 CARD_NAME = "wardrobe.json"
 MAX_CARD_BYTES = 1 << 20
@@ -40,7 +39,7 @@ def check_card(card: dict[str, Any]) -> dict[str, Any]:
         if card.get("kind", "lora") not in KINDS:
             problems.append(_invalid("kind", f"must be one of {', '.join(KINDS)}"))
     if problems:
-        raise Refused(" ".join(text for _, text in problems), problems)
+        raise Refused.because(problems)
     return card
 
 

@@ -171,9 +171,7 @@ def rollback(
 ) -> None:
     """Point an alias back to where it was before its last promote."""
     with open_registry(home) as registry:
-        move = registry.rollback(
-            AdapterName.parse(name), alias=alias, reason=reason, actor=actor()
-        )
+        move = registry.rollback(AdapterName.parse(name), alias=alias, reason=reason, actor=actor())
         _tell_move(registry, move, wait, as_json)
 
 

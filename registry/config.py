@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-Problem = tuple[str, str]  # (code, sentence)
+from registry.errors import Problem
 
 MAX_RANK = 256
 MAX_PATTERNS = 4096
 MAX_NAMES = 4096
+MAX_LAYER_NAMES = 16  # each is looked for in every module, as a regular expression
 MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 # Module names only, perhaps anchored: nothing here can backtrack.
 PATTERN = re.compile(r"\^?[A-Za-z0-9_]+(\\?\.[A-Za-z0-9_]+)*")
@@ -151,9 +152,16 @@ def _patterns(check: Callable[[object], str | None]) -> Callable[[object], str |
                 return f"the key {key[:60]!r} is not a module name; write names out instead"
             if fault := check(number):
                 return f"the value of {key!r} {fault}"
+        if len({plain_key(key) for key in patterns}) < len(patterns):
+            return "two of its keys mean the same modules"
         return None
 
     return check_all
+
+
+def plain_key(key: str) -> str:
+    """Write a key of a pattern without the escapes before its dots."""
+    return key.replace("\\.", ".")
 
 
 def _names(value: object) -> str | None:
@@ -173,8 +181,11 @@ def _targets(value: object) -> str | None:
 
 
 def _layer_names(value: object) -> str | None:
-    names = [value] if isinstance(value, str) else value
-    return None if names is None or names in ([], [""]) else _names(names)
+    if value is None or value in ("", [], [""]):
+        return None
+    if isinstance(value, list) and len(cast("list[object]", value)) > MAX_LAYER_NAMES:
+        return f"must be a list of at most {MAX_LAYER_NAMES} module names"
+    return _names([value] if isinstance(value, str) else value)
 
 
 def _layers(value: object) -> str | None:

@@ -18,6 +18,12 @@ the exit code in one place in `wardrobe.py`.
 """
 
 from collections.abc import Sequence
+from typing import Self
+
+Problem = tuple[str, str]  # (code, sentence)
+
+MAX_PROBLEMS = 100  # that a refusal lists: a file can be wrong in a million places
+MAX_SENTENCES = 20  # of them in its message
 
 
 class WardrobeError(Exception):
@@ -55,13 +61,24 @@ class BaseNotFound(NotFound):
 
 
 class Refused(WardrobeError):
-    """The validation gate refused the files. `problems` holds (code, sentence) pairs."""
+    """The validation gate refused the files; `problems` holds the reasons."""
 
     code = "adapter_refused"
 
-    def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+    @classmethod
+    def because(cls, problems: Sequence[Problem]) -> Self:
+        """Make a refusal for these reasons, of which MAX_PROBLEMS are listed."""
+        texts = [text for _, text in problems[:MAX_SENTENCES]]
+        if len(problems) > MAX_SENTENCES:
+            texts.append("There are more problems.")
+        listed = list(problems[:MAX_PROBLEMS])
+        if len(problems) > MAX_PROBLEMS:
+            listed.append(("not_listed", "There are more problems."))
+        return cls(" ".join(texts), listed)
 
 
 class BaseMismatch(Refused):
@@ -78,3 +95,8 @@ class IntegrityError(WardrobeError):
 
 class StoreUnavailable(WardrobeError):
     code = "store_unavailable"
+
+
+def refused(code: str, message: str) -> Refused:
+    """Make a refusal that has exactly one problem."""
+    return Refused.because([(code, message)])

@@ -2,10 +2,11 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-from registry.errors import Refused
+from registry.errors import refused
 
 MAX_DEPTH = 32
 
@@ -36,6 +37,11 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     found = cast("dict[str, Any]", value)
     if _deeper_than(found, MAX_DEPTH):
         raise refused("json_invalid", f"{what} is nested deeper than {MAX_DEPTH} levels.")
+    try:
+        canonical(found)
+    except UnicodeEncodeError as error:
+        # The escape \ud800 is JSON, and half a character that no file or database can hold.
+        raise refused("json_invalid", f"{what} holds a text that is not Unicode.") from error
     return found
 
 
@@ -46,16 +52,10 @@ def canonical(value: object) -> bytes:
     ).encode("utf-8")
 
 
-def refused(code: str, message: str) -> Refused:
-    """Make a refusal that has exactly one problem."""
-    return Refused(message, [(code, message)])
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"duplicate key {twice!r}")
     return result
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from registry.config import check_config
+from registry.config import check_config, plain_key
 from registry.errors import Refused
 
 Number = TypeVar("Number", int, float)
@@ -39,8 +39,7 @@ class AdapterConfig:
     def parse(cls, raw: dict[str, Any]) -> "AdapterConfig":
         """Read a LoraConfig as peft writes it. Raises Refused with every problem in it."""
         if problems := check_config(raw):
-            message = "adapter_config.json cannot be served: " + " ".join(t for _, t in problems)
-            raise Refused(message, problems)
+            raise Refused.because(problems)
         targets, excludes = raw["target_modules"], raw.get("exclude_modules")
         layers, patterns = raw.get("layers_to_transform"), raw.get("layers_pattern")
         return cls(
@@ -169,4 +168,4 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 
 def _unescaped(patterns: dict[str, Number] | None) -> dict[str, Number]:
-    return {key.replace("\\.", "."): value for key, value in (patterns or {}).items()}
+    return {plain_key(key): value for key, value in (patterns or {}).items()}

@@ -18,7 +18,7 @@ from registry.base import Bases
 from registry.blobs import Blobs
 from registry.card import CARD_NAME, system_prompt
 from registry.database import Database, now
-from registry.errors import Refused, StoreUnavailable, VersionNotFound
+from registry.errors import StoreUnavailable, VersionNotFound, refused
 from registry.manifest import config_bytes, digest_of
 from registry.materialize import export, materialize, sha256_of
 from registry.records import (
@@ -344,4 +344,4 @@ def _describe(name: AdapterName, checked: Checked, files: dict[str, UploadedFile
 def _check_reason(reason: str) -> None:
     if not reason.strip() or len(reason) > 2000:
         text = "A move of an alias needs a reason of at most 2000 characters: --reason TEXT."
-        raise Refused(text, [("reason_missing", text)])
+        raise refused("reason_missing", text)

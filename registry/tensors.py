@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from registry.errors import Refused
-from registry.jsonfile import parse_object, read_object, refused
+from registry.errors import Refused, refused
+from registry.jsonfile import parse_object, read_object
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,

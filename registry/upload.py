@@ -6,8 +6,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.config import Problem
-from registry.errors import NotFound, Refused, StoreUnavailable
+from registry.errors import NotFound, Problem, Refused, StoreUnavailable, refused
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -53,16 +52,20 @@ def copy_upload(source: Path, staging: Path) -> dict[str, UploadedFile]:
     if not source.is_dir():
         raise NotFound(f"There is no folder {source}. Give the folder that holds {CONFIG_NAME}.")
     if problems := check_files(source):
-        raise Refused(" ".join(text for _, text in problems), problems)
-    return {
+        raise Refused.because(problems)
+    files = {
         name: _copy(source / name, staging / name, limit)
         for name, limit in ALLOWED.items()
         if (source / name).exists()
     }
+    # In the copy, which is what will be stored: the source may change at any time.
+    if problems := [problem for file in files.values() for problem in _check_head(file.path)]:
+        raise Refused.because(problems)
+    return files
 
 
 def check_files(source: Path) -> list[Problem]:
-    """Return what is wrong with the names, kinds, sizes and first bytes of the files."""
+    """Return what is wrong with the names, kinds and sizes of the files."""
     with os.scandir(source) as listing:
         entries = [entry for entry, _ in zip(listing, range(MAX_FILES + 1), strict=False)]
     if len(entries) > MAX_FILES:
@@ -91,14 +94,17 @@ def _check_entry(entry: os.DirEntry[str]) -> list[Problem]:
     size, limit = entry.stat(follow_symlinks=False).st_size, ALLOWED[entry.name]
     if size > limit:
         return [("too_large", f"{name} has {size} bytes, the limit is {limit}.")]
-    with Path(entry.path).open("rb") as file:
-        head = file.read(8)
-    # A safetensors length whose low bytes look like a magic number is told apart by what follows.
-    if found := next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None):
-        if head[2:] == b"\0" * 6 and entry.name == WEIGHTS_NAME:
-            return []
-        return [("pickle_refused", f"{name} is {found}: convert the adapter to safetensors.")]
     return []
+
+
+def _check_head(path: Path) -> list[Problem]:
+    with path.open("rb") as file:
+        head = file.read(8)
+    found = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
+    # A safetensors length whose low bytes look like a magic number is told apart by what follows.
+    if found is None or (head[2:] == b"\0" * 6 and path.name == WEIGHTS_NAME):
+        return []
+    return [("pickle_refused", f"{path.name} is {found}: convert the adapter to safetensors.")]
 
 
 def _copy(source: Path, target: Path, limit: int) -> UploadedFile:
@@ -107,12 +113,12 @@ def _copy(source: Path, target: Path, limit: int) -> UploadedFile:
     descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Refused(f"{source} is not a regular file.", [("not_a_regular_file", source.name)])
+            raise refused("not_a_regular_file", f"{source} is not a regular file.")
         while chunk := reader.read(_CHUNK):
             size += len(chunk)
             if size > limit:
                 text = f"{source.name} grew over {limit} bytes while it was read."
-                raise Refused(text, [("too_large", text)])
+                raise refused("too_large", text)
             digest.update(chunk)
             if writer.write(chunk) != len(chunk):
                 raise StoreUnavailable(f"Cannot write {target}.")

@@ -13,8 +13,8 @@ import numpy as np
 
 from registry.base import BaseModel, Bases
 from registry.card import CARD_NAME, MAX_CARD_BYTES, check_card
-from registry.config import MAX_RANK, Problem
-from registry.errors import BaseMismatch, Refused
+from registry.config import MAX_RANK
+from registry.errors import BaseMismatch, Problem, Refused, refused
 from registry.jsonfile import read_object
 from registry.lora import TENSOR_NAME, AdapterConfig, lora_modules
 from registry.tensors import ADAPTER_BOUNDS, Tensor, read_chunks, read_header
@@ -75,10 +75,8 @@ def _collect(problems: list[Problem], read: Callable[[], T]) -> T | None:
 
 
 def _refusal(problems: list[Problem]) -> Refused:
-    shown = " ".join(text for _, text in problems[:20])
-    more = f" And {len(problems) - 20} more." if len(problems) > 20 else ""
     misfit = any(code in _MISFITS for code, _ in problems)
-    return (BaseMismatch if misfit else Refused)(shown + more, problems)
+    return (BaseMismatch if misfit else Refused).because(problems)
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def _base_id(config: AdapterConfig, card: dict[str, Any], given: str | None) -> 
     recorded = cast("str", card.get("base", {}).get("id", ""))
     if given and recorded and given != recorded:
         text = f"The card says this adapter was made for {recorded!r}, not for {given!r}."
-        raise BaseMismatch(text, [("base_mismatch", text)])
+        raise BaseMismatch.because([("base_mismatch", text)])
     if chosen := given or recorded:
         return chosen
     if not config.base_id or _is_path(config.base_id):
@@ -103,7 +101,7 @@ def _base_id(config: AdapterConfig, card: dict[str, Any], given: str | None) -> 
             f"base_model_name_or_path is {config.base_id!r}, which names no base model. "
             f"Give its id: --base ID, or base.id in {CARD_NAME}."
         )
-        raise Refused(text, [("base_unnamed", text)])
+        raise refused("base_unnamed", text)
     return config.base_id
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file as save_torch_file
 from registry.base import BaseModel, Bases
 from registry.errors import BaseMismatch, BaseNotFound, Refused
 from registry.tensors import ADAPTER_BOUNDS, read_header
-from registry.upload import copy_upload
+from registry.upload import check_files, copy_upload
 from registry.validate import Checked, largest_magnitude, validate
 from tests.registry.making import BASE_ID, UP, Q, adapter_config, adapter_tensors, key
 
@@ -132,6 +132,8 @@ def test_a_good_adapter_passes_without_a_warning(
         ({"layers_to_transform": [-1]}, "config_invalid"),
         ({"layers_to_transform": ["0"]}, "config_invalid"),
         ({"layers_pattern": ["(a+)+"]}, "config_invalid"),
+        ({"layers_pattern": [f"layers_{i}" for i in range(17)]}, "config_invalid"),
+        ({"alpha_pattern": {"mlp\\.up_proj": 4, "mlp.up_proj": 8}}, "config_invalid"),
         ({"base_model_name_or_path": 7}, "config_invalid"),
         ({"revision": ["main"]}, "config_invalid"),
         ({"base_model_name_or_path": None}, "base_unnamed"),
@@ -170,7 +172,8 @@ def test_a_config_without_a_needed_field_is_refused(
     [
         b"", b"{", b"[]", b"null", b'"r"', b"\xff\xfe", b'{"r": NaN}', b'{"r": 1e999}',
         b'{"r": 4, "r": 8}', b"[" * 100_000, b'{"a":' * 50 + b"1" + b"}" * 50,
-        b'{"r": ' + b"9" * 5000 + b"}", b'{"a": "\x01"}',
+        b'{"r": ' + b"9" * 5000 + b"}", b'{"a": "\x01"}', b'{"a": "\\ud800"}',
+        b'{"\\udfff": 1}', b"{" + b",".join(b'"%d":1' % i for i in range(60_000)) + b',"9":1}',
     ],
 )  # fmt: skip
 def test_broken_json_is_refused_in_a_sentence(
@@ -260,6 +263,17 @@ def test_lora_on_the_head_or_embeddings_is_refused_as_not_servable_yet(
         config={"target_modules": ["q_proj", "up_proj", module.rsplit(".", 1)[-1]]},
     )
     assert refused(folder, bases, tmp_path) == {"module_unsupported"}
+
+
+def test_a_file_that_is_wrong_in_very_many_places_is_refused_in_a_short_answer(
+    adapter: Adapter, bases: Bases, tmp_path: Path
+) -> None:
+    folder = adapter(config={f"unknown_{i}": 1 for i in range(20_000)})
+    with pytest.raises(Refused, match="There are more problems") as error:
+        gate(folder, bases, tmp_path)
+    assert len(error.value.message) < 3000
+    assert len(error.value.problems) == 101
+    assert error.value.problems[-1] == ("not_listed", "There are more problems.")
 
 
 def test_all_problems_are_told_at_once(adapter: Adapter, bases: Bases, tmp_path: Path) -> None:
@@ -582,3 +596,19 @@ def test_a_file_is_checked_in_the_copy_not_in_the_source(
     validate(staging, bases)
     assert (staging / WEIGHTS).read_bytes() == GOOD
     assert files[WEIGHTS].size == len(GOOD)
+
+
+def test_the_first_bytes_are_checked_in_the_copy_too(
+    adapter: Adapter, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README becomes a pickle after the folder was looked through."""
+    folder = adapter()
+    (folder / "README.md").write_text("# Support")
+
+    def look_and_swap(source: Path) -> list[tuple[str, str]]:
+        problems = check_files(source)
+        (source / "README.md").write_bytes(pickle.dumps(1))
+        return problems
+
+    monkeypatch.setattr("registry.upload.check_files", look_and_swap)
+    assert refused(folder, bases, tmp_path) == {"pickle_refused"}
