@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from registry.base import BaseModel
+from registry.base import BaseModel, Bases
+from registry.validate import validate
 from training.data import load_data
 from training.errors import DataError, RunFailed
 from training.examples import Data
@@ -258,3 +259,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         (folder / name).write_bytes((tiny_base.path / name).read_bytes())
     with pytest.raises(RunFailed, match=r"loss is nan at step 1"):
         run(wild, data, replace(tiny_base, path=folder), tmp_path / "runs")
+
+
+def test_the_registrys_gate_takes_the_adapter(
+    recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    trained = run(apply_overrides(recipe, ["train.steps=2"]), data, tiny_base, tmp_path)
+    checked = validate(trained.folder, Bases(tiny_base.path.parent))
+    assert (checked.base.id, checked.rank) == ("local/tiny", 4)
+    assert checked.warnings == ()
