@@ -9,7 +9,6 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from registry.adapter import PRODUCTION, AdapterName, Selector
@@ -25,6 +24,7 @@ from registry.screen import (
     print_json,
     rollout_line,
     rollout_table,
+    shown,
     summaries,
     summary_table,
     version_lines,
@@ -57,7 +57,7 @@ def clear_errors() -> Generator[None, None, None]:
             lines += [f"  {code}: {text}" for code, text in error.problems]
         else:
             lines = [error.message]
-        console.print(f"[red]{escape(chr(10).join(lines))}[/]")
+        console.print(f"[red]{shown(chr(10).join(lines))}[/]")
         raise typer.Exit(2) from error
 
 
@@ -84,7 +84,7 @@ def push(
     if as_json:
         return print_json(result)
     for code, text in result.warnings:
-        console.print(f"[yellow]{code}: {escape(text)}[/]", soft_wrap=True)
+        console.print(f"[yellow]{code}: {shown(text)}[/]", soft_wrap=True)
     version = result.version
     said = "pushed" if result.created else "is there already:"
     _say(f"{said} [bold]{version.ref.label}[/] sha256:{version.digest[:12]} for {version.base_id}")
@@ -99,6 +99,8 @@ def list_adapters(home: Home = None, as_json: Json = False) -> None:
         found = summaries(registry)
     if as_json:
         return print_json(found)
+    if not found:
+        return _say("There is no adapter yet. Store one with: wardrobe push FOLDER NAMESPACE/NAME")
     Console().print(summary_table(found))
     return None
 
@@ -126,7 +128,10 @@ def show(
             console.print(line, soft_wrap=True)
     else:
         console.print(version_table(versions))
-    console.print(alias_table(aliases))
+    if aliases:
+        console.print(alias_table(aliases))
+    else:
+        _say(f"No alias points to a version yet: wardrobe promote {selector.name}@vN --reason TEXT")
     if rollouts:
         console.print(rollout_table(rollouts))
     return None
@@ -205,7 +210,7 @@ def pull(
         version = registry.pull(Selector.parse(selector), destination)
     if as_json:
         return print_json(version)
-    _say(f"pulled [bold]{version.ref.label}[/] to {escape(str(destination))}")
+    _say(f"pulled [bold]{version.ref.label}[/] to {shown(str(destination))}")
     return None
 
 
@@ -227,7 +232,7 @@ def verify(home: Home = None, as_json: Json = False) -> None:
         print_json({"ok": report.ok, **plain(report)})
     else:
         for problem in report.problems:
-            Console().print(f"[red]{escape(problem)}[/]", soft_wrap=True)
+            Console().print(f"[red]{shown(problem)}[/]", soft_wrap=True)
         orphans = f", {len(report.orphans)} blobs without a version" if report.orphans else ""
         said = "[green]sound[/]" if report.ok else f"[red]{len(report.problems)} problems[/]"
         counted = f"{report.versions} versions, {report.blobs} blobs, {report.bytes:,} bytes"

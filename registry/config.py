@@ -181,11 +181,11 @@ def _targets(value: object) -> str | None:
 
 
 def _layer_names(value: object) -> str | None:
-    if value is None or value in ("", [], [""]):
+    names = cast("list[object]", value if isinstance(value, list) else [value])
+    if names in ([], [None], [""]):
         return None
-    if isinstance(value, list) and len(cast("list[object]", value)) > MAX_LAYER_NAMES:
-        return f"must be a list of at most {MAX_LAYER_NAMES} module names"
-    return _names([value] if isinstance(value, str) else value)
+    fault = f"must be a list of at most {MAX_LAYER_NAMES} module names"
+    return _names(names) if len(names) <= MAX_LAYER_NAMES else fault
 
 
 def _layers(value: object) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,6 +16,8 @@ from registry.records import Alias, Event, Rollout
 from registry.store import Registry
 
 _STATES = {"live": "green", "warming": "yellow", "failed": "red"}
+# Columns whose short texts stay on one line; the others fold when the terminal is narrow.
+_WHOLE = ("newest", "version", "digest", "when", "pushed", "moved", "after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +55,27 @@ def plain(value: object) -> Any:
 
 
 def print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+    # In ASCII: no terminal and no locale can spoil it.
+    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
+
+
+def shown(text: str) -> str:
+    """Write text of others for the terminal: no markup, no control character that steers it."""
+    visible = (char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return escape("".join(visible))
 
 
 def summary_table(found: Sequence[Summary]) -> Table:
     rows = (
         (
-            str(line.name),
+            f"[bold]{line.name}[/]\n{line.base_id}",
             f"v{line.latest}",
-            ", ".join(f"{alias} → v{number}" for alias, number in line.aliases.items()) or "–",
-            line.base_id,
-            _when(line.updated_at),
+            "\n".join(f"{alias} → v{number}" for alias, number in line.aliases.items()) or "–",
+            line.updated_at[:10],
         )
         for line in found
     )
-    return _table(("adapter", "newest", "aliases", "base", "pushed"), rows)
+    return _table(("adapter, its base", "newest", "aliases", "pushed"), rows)
 
 
 def version_table(versions: Sequence[Version]) -> Table:
@@ -76,7 +85,7 @@ def version_table(versions: Sequence[Version]) -> Table:
             version.digest[:12],
             version.kind,
             str(version.rank),
-            f"{version.size_bytes / 1e6:.1f} MB",
+            decimal(version.size_bytes),
             _gate(version),
             _when(version.created_at),
         )
@@ -101,7 +110,7 @@ def version_lines(version: Version) -> list[str]:
             for key, value in version.card.items()
         },
     }
-    lines = [f"[bold]{escape(key)}[/]: {escape(value)}" for key, value in facts.items()]
+    lines = [f"[bold]{shown(key)}[/]: {shown(value)}" for key, value in facts.items()]
     return [*lines, f"[bold]gate result[/]: {_gate(version)}"]
 
 
@@ -121,7 +130,7 @@ def rollout_table(rollouts: Sequence[Rollout]) -> Table:
             f"v{rollout.number}",
             f"[{_STATES[rollout.state]}]{rollout.state}[/]",
             f"{rollout.seconds:.2f} s",
-            escape(rollout.message),
+            shown(rollout.message),
         )
         for rollout in rollouts
     )
@@ -130,8 +139,8 @@ def rollout_table(rollouts: Sequence[Rollout]) -> Table:
 
 def rollout_line(rollout: Rollout) -> str:
     if rollout.state == "failed":
-        return f"[red]failed on {escape(rollout.url)}: {escape(rollout.message)}[/]"
-    return f"[green]live[/] on {escape(rollout.url)} after {rollout.seconds:.2f} s"
+        return f"[red]failed on {shown(rollout.url)}: {shown(rollout.message)}[/]"
+    return f"[green]live[/] on {shown(rollout.url)} after {rollout.seconds:.2f} s"
 
 
 def history_table(events: Sequence[Event]) -> Table:
@@ -141,8 +150,8 @@ def history_table(events: Sequence[Event]) -> Table:
             event.action + (" (forced)" if event.forced else ""),
             event.alias or "",
             f"v{event.previous} → v{event.number}" if event.previous else f"v{event.number}",
-            escape(event.actor),
-            escape(event.reason),
+            shown(event.actor),
+            shown(event.reason),
         )
         for event in events
     )
@@ -164,11 +173,11 @@ def _gate(version: Version) -> str:
     if "gate" not in version.card:
         return "–"
     failures = version.gate_failures
-    return f"[red]failed: {escape('; '.join(failures))}[/]" if failures else "[green]passed[/]"
+    return f"[red]failed: {shown('; '.join(failures))}[/]" if failures else "[green]passed[/]"
 
 
 def _when(iso: str) -> str:
-    return iso[:19].replace("T", " ")
+    return iso[:16].replace("T", " ")
 
 
 def _table(
@@ -176,7 +185,7 @@ def _table(
 ) -> Table:
     table = Table(title=title, title_justify="left")
     for name in titles:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in _WHOLE)
     for row in rows:
         table.add_row(*row)
     return table

@@ -345,3 +345,5 @@ def _check_reason(reason: str) -> None:
     if not reason.strip() or len(reason) > 2000:
         text = "A move of an alias needs a reason of at most 2000 characters: --reason TEXT."
         raise refused("reason_missing", text)
+    if not reason.isascii() and any("\ud800" <= char <= "\udfff" for char in reason):
+        raise refused("reason_invalid", f"The reason {reason[:80]!r} is not written in UTF-8.")

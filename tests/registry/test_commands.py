@@ -107,6 +107,54 @@ def test_verify_exits_with_1_and_names_the_damaged_blob(
     assert sha256 in run("verify", status=1).stdout
 
 
+LONG = "some-company/customer-support-en"
+GATE = {"passed": False, "failures": ["accuracy 0.41 is under 0.60.\x1b[2J"]}
+
+
+def test_tables_cut_no_name_in_a_terminal_of_80_columns(
+    run: Run, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run("push", str(adapter(card={"gate": GATE})), LONG)
+    digest = read(run("show", LONG, "--json"))["versions"][0]["digest"]
+    run("promote", f"{LONG}@v1", "--reason", "a long reason " * 9, "--force")
+    listed = run("list").stdout
+    assert all(text in listed for text in (LONG, BASE_ID, "production → v1"))
+    today = read(run("history", LONG, "--json"))[0]["at"][:16].replace("T", " ")
+    assert all(text in run("show", LONG).stdout for text in (LONG, digest[:12], today))
+    assert today in run("history", LONG).stdout
+    for command in ("list", "show", "history"):
+        arguments = (command,) if command == "list" else (command, LONG)
+        assert all(len(line) <= 80 for line in run(*arguments).stdout.splitlines())
+
+
+def test_a_card_or_a_reason_cannot_steer_the_terminal(run: Run, adapter: Adapter) -> None:
+    card = {"gate": GATE, "prompt": {"system": "Be\x1b]0;owned\x07 \x9b31m [bold]kind[/]."}}
+    run("push", str(adapter(card=card)), LONG)
+    refused = run("promote", f"{LONG}@v1", "--reason", "why", status=2).stderr
+    run("promote", f"{LONG}@v1", "--reason", "\x1b[31m[red]why", "--force")
+    texts = [run("show", LONG).stdout, run("show", f"{LONG}@v1").stdout, refused]
+    texts += [run("history", LONG).stdout, run("show", LONG, "--json").stdout]
+    for text in texts:
+        assert all(char.isprintable() or char == "\n" for char in text)
+    assert r"Be\x1b]0;owned\x07 \x9b31m [bold]kind[/]." in texts[1]
+
+
+def test_a_reason_that_is_no_utf_8_is_refused(run: Run, adapter: Adapter) -> None:
+    run("push", str(adapter()), LONG)
+    refused = run("promote", f"{LONG}@v1", "--reason", "sch\udcf6n", status=2)
+    assert "not written in UTF-8" in refused.stderr
+
+
+def test_an_empty_store_and_an_adapter_without_aliases_say_what_to_do(
+    run: Run, adapter: Adapter
+) -> None:
+    assert "wardrobe push" in run("list").stdout
+    assert read(run("list", "--json")) == []
+    run("push", str(adapter()), LONG)
+    assert f"wardrobe promote {LONG}@vN" in run("show", LONG).stdout
+
+
 class Server:
     """A live server that answers every move in its own way."""
 
