@@ -21,6 +21,7 @@ from registry.home import default_cache, default_home
 from registry.screen import print_json
 
 if TYPE_CHECKING:
+    from training.batches import MaskedSample
     from training.evaluate import Evaluation
     from training.examples import Data
     from training.progress import Report
@@ -58,12 +59,12 @@ def find_base(spec: str) -> BaseModel:
         return pull(spec)
 
 
-def pull(spec: str) -> BaseModel:
+def pull(spec: str, base_id: str | None = None) -> BaseModel:
     from training.base import pull_base
     from training.screen import progress_bars
 
     with progress_bars() as report:
-        return pull_base(spec, known_bases(), progress=report)
+        return pull_base(spec, known_bases(), progress=report, base_id=base_id)
 
 
 @base_app.command("pull")
@@ -75,10 +76,14 @@ def base_pull(
             metavar="ID", help="A Hub id, a local folder, a .gguf file, or a catalogue name."
         ),
     ] = DEFAULT_BASE,
+    base_id: Annotated[
+        str | None,
+        typer.Option("--id", help="What a folder or file is called; default: local/ and its name."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fetch a base model and keep it as plain safetensors."""
-    base = pull(spec)
+    base = pull(spec, base_id) if base_id else find_base(spec)
     if as_json:
         return print_json(base)
     out.print(f"[bold]{base.id}[/] sha256:{base.fingerprint[:12]} in {base.path}")
@@ -92,9 +97,11 @@ def base_list(as_json: Json = False) -> None:
     bases = known_bases().list()
     if as_json:
         return print_json(bases)
-    table = Table("id", "fingerprint", "path")
+    table = Table("fingerprint")
+    table.add_column("id", overflow="fold")
+    table.add_column("path", overflow="fold")
     for base in bases:
-        table.add_row(base.id, base.fingerprint[:12], str(base.path))
+        table.add_row(base.fingerprint[:12], base.id, str(base.path))
     out.print(table)
     return None
 
@@ -132,7 +139,7 @@ def train(
     """Train an adapter, judge it on held-out examples, and push it. Goes on where it stopped."""
     from training.data import load_data
     from training.recipe import apply_overrides, load_recipe
-    from training.screen import progress_bars, score_table
+    from training.screen import progress_bars, sample_panel, score_table
     from training.train import train as fit
 
     chosen = apply_overrides(load_recipe(recipe), overrides or [])
@@ -140,7 +147,11 @@ def train(
     base = find_base(chosen.base)
     data = load_data(chosen)
     with progress_bars() as report:
-        trained = fit(chosen, data, base, runs, progress=report)
+
+        def show(sample: "MaskedSample") -> None:
+            out.print(sample_panel(sample))
+
+        trained = fit(chosen, data, base, runs, progress=report, show=show)
         trained = evaluated(chosen, data, base, trained, report)
     out.print(score_table(chosen, trained))
     out.print(f"adapter in {trained.folder}")

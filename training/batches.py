@@ -102,7 +102,7 @@ def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, torch.Tensor]:
     }
 
 
-def show_masked(samples: Sequence[Sample], prompter: Prompter) -> MaskedSample:
+def masked_sample(samples: Sequence[Sample], prompter: Prompter) -> MaskedSample:
     """Decode the first row as the loss sees it, and make sure of what it sees.
 
     The row goes through the collator beside the longest one, so that padding is in it too.

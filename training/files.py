@@ -73,7 +73,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Read rows; a class label becomes its name, which the file's own metadata holds."""
     try:
-        from pyarrow import parquet  # pyright: ignore[reportMissingImports]  # an extra
+        from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise DataError(
             f"{path.name} is a parquet file, and reading one needs the package pyarrow: "

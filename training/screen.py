@@ -4,6 +4,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from training.batches import MaskedSample
 from training.progress import Progress, Report
 from training.recipe import Recipe
 from training.statistics import Interval
@@ -32,6 +34,12 @@ class _Eta(ProgressColumn):
         parts = [f"loss {loss:.3f}"] if isinstance(loss, float) else []
         parts += [f"{eta:.0f} s left"] if isinstance(eta, float) else []
         return Text("  ".join(parts), style="cyan")
+
+
+def sample_panel(sample: MaskedSample) -> Panel:
+    """Show one training row: grey is what the loss ignores, green what it learns."""
+    text = Text(sample.ignored, style="dim") + Text(sample.learned, style="green")
+    return Panel(text, title="one training row: only the green part is learned", expand=False)
 
 
 def score_table(recipe: Recipe, trained: TrainedAdapter) -> Table:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from transformers import (
 
 from registry.base import BaseModel
 from training.adapter_files import write_adapter
-from training.batches import MaskedSample, Schedule, collate, encode_examples, show_masked
+from training.batches import MaskedSample, Schedule, collate, encode_examples, masked_sample
 from training.card import new_card, read_card, write_card
 from training.examples import Data
 from training.model import Hardware, detect_hardware, load_lora_model
@@ -33,7 +34,6 @@ class TrainedAdapter:
 
     folder: Path  # adapter_config.json, adapter_model.safetensors, wardrobe.json
     card: dict[str, Any]
-    sample: MaskedSample  # what the first training row looked like to the loss
     dropped: int  # examples too long, where the recipe says to drop them
     reused: bool  # the very same run was finished before
 
@@ -45,10 +45,12 @@ def train(
     runs: Path,
     *,
     progress: Report,
+    show: Callable[[MaskedSample], None],
     hardware: Hardware | None = None,
 ) -> TrainedAdapter:
     """Train, or continue, or find again, the run of this recipe in a folder under `runs`.
 
+    `show` gets what the first training row looks like to the loss, before the first step.
     Equal recipe, data, base, versions and hardware give equal bytes, also after an interruption.
     The card has no metrics yet: `training.evaluate` judges the adapter and completes it.
     Raises DataError, RunFailed, BaseUnavailable.
@@ -56,7 +58,7 @@ def train(
     hardware = hardware or detect_hardware()
     prompter = load_prompter(base.path, recipe.task.system)
     samples, dropped = encode_examples(data.train, prompter, recipe.train)
-    sample = show_masked(samples, prompter)
+    show(masked_sample(samples, prompter))
     with open_run(runs, run_facts(recipe, data, base, hardware)) as run:
         reused = run.finished
         if not reused:
@@ -69,7 +71,7 @@ def train(
             write_card(prepared, new_card(recipe, data, base, hardware, seconds, loss))
             run.publish(prepared)
         card = _card_of(run.adapter, recipe, data, base, hardware)
-        return TrainedAdapter(run.adapter, card, sample, dropped, reused)
+        return TrainedAdapter(run.adapter, card, dropped, reused)
 
 
 def _card_of(

@@ -5,7 +5,7 @@ import pytest
 
 from registry.base import BaseModel
 from tests.tiny import EOS, EOS_ID
-from training.batches import IGNORED, Schedule, collate, encode_examples, show_masked
+from training.batches import IGNORED, Schedule, collate, encode_examples, masked_sample
 from training.errors import BaseUnavailable, DataError
 from training.examples import Data, ask
 from training.prompt import load_prompter
@@ -31,7 +31,7 @@ def test_the_shown_sample_is_the_rendered_prompt_and_the_answer(
 ) -> None:
     prompter = load_prompter(tiny_base.path, recipe.task.system)
     samples, _ = encode_examples(data.train, prompter, recipe.train)
-    shown = show_masked(samples, prompter)
+    shown = masked_sample(samples, prompter)
     assert shown.ignored == (
         f"<|im_start|>system\nSay the colour.{EOS}\n<|im_start|>user\ngrass 0{EOS}\n"
         "<|im_start|>assistant\n"
@@ -46,7 +46,7 @@ def test_the_shown_sample_asserts_on_a_wrong_mask(
     samples, _ = encode_examples(data.train, prompter, recipe.train)
     shifted = [replace(s, prompt_length=s.prompt_length + 1) for s in samples]
     with pytest.raises(AssertionError):
-        show_masked(shifted, prompter)
+        masked_sample(shifted, prompter)
 
 
 def test_an_answer_that_holds_the_stop_token_is_refused(

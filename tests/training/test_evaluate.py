@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from registry.base import BaseModel
+from training.batches import MaskedSample
 from training.errors import TrainingError
 from training.evaluate import complete_card, decide, evaluate
 from training.examples import Data
@@ -70,6 +71,7 @@ def test_evaluation_asks_the_trained_prompt_judges_and_completes_the_card(
     assert (better.score.correct, worse.score.correct) == (2, 1)
     assert (told[-1].done, told[-1].total) == (2, 2)
 
+    shown: list[MaskedSample] = []
     short = apply_overrides(recipe, ["train.steps=1"])
     trained = train(
         short,
@@ -77,8 +79,10 @@ def test_evaluation_asks_the_trained_prompt_judges_and_completes_the_card(
         tiny_base,
         tmp_path,
         progress=told.append,
+        show=shown.append,
         hardware=Hardware("cpu", "float32", 1),
     )
+    assert [sample.learned for sample in shown] == [f"{data.train[0].completion}<|im_end|>"]
     done = complete_card(trained, short, better, worse)
     card = json.loads((trained.folder / "wardrobe.json").read_text())
     assert card == done.card
@@ -92,7 +96,15 @@ def test_evaluation_asks_the_trained_prompt_judges_and_completes_the_card(
 
     def again(recipe: Recipe) -> dict[str, Any]:
         hardware = Hardware("cpu", "float32", 1)
-        found = train(recipe, data, tiny_base, tmp_path, progress=told.append, hardware=hardware)
+        found = train(
+            recipe,
+            data,
+            tiny_base,
+            tmp_path,
+            progress=told.append,
+            show=shown.append,
+            hardware=hardware,
+        )
         assert found.reused
         return found.card
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from registry.base import BaseModel, Bases
 from registry.validate import validate
+from training.batches import MaskedSample
 from training.data import load_data
 from training.errors import DataError, RunFailed
 from training.examples import Data
@@ -28,7 +29,7 @@ from training.train import TrainedAdapter, run_facts, train
 FP32 = Hardware("cpu", "float32", 1)
 
 
-def quiet(progress: Progress) -> None:
+def quiet(told: Progress | MaskedSample) -> None:
     pass
 
 
@@ -39,7 +40,8 @@ def bytes_of(trained: TrainedAdapter) -> tuple[bytes, bytes]:
 
 
 def run(recipe: Recipe, data: Data, base: BaseModel, runs: Path, **more: Any) -> TrainedAdapter:
-    return train(recipe, data, base, runs, progress=more.pop("progress", quiet), hardware=FP32)
+    progress = more.pop("progress", quiet)
+    return train(recipe, data, base, runs, progress=progress, show=quiet, hardware=FP32)
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +96,15 @@ import torch
 torch.set_num_threads(1)
 sys.path[:0] = [{root!r}]
 from registry.base import Bases
-from tests.training.test_train import FP32
+from tests.training.test_train import FP32, quiet
 from training.data import load_data
 from training.recipe import load_recipe
 from training.train import train
 recipe = load_recipe(Path({recipe!r}))
 base = Bases(Path({bases!r})).get("local/tiny")
 say = lambda p: print(p.done, flush=True)
-train(recipe, load_data(recipe), base, Path({runs!r}), progress=say, hardware=FP32)
+runs = Path({runs!r})
+train(recipe, load_data(recipe), base, runs, progress=say, show=quiet, hardware=FP32)
 """
 
 
