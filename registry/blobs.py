@@ -10,7 +10,6 @@ import re
 import secrets
 from collections.abc import Generator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TMP = "tmp"
-_STALE = timedelta(hours=1)  # a push that is still running is younger
 
 
 def blob_key(digest: str) -> str:
@@ -93,20 +91,14 @@ class Blobs:
             if _DIGEST.fullmatch(name) and meta["path"] == blob_key(name)
         }
 
-    def sweep(self) -> int:
-        """Delete what pushes that died long ago left in tmp/. Returns how many files."""
-        limit = datetime.now(UTC) - _STALE
-        with _explained("in tmp"):
-            tmp = self._list(_TMP)
-            stale = [meta["path"] for meta in tmp if meta["last_modified"] < limit]
-            for path in stale:
-                obstore.delete(self._store, path)
-        return len(stale)
+    def unfinished(self) -> list[Path]:
+        """Return the files of puts that run now, or that died; obstore lists the large ones not."""
+        return list((self._local / _TMP).glob("*")) if self._local else []
 
-    def _list(self, prefix: str | None = None) -> "list[ObjectMeta]":
+    def _list(self) -> "list[ObjectMeta]":
         # The overload that gives arrow tables has no types unless pyarrow is installed.
         pages = obstore.list(  # pyright: ignore[reportUnknownMemberType]
-            self._store, prefix=prefix, return_arrow=False
+            self._store, return_arrow=False
         )
         return [meta for page in pages for meta in page]
 

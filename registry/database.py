@@ -21,11 +21,17 @@ class Database:
         self.engine = _engine(url)
 
     def prepare(self) -> None:
-        """Make the tables in a new database; refuse one that a newer wardrobe made."""
-        with self.write() as connection:
-            if not inspect(connection).has_table("schema"):
+        """Make the tables in a new database; refuse one that a newer wardrobe made.
+
+        The caller sees to it that one process at a time does this. Waits for no writer.
+        """
+        with self.read() as connection:
+            new = not inspect(connection).has_table("schema")
+        if new:
+            with self.write() as connection:
                 tables.metadata.create_all(connection)
                 connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
+        with self.read() as connection:
             found = connection.execute(select(tables.schema.c.version)).scalar_one()
         if found > tables.SCHEMA_VERSION:
             raise StoreUnavailable(

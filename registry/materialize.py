@@ -22,11 +22,7 @@ def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
 
     Safe across threads and processes: the folder appears in one rename, the first one wins.
     """
-    if digest_of(version) != version.digest:
-        raise IntegrityError(
-            f"The record of {version.ref.label} does not fit its digest {version.digest}: "
-            "the database was changed. Restore a backup."
-        )
+    _check_record(version)
     folder = parent / version.digest
     if not folder.exists():
         _make(version, blobs, folder)
@@ -36,20 +32,46 @@ def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
 
 
 def export(version: Version, blobs: Blobs, destination: Path) -> None:
-    """Write a version to a new folder that PEFT loads and that can be pushed again."""
-    if destination.exists() and any(destination.iterdir()):
-        raise Conflict(f"{destination} is not empty. Give a folder that is empty or not there yet.")
-    destination.mkdir(parents=True, exist_ok=True)
-    for name, sha256 in version.files.items():
-        blobs.copy(sha256, destination / name)
-    if version.card:
-        text = json.dumps(version.card, indent=2, ensure_ascii=False, allow_nan=False)
-        (destination / CARD_NAME).write_text(text + "\n", encoding="utf-8")
+    """Write a version to a new folder that PEFT loads and that can be pushed again.
+
+    The files get their places when all of them are written and checked.
+    """
+    _check_record(version)
+    partial = destination / ".partial"
+    try:
+        if destination.exists() and any(destination.iterdir()):
+            text = f"{destination} is not empty. Give a folder that is empty or not there yet."
+            raise Conflict(text)
+        partial.mkdir(parents=True)
+        try:
+            _write_all(version, blobs, partial)
+            for path in list(partial.iterdir()):
+                path.rename(destination / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise StoreUnavailable(f"Cannot write {destination}: {error}") from error
 
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_record(version: Version) -> None:
+    if digest_of(version) != version.digest:
+        raise IntegrityError(
+            f"The record of {version.ref.label} does not fit its digest {version.digest}: "
+            "the database was changed. Restore a backup."
+        )
+
+
+def _write_all(version: Version, blobs: Blobs, folder: Path) -> None:
+    for name, sha256 in version.files.items():
+        blobs.copy(sha256, folder / name)
+    if version.card:
+        text = json.dumps(version.card, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / CARD_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _make(version: Version, blobs: Blobs, folder: Path) -> None:

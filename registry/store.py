@@ -2,7 +2,6 @@
 
 import secrets
 import shutil
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from registry.blobs import Blobs
 from registry.card import CARD_NAME, system_prompt
 from registry.database import Database, now
 from registry.errors import StoreUnavailable, VersionNotFound, refused
+from registry.leftovers import sweep
 from registry.manifest import config_bytes, digest_of
 from registry.materialize import export, materialize, sha256_of
 from registry.records import (
@@ -35,8 +35,6 @@ from registry.records import (
 from registry.upload import CONFIG_NAME, WEIGHTS_NAME, UploadedFile, copy_upload
 from registry.validate import Checked, validate
 from registry.verify import Progress, verify
-
-_STALE_SECONDS = 3600  # a push that is still running is younger
 
 
 class Registry:
@@ -62,9 +60,9 @@ class Registry:
             raise StoreUnavailable(
                 f"The store in {home} cannot be opened: {error}. Use another --home."
             ) from error
-        registry = cls(home, bases, database, blobs)
-        registry._sweep()
-        return registry
+        # Of pushes and fetches that died.
+        sweep([*home.glob("staging/*"), *home.glob("versions/.tmp-*"), *blobs.unfinished()])
+        return cls(home, bases, database, blobs)
 
     def close(self) -> None:
         self._database.close()
@@ -301,18 +299,6 @@ class Registry:
             raise StoreUnavailable(f"Cannot take the files: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Delete what processes left that died in the middle of a push or a fetch."""
-        self._blobs.sweep()
-        left = [*self.home.glob("staging/*"), *self.home.glob("versions/.tmp-*")]
-        for folder in left:
-            try:
-                age = time.time() - folder.stat().st_mtime
-            except FileNotFoundError:
-                continue  # its owner is alive and has just finished
-            if age > _STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_config(staging: Path, checked: Checked) -> UploadedFile:

@@ -8,7 +8,7 @@ from sqlalchemy import Row, select
 from registry.adapter import Version
 from registry.blobs import Blobs
 from registry.database import Database
-from registry.errors import IntegrityError
+from registry.errors import IntegrityError, StoreUnavailable
 from registry.manifest import digest_of
 from registry.records import VerifyReport
 from registry.tables import alias_stack, aliases
@@ -68,7 +68,7 @@ def _check_blobs(
     for sha256, version in needed.items():
         try:
             done += blobs.check(sha256)
-        except IntegrityError as error:
+        except (IntegrityError, StoreUnavailable) as error:
             problems.append(f"{version.ref.label}: {error.message}")
             done += sizes.get(sha256, 0)
         if progress:

@@ -338,6 +338,8 @@ def test_a_changed_row_is_found_by_fetch_and_verify(registry: Registry, adapter:
     database.close()
     with pytest.raises(IntegrityError, match="does not fit its digest"):
         registry.fetch(version.ref)
+    with pytest.raises(IntegrityError, match="does not fit its digest"):
+        registry.pull(Selector.parse("acme/support@v1"), registry.home / "pulled")
     assert "does not fit its digest" in registry.verify().problems[0]
 
 
@@ -378,6 +380,51 @@ def test_a_pulled_folder_can_be_pushed_again_and_is_the_same_version(
         registry.pull(Selector.parse("acme/support@v1"), pulled)
 
 
+def test_a_pull_that_fails_leaves_no_file_behind(
+    registry: Registry, adapter: Adapter, tmp_path: Path
+) -> None:
+    version, pulled = push(registry, adapter()).version, tmp_path / "pulled"
+    sha256 = version.files["adapter_model.safetensors"]
+    flip_a_bit(registry.home / "blobs" / sha256[:2] / sha256)
+    with pytest.raises(IntegrityError, match="damaged"):
+        registry.pull(Selector.parse("acme/support@v1"), pulled)
+    assert list(pulled.iterdir()) == []
+    push(registry, adapter())
+    registry.pull(Selector.parse("acme/support@v1"), pulled)
+    assert len(list(pulled.iterdir())) == 2
+
+
+def test_a_pull_to_where_no_folder_can_be_is_said_so(
+    registry: Registry, adapter: Adapter, tmp_path: Path
+) -> None:
+    push(registry, adapter())
+    (tmp_path / "file").write_text("")
+    for destination in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(StoreUnavailable, match="Cannot write"):
+            registry.pull(Selector.parse("acme/support@v1"), destination)
+
+
+def test_verify_goes_on_after_a_blob_that_cannot_be_read(
+    registry: Registry, adapter: Adapter
+) -> None:
+    for sha256 in push(registry, adapter()).version.files.values():
+        blob = registry.home / "blobs" / sha256[:2] / sha256
+        blob.unlink()
+        blob.mkdir()
+    assert len(registry.verify().problems) == 2
+
+
+def test_a_store_opens_and_answers_while_another_process_writes(
+    registry: Registry, adapter: Adapter, bases: Bases
+) -> None:
+    push(registry, adapter())
+    writer = sqlite3.connect(registry.home / "registry.sqlite")
+    writer.execute("BEGIN IMMEDIATE")
+    with Registry.open(registry.home, bases) as other:
+        assert other.adapters() == [NAME]
+    writer.close()
+
+
 def test_a_store_survives_being_closed_and_opened(
     registry: Registry, adapter: Adapter, bases: Bases
 ) -> None:
@@ -412,16 +459,18 @@ def test_opening_sweeps_old_leftovers_and_spares_what_is_new(
 ) -> None:
     old, new = registry.home / "staging" / "old", registry.home / "staging" / "new"
     old_tmp, new_tmp = registry.home / "blobs/tmp/old", registry.home / "blobs/tmp/new"
+    large = registry.home / "blobs/tmp/ab12#1"  # as obstore names what it uploads in parts
     for folder in (old, new, old_tmp.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    for path in (old_tmp, new_tmp):
+    for path in (old_tmp, new_tmp, large):
         path.write_bytes(b"half a blob")
-    for path in (old, old_tmp):
+    for path in (old, old_tmp, large):
         os.utime(path, (1, 1))
     registry.close()
     Registry.open(registry.home, bases).close()
     assert not old.exists()
     assert not old_tmp.exists()
+    assert not large.exists()
     assert new.exists()
     assert new_tmp.exists()
 
