@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def say(text: str) -> None:
 def wardrobe(home: Path, *arguments: str, quiet: bool = False) -> str:
     """Run one wardrobe command the way a user would; its progress goes to this terminal."""
     if not quiet:
-        console.print(f"[dim]$ wardrobe {' '.join(arguments)}[/]")
+        console.print(f"[dim]$ wardrobe {shlex.join(arguments)}[/]", soft_wrap=True)
     command = [sys.executable, "-m", "wardrobe", *arguments]
     environment = os.environ | {"WARDROBE_HOME": str(home)}
     wanted = subprocess.PIPE if quiet else None
@@ -155,9 +156,12 @@ def train_and_push(home: Path) -> None:
     say("1. The base model: pulled once, frozen for ever")
     wardrobe(home, "base", "pull")
     say("2. Two domains, two adapters: trained, evaluated on held-out groups, pushed")
-    if len(versions_or_none(home, SMART_HOME)) < 1:
-        draft = ["--set", f"train.steps={DRAFT_STEPS}", "--push", "--promote"]
+    if not versions_or_none(home, SMART_HOME):
+        draft = ("--set", f"train.steps={DRAFT_STEPS}", "--push")
         wardrobe(home, "train", "adapters/smart-home", *draft)
+        console.print("  Its gate says no. Forced, with a reason that stays in the history:")
+        reason = ("--force", "--reason", "a first version, until the real one is trained")
+        wardrobe(home, "promote", f"{SMART_HOME}@v1", *reason)
     wardrobe(home, "train", "adapters/smart-home", "--push")
     wardrobe(home, "train", "adapters/icd-10", "--push", "--promote")
     wardrobe(home, "list")
@@ -262,7 +266,7 @@ async def promote_and_roll_back(server: Server) -> None:
         base_url=server.url, headers=server.headers, timeout=timeout
     ) as client:
         if not (await label_now(client)).endswith("@v1"):
-            first = ("promote", f"{SMART_HOME}@v1", "--reason", "start of the demo")
+            first = ("promote", f"{SMART_HOME}@v1", "--force", "--reason", "start of the demo")
             wardrobe(server.home, *first, quiet=True)
         promote = ("promote", f"{SMART_HOME}@v{newest}", "--reason", "better on held-out groups")
         await flip(client, server.home, *promote)

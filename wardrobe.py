@@ -102,7 +102,7 @@ def base_list(as_json: Json = False) -> None:
     table.add_column("path", overflow="fold")
     for base in bases:
         table.add_row(base.fingerprint[:12], base.id, str(base.path))
-    out.print(table)
+    out.print(table, soft_wrap=False)
     return None
 
 
@@ -149,11 +149,11 @@ def train(
     with progress_bars() as report:
 
         def show(sample: "MaskedSample") -> None:
-            out.print(sample_panel(sample))
+            out.print(sample_panel(sample), soft_wrap=False)
 
         trained = fit(chosen, data, base, runs, progress=report, show=show)
         trained = evaluated(chosen, data, base, trained, report)
-    out.print(score_table(chosen, trained))
+    out.print(score_table(chosen, trained), soft_wrap=False)
     out.print(f"adapter in {trained.folder}")
     if copy_to:
         shutil.copytree(trained.folder, copy_to)

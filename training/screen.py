@@ -10,6 +10,7 @@ from rich.progress import (
     MofNCompleteColumn,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -25,15 +26,14 @@ from training.statistics import Interval
 from training.train import TrainedAdapter
 
 
-class _Eta(ProgressColumn):
-    """What is left, as the work itself estimates it, and the loss where there is one."""
+class _Loss(ProgressColumn):
+    """The loss where there is one, and what is left as the work itself estimates it."""
 
-    def render(self, task: object) -> Text:
-        fields: dict[str, object] = getattr(task, "fields", {})
-        eta, loss = fields.get("eta"), fields.get("loss")
-        parts = [f"loss {loss:.3f}"] if isinstance(loss, float) else []
-        parts += [f"{eta:.0f} s left"] if isinstance(eta, float) else []
-        return Text("  ".join(parts), style="cyan")
+    def render(self, task: Task) -> Text:
+        eta, loss = task.fields.get("eta"), task.fields.get("loss")
+        parts = [] if loss is None else [f"loss {loss:.3f}"]
+        parts += [] if eta is None or task.finished else [f"{eta:.0f} s left"]
+        return Text(" ".join(parts), style="cyan", no_wrap=True)
 
 
 def sample_panel(sample: MaskedSample) -> Panel:
@@ -63,10 +63,10 @@ def progress_bars() -> Generator[Report, None, None]:
     columns = (
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        _Eta(),
+        _Loss(),
     )
     with Bars(*columns, console=Console(stderr=True)) as bars:
         yield _Reporter(bars).report
