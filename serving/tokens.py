@@ -29,7 +29,10 @@ class PromptTooLong(WardrobeError):
     """The prompt and what it asks for do not fit into the context."""
 
     code = "context_length_exceeded"
-    param = "messages"
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param  # the field that holds the prompt
 
 
 class TemplateRefused(WardrobeError):
@@ -78,17 +81,19 @@ class Tokens:
 
         Raises PromptTooLong before any work when even the longest tokens could not make it fit.
         """
-        self._check_bytes(text, max_tokens)
+        self._check_bytes(text, max_tokens, "prompt")
         return await self._in_thread(lambda: self._encode(text, add_special_tokens=True))
 
     async def encode_chat(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
         """Render messages with the base's template and encode them.
 
         Text inside a message that looks like a control token is encoded as plain text, so that
-        nobody can end their own turn and speak as the system.
+        nobody can end their own turn and speak as the system. Added tokens that are not special
+        (`<think>`) open no turn: they stay the tokens that the base was trained on.
         Raises PromptTooLong, and TemplateRefused when the template does not take the messages.
         """
-        self._check_bytes("".join(message.content for message in messages), max_tokens)
+        text = "".join(message.content for message in messages)
+        self._check_bytes(text, max_tokens, "messages")
         return await self._in_thread(lambda: self._encode_chat(messages))
 
     def detokenizer(self) -> Detokenizer:
@@ -109,12 +114,13 @@ class Tokens:
     async def _in_thread(self, work: Any) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _check_bytes(self, text: str, max_tokens: int) -> None:
+    def _check_bytes(self, text: str, max_tokens: int, param: str) -> None:
         least = len(text) // self._longest_token
         if least > max_tokens:
             raise PromptTooLong(
                 f"The prompt has {len(text)} characters, which is at least {least} tokens, and "
-                f"this model's context is {max_tokens} tokens. Send a shorter prompt."
+                f"this model's context is {max_tokens} tokens. Send a shorter prompt.",
+                param,
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

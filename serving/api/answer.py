@@ -17,8 +17,8 @@ from serving.api.errors import ClientGone, failure_of
 from serving.api.metrics import Metrics
 from serving.api.plan import Plan
 from serving.api.record import RequestRecord, record_of
-from serving.api.sequence import Piece, sequence, side_by_side
-from serving.engine.boundary import Engine, TokenLogprob
+from serving.api.sequence import Piece, PlacedLogprob, sequence, side_by_side
+from serving.engine.boundary import Engine
 from serving.tokens import Tokens
 
 DONE = b"data: [DONE]\n\n"
@@ -29,7 +29,7 @@ class Choice:
     """One finished choice of an answer that is not streamed."""
 
     text: list[str] = field(default_factory=list[str])
-    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    logprobs: list[PlacedLogprob] = field(default_factory=list[PlacedLogprob])
     finish_reason: str = ""
 
 

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions, in the shapes of the OpenAI API."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,9 +12,8 @@ from serving.api.auth import declare
 from serving.api.plan import Plan, make_plan, room_for_answer
 from serving.api.record import record_of
 from serving.api.schemas import ChatRequest, RequestDecoder
-from serving.api.sequence import Piece
+from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
-from serving.engine.boundary import TokenLogprob
 from serving.routing import Route
 from serving.tenants.keys import INFER
 from serving.tokens import ChatMessage, Tokens
@@ -83,14 +83,13 @@ class ChatShape:
         self.opening = b"".join(map(self._opening, range(len(plan.requests))))
 
     def event(self, piece: Piece) -> bytes:
-        return self._event(
-            {
-                "index": piece.index,
-                "delta": {"content": piece.text} if piece.text or piece.logprobs else {},
-                "logprobs": self._logprobs_of(piece.logprobs),
-                "finish_reason": piece.finish_reason,
-            }
-        )
+        events = b""
+        if piece.text or piece.logprobs:
+            logprobs = self._logprobs_of(piece.logprobs)
+            events = self._event(piece.index, {"content": piece.text}, logprobs)
+        if piece.finish_reason:
+            events += self._event(piece.index, {}, None, piece.finish_reason)
+        return events
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
@@ -118,23 +117,32 @@ class ChatShape:
         )
 
     def _opening(self, index: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
-        return self._event(
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        )
+        return self._event(index, {"role": "assistant", "content": ""}, None)
 
-    def _event(self, choice: dict[str, Any]) -> bytes:
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, str],
+        logprobs: Any,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
         return self._head + _encode(choice) + self._tail
 
-    def _logprobs_of(self, tokens: "list[TokenLogprob] | tuple[TokenLogprob, ...]") -> Any:
+    def _logprobs_of(self, tokens: Sequence[PlacedLogprob]) -> Any:
         if not self._logprobs:
             return None
         content = [
             {
-                **self._token(token.token_id, token.logprob),
-                "top_logprobs": [self._token(*top) for top in token.top],
+                **self._token(placed.token.token_id, placed.token.logprob),
+                "top_logprobs": [self._token(*top) for top in placed.token.top],
             }
-            for token in tokens
+            for placed in tokens
         ]
         return {"content": content, "refusal": None}
 

@@ -1,5 +1,6 @@
 """POST /v1/completions: raw prompts, as text or as token ids."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,9 +13,8 @@ from serving.api.errors import RequestError
 from serving.api.plan import Plan, make_plan, room_for_answer
 from serving.api.record import record_of
 from serving.api.schemas import CompletionRequest, RequestDecoder
-from serving.api.sequence import Piece
+from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
-from serving.engine.boundary import TokenLogprob
 from serving.routing import Route
 from serving.tenants.keys import INFER
 from serving.tokens import Tokens
@@ -87,7 +87,6 @@ class CompletionShape:
     def __init__(self, tokens: Tokens, plan: Plan, request_id: str, created: int) -> None:
         self._tokens = tokens
         self._logprobs = plan.requests[0].sampling.logprobs is not None
-        self._offsets = [0] * len(plan.requests)  # characters of token text so far, by choice
         self._common = {
             "id": f"cmpl-{request_id}",
             "object": "text_completion",
@@ -116,31 +115,32 @@ class CompletionShape:
         self,
         index: int,
         text: str,
-        logprobs: "list[TokenLogprob] | tuple[TokenLogprob, ...]",
+        logprobs: Sequence[PlacedLogprob],
         finish_reason: str | None,
     ) -> dict[str, Any]:
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs_of(index, logprobs) if self._logprobs else None,
+            "logprobs": self._logprobs_of(logprobs) if self._logprobs else None,
             "finish_reason": finish_reason,
         }
 
-    def _logprobs_of(
-        self, index: int, tokens: "list[TokenLogprob] | tuple[TokenLogprob, ...]"
-    ) -> dict[str, Any]:
+    def _logprobs_of(self, tokens: Sequence[PlacedLogprob]) -> dict[str, Any]:
         """Return the four parallel lists; `text_offset` counts from the start of the answer."""
-        texts = [self._tokens.token_text(token.token_id) for token in tokens]
-        offsets: list[int] = []
-        for text in texts:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
         return {
-            "tokens": texts,
-            "token_logprobs": [token.logprob for token in tokens],
+            "tokens": [self._name(placed.token.token_id) for placed in tokens],
+            "token_logprobs": [placed.token.logprob for placed in tokens],
             "top_logprobs": [
-                {self._tokens.token_text(token_id): logprob for token_id, logprob in token.top}
-                for token in tokens
+                {self._name(token_id): logprob for token_id, logprob in placed.token.top}
+                for placed in tokens
             ],
-            "text_offset": offsets,
+            "text_offset": [placed.offset for placed in tokens],
         }
+
+    def _name(self, token_id: int) -> str:
+        """Return a token's text; `bytes:\\xe6` for bytes that are none, so that names differ."""
+        data = self._tokens.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -4,10 +4,13 @@ Labels are bounded: routes come from the route table, and the adapters beyond th
 `MAX_ADAPTER_LABELS` seen share the label `other`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from serving.api.record import RequestRecord
 from serving.engine.boundary import EngineStats
@@ -28,14 +31,31 @@ _GAUGES = {
     "wardrobe_kv_tokens": ("kv_tokens_total", "Tokens the KV cache can hold"),
     "wardrobe_adapter_slots": ("adapter_slots", "Slots that may hold adapters"),
 }
-_TOTALS = {
-    "wardrobe_engine_steps_total": ("steps", "Engine steps"),
-    "wardrobe_engine_aborted_total": ("aborted", "Sequences that were aborted"),
-    "wardrobe_engine_failed_total": ("failed", "Sequences that failed"),
-    "wardrobe_adapter_loads_total": ("adapter_loads", "Adapters loaded into a slot"),
-    "wardrobe_adapter_evictions_total": ("adapter_evictions", "Adapters put out of their slot"),
-    "wardrobe_adapter_load_seconds_total": ("adapter_load_seconds", "Time spent loading"),
+_COUNTERS = {
+    "wardrobe_engine_steps": ("steps", "Engine steps"),
+    "wardrobe_engine_prompt_tokens": ("prompt_tokens", "Prompt tokens computed"),
+    "wardrobe_engine_generated_tokens": ("generated_tokens", "Tokens sampled"),
+    "wardrobe_engine_aborted": ("aborted", "Sequences that were aborted"),
+    "wardrobe_engine_failed": ("failed", "Sequences that failed"),
+    "wardrobe_adapter_loads": ("adapter_loads", "Adapters loaded into a slot"),
+    "wardrobe_adapter_evictions": ("adapter_evictions", "Adapters put out of their slot"),
+    "wardrobe_adapter_load_seconds": ("adapter_load_seconds", "Time spent loading"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _EngineCollector(Collector):
+    """One snapshot of the engine as metrics: what it counts are counters, never set by us."""
+
+    stats: EngineStats
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (field, text) in _GAUGES.items():
+            yield GaugeMetricFamily(name, text, getattr(self.stats, field))
+        resident = len(self.stats.resident)
+        yield GaugeMetricFamily("wardrobe_adapters_resident", "Adapters in slots", resident)
+        for name, (field, text) in _COUNTERS.items():
+            yield CounterMetricFamily(name, text, getattr(self.stats, field))
 
 
 class Metrics:
@@ -57,14 +77,6 @@ class Metrics:
         self.ttft = self._histogram("time_to_first_token_seconds", "Request to first token", _TTFT)
         self.itl = self._histogram("inter_token_seconds", "From one token to the next", _ITL)
         self.e2e = self._histogram("request_seconds", "Whole inference requests", _E2E)
-        gauges = {**_GAUGES, **_TOTALS}
-        self._engine = {
-            field: Gauge(name, text, registry=self._registry)
-            for name, (field, text) in gauges.items()
-        }
-        self._resident = Gauge(
-            "wardrobe_adapters_resident", "Adapters in slots", registry=self._registry
-        )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"wardrobe_{name}", text, buckets=buckets, registry=self._registry)
@@ -89,7 +101,4 @@ class Metrics:
 
     def render(self, stats: EngineStats) -> bytes:
         """Return the exposition text, with the engine's own counts as they are now."""
-        for field, gauge in self._engine.items():
-            gauge.set(getattr(stats, field))
-        self._resident.set(len(stats.resident))
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + generate_latest(_EngineCollector(stats))

@@ -89,10 +89,9 @@ def seed_of_choice(seed: int, choice: int) -> int:
 def room_for_answer(prompt: Sequence[int], wanted: int, max_model_len: int, param: str) -> None:
     """Raise PromptTooLong when prompt and answer do not fit into the context."""
     if len(prompt) + wanted > max_model_len:
-        error = PromptTooLong(
+        raise PromptTooLong(
             f"This model's context is {max_model_len} tokens. The prompt has {len(prompt)} "
             f"and the answer may have {wanted}, together {len(prompt) + wanted}. "
-            "Shorten the prompt or ask for fewer tokens."
+            "Shorten the prompt or ask for fewer tokens.",
+            param,
         )
-        error.param = param
-        raise error

@@ -38,6 +38,11 @@ class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
 class Message(Struct, frozen=True, forbid_unknown_fields=True):
     role: Annotated[str, Meta(pattern="^(system|developer|user|assistant)$")]
     content: str | Annotated[list[TextPart], Meta(max_length=MAX_PARTS)]
+    # Clients send answers back as history, with every field that an answer may have.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:
@@ -88,6 +93,17 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError(
+                "`top_logprobs` is only for requests with `logprobs: true`.", param="top_logprobs"
+            )
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise RequestError(
+                "`max_tokens` and `max_completion_tokens` are two names of one bound. Send one.",
+                param="max_tokens",
+            )
 
     @property
     def top(self) -> int | None:

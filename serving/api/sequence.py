@@ -1,11 +1,13 @@
 """One or several engine requests as one stream of text pieces, in the order they happen."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
+from serving.detokenizer import Detokenizer
 from serving.engine.boundary import (
     Engine,
     FinishReason,
@@ -19,14 +21,69 @@ from serving.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedLogprob:
+    """A token's log probability, and where its text begins in the answer, in characters."""
+
+    token: TokenLogprob
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What one step added to one choice. The last one of a choice carries its finish reason."""
 
     index: int
     text: str
-    logprobs: tuple[TokenLogprob, ...]
+    logprobs: tuple[PlacedLogprob, ...]
     finish_reason: FinishReason | None
     completion_tokens: int  # so far
+
+
+class _Writer:
+    """Turns the deltas of one sequence into pieces.
+
+    A log probability comes with the first character of its token's text. So it waits while the
+    text is held back, and is dropped with text that a stop string cuts off.
+    """
+
+    def __init__(
+        self, index: int, detokenizer: Detokenizer, stops: Sequence[str], min_tokens: int
+    ) -> None:
+        self._index = index
+        self._detokenizer = detokenizer
+        self._matcher = StopMatcher(stops)
+        self._min_tokens = min_tokens
+        self._held: deque[PlacedLogprob] = deque()
+        self._tokens = 0
+        self._written = 0  # characters that came out of the detokenizer
+        self._shown = 0  # and of the matcher
+
+    def write(self, delta: TokenDelta) -> Piece:
+        text = ""
+        for position, token_id in enumerate(delta.token_ids):
+            if delta.logprobs:
+                self._held.append(PlacedLogprob(delta.logprobs[position], self._written))
+            added = self._detokenizer.push(token_id)
+            self._tokens += 1
+            self._written += len(added)
+            text += added if self._tokens <= self._min_tokens else self._matcher.push(added)
+            if self._matcher.stopped:
+                return self._piece(text, "stop")
+        if delta.finish_reason is None:
+            return self._piece(text, None)
+        self._tokens = delta.completion_tokens
+        text += self._matcher.push(self._detokenizer.finish())
+        if self._matcher.stopped:
+            return self._piece(text, "stop")
+        return self._piece(text + self._matcher.finish(), delta.finish_reason)
+
+    def _piece(self, text: str, reason: FinishReason | None) -> Piece:
+        self._shown += len(text)
+        uncut = reason is not None and not self._matcher.stopped
+        logprobs: list[PlacedLogprob] = []
+        while self._held and (uncut or self._held[0].offset < self._shown):
+            logprobs.append(self._held.popleft())
+        return Piece(self._index, text, tuple(logprobs), reason, self._tokens)
 
 
 async def sequence(
@@ -37,33 +94,15 @@ async def sequence(
     Stop strings are looked for in what comes after the first `min_tokens` tokens. Pieces may
     have no text while a character is unfinished or a stop string may have begun.
     """
-    detokenizer = tokens.detokenizer()
-    matcher = StopMatcher(stops)
-    min_tokens = request.sampling.min_tokens
-    count = 0
+    writer = _Writer(index, tokens.detokenizer(), stops, request.sampling.min_tokens)
     # The contract says that closing aborts; only a generator can be closed.
     deltas = cast("AsyncGenerator[TokenDelta]", engine.generate(request))
     async with aclosing(deltas):
         async for delta in deltas:
-            text = ""
-            for position, token_id in enumerate(delta.token_ids, start=1):
-                count += 1
-                added = detokenizer.push(token_id)
-                text += added if count <= min_tokens else matcher.push(added)
-                if matcher.stopped:
-                    yield Piece(index, text, delta.logprobs[:position], "stop", count)
-                    return
-            if delta.finish_reason is None:
-                yield Piece(index, text, delta.logprobs, None, count)
-                continue
-            reason = delta.finish_reason
-            text += matcher.push(detokenizer.finish())
-            if matcher.stopped:
-                reason = "stop"
-            else:
-                text += matcher.finish()
-            yield Piece(index, text, delta.logprobs, reason, delta.completion_tokens)
-            return
+            piece = writer.write(delta)
+            yield piece
+            if piece.finish_reason:
+                return
     raise RequestFailed(f"the engine ended {request.request_id} without a finish reason")
 
 

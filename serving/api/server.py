@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import uvicorn
@@ -48,8 +48,11 @@ def serve(
     *,
     on_start: Callable[[str], None],
 ) -> None:
-    """Serve until a signal; call `on_start(url)` when the port answers. Raises PortUnavailable."""
-    with listen(settings) as listener:
+    """Serve until a signal; call `on_start(url)` when the port answers. Closes engine and tokens.
+
+    Raises PortUnavailable.
+    """
+    with closing(tokens), listen(settings) as listener:
         settings = replace(settings, port=listener.getsockname()[1])
         app = create_app(settings, registry, engine, base, tokens)
         server = DrainingServer(app, settings, on_start)

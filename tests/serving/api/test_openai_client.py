@@ -5,6 +5,8 @@ import time
 import openai
 import pytest
 
+from registry.errors import Conflict
+from serving.api.errors import failure_of
 from serving.tokens import Tokens
 from tests.serving.live import CHAT, Running, Wardrobe, running
 from tests.serving.scripted import ScriptedEngine, says
@@ -54,6 +56,11 @@ def test_a_digest_and_its_beginning_reach_the_version(live: Running) -> None:
     for text in (digest, digest[:15]):
         chat = {**CHAT, "model": f"acme/support@{text}"}
         assert client.chat.completions.create(**chat, max_tokens=1).model == "acme/support@v1"
+
+
+def test_a_beginning_that_fits_several_versions_is_not_a_status_that_clients_retry() -> None:
+    failure = failure_of(Conflict("sha256:12345678 fits several versions"))
+    assert (failure.status, failure.param) == (400, "model")
 
 
 def test_a_stream_carries_the_same_text_as_the_whole_answer(live: Running) -> None:

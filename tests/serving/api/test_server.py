@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -89,6 +90,11 @@ def test_metrics_count_requests_tokens_and_times(live: Running) -> None:
     assert "wardrobe_time_to_first_token_seconds_count 3.0" in text
     assert "wardrobe_inter_token_seconds_count 12.0" in text
     assert "wardrobe_adapter_loads_total 1.0" in text
+    kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
+    totals = {name for name in kinds if name.endswith("_total")}
+    assert "wardrobe_engine_generated_tokens_total" in totals
+    assert {kinds[name] for name in totals} == {"counter"}
+    assert kinds["wardrobe_adapters_resident"] == "gauge"
 
 
 def test_a_big_prompt_does_not_stall_the_health_check(live: Running) -> None:
@@ -316,6 +322,6 @@ def test_the_per_token_path_is_cheap(live: Running, caplog: pytest.LogCaptureFix
     began = time.process_time()
     live.engine.max_model_len = 10_000
     answer = live.post(STREAM | {"max_tokens": 5_000})
-    assert answer.text.count("data: ") == 5_002
+    assert answer.text.count("data: ") == 5_003
     per_token = (time.process_time() - began) / 5_000
     assert per_token < 0.001
