@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import logging
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +18,7 @@ from registry import commands as registry_commands
 from registry.adapter import AdapterName, AdapterRef
 from registry.base import BaseModel, Bases
 from registry.commands import Home, Json, actor, clear_errors, open_registry
-from registry.errors import BaseNotFound
+from registry.errors import BaseNotFound, WardrobeError
 from registry.home import default_cache, default_home
 from registry.screen import print_json
 
@@ -253,22 +255,24 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = ServerSettings(host=host, port=port, auth=auth, drain_timeout=drain_timeout)
-    engine_settings = EngineSettings(
-        device=device,
-        dtype=dtype,
-        max_running=max_running,
-        max_waiting=max_waiting,
-        max_model_len=max_model_len,
-        max_batched_tokens=max_batched_tokens,
-        adapter_slots=adapter_slots,
-        max_lora_rank=max_lora_rank,
-        threads=threads,
-    )
+    with wrong_settings():
+        engine_settings = EngineSettings(
+            device=device,
+            dtype=dtype,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_model_len=max_model_len,
+            max_batched_tokens=max_batched_tokens,
+            adapter_slots=adapter_slots,
+            max_lora_rank=max_lora_rank,
+            threads=threads,
+        )
     model = find_base(base)
     with open_registry(home) as registry:
         if auth and (key := ensure_operator_key(registry)):
             out.print(f"operator key, shown only now: [bold]{key}[/]", highlight=False)
-        engine = TorchEngine.create(model, registry.fetch, engine_settings)
+        with wrong_settings():
+            engine = TorchEngine.create(model, registry.fetch, engine_settings)
         serve_http(
             settings,
             registry,
@@ -277,6 +281,17 @@ def serve(
             Tokens(model.path),
             on_start=lambda url: out.print(f"serving {model.id} at [bold]{url}[/]"),
         )
+
+
+@contextmanager
+def wrong_settings() -> Generator[None]:
+    """Show an engine that cannot start as one sentence."""
+    from serving.engine.boundary import EngineUnavailable
+
+    try:
+        yield
+    except (EngineUnavailable, ValueError) as error:
+        raise WardrobeError(str(error)) from error
 
 
 def main() -> None:
