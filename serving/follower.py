@@ -53,6 +53,7 @@ class Follower:
         self._server_id = server_id
         self._url = url
         self._seq = 0
+        self._writing = asyncio.Lock()  # else a locked database could take every thread there is
         self._rollouts: dict[AliasKey, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
 
@@ -94,7 +95,11 @@ class Follower:
             await asyncio.sleep(seconds)
 
     async def _heartbeat(self) -> None:
-        await asyncio.to_thread(self._registry.heartbeat, self._server_id, self._url)
+        await self._write(partial(self._registry.heartbeat, self._server_id, self._url))
+
+    async def _write(self, call: Callable[[], None]) -> None:
+        async with self._writing:
+            await asyncio.to_thread(call)
 
     async def _follow(self) -> None:
         events = await asyncio.to_thread(self._registry.events, self._seq)
@@ -132,7 +137,7 @@ class Follower:
                     self._registry.resolve, Selector(event.name, number=event.number)
                 )
                 if version.base_id != self._base.id:
-                    return  # another server's business
+                    return self._leave(key)  # to the servers of that base
                 await report("warming")
                 await self._warm_and_check(version)
         except TimeoutError:
@@ -149,6 +154,11 @@ class Follower:
             seconds = time.monotonic() - started
             log.info("live label=%s alias=%s seconds=%.3f", version.ref.label, key[1], seconds)
             await report("live", seconds=seconds)
+
+    def _leave(self, key: AliasKey) -> None:
+        """Forget an alias that moved to another base, as if this server started now."""
+        self._live.versions.pop(key, None)
+        self._live.failures.pop(key, None)
 
     async def _warm_and_check(self, version: Version) -> None:
         while True:
@@ -187,6 +197,6 @@ class Follower:
             seconds=seconds,
         )
         try:
-            await asyncio.to_thread(call)
+            await self._write(call)
         except StoreUnavailable as error:
             log.warning("a rollout could not be reported: %s", error.message)

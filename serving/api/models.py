@@ -12,10 +12,11 @@ from serving.api.services import Services, services_of
 from serving.tenants.keys import READ
 
 
-@get("/v1/models", opt=declare(READ), sync_to_thread=False)
+@get("/v1/models", opt=declare(READ), sync_to_thread=True)  # thousands take tens of milliseconds
 def list_models(request: Request[Any, Any, Any]) -> dict[str, Any]:
     services = services_of(request.app)
-    live = sorted(services.live.versions.items(), key=lambda item: (str(item[0][0]), item[0][1]))
+    versions = services.live.versions.copy()  # at once: the follower goes on
+    live = sorted(versions.items(), key=lambda item: (str(item[0][0]), item[0][1]))
     cards = [adapter_card(services, alias_id(str(n), alias), v) for (n, alias), v in live]
     return {"object": "list", "data": [base_card(services), *cards]}
 

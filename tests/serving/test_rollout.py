@@ -1,6 +1,7 @@
 """Promote and rollback while requests run: warmed, checked, then flipped, and never half."""
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from registry.errors import StoreUnavailable
 from registry.records import Event, KeyRecord, Rollout
 from registry.store import Registry
 from serving.tokens import Tokens
+from tests.registry.making import adapter_config, make_adapter, make_base
 from tests.serving.live import CHAT, NAME, Running, Wardrobe, running
 from tests.serving.scripted import ScriptedEngine
 
@@ -284,3 +286,44 @@ def test_a_lost_database_leaves_known_aliases_serving(
             registry.lost = False
             assert seconds_until(lambda: label_now(live) == "acme/support@v2") < 1.0
             assert readiness(live)["registry_stale"] is False
+
+
+def test_many_reports_to_a_locked_database_hold_up_no_request(
+    wardrobe: Wardrobe, tokens: Tokens, tmp_path: Path
+) -> None:
+    names = [AdapterName("acme", f"a{number}") for number in range(40)]
+    for name in names:
+        wardrobe.push(name, promote=False)
+    longest = 0.0
+    with running(wardrobe, tokens, ScriptedEngine(load_seconds=1.5)) as live:
+        for name in names:
+            wardrobe.promote(1, name)
+        lock = sqlite3.connect(tmp_path / "home" / "registry.sqlite", isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+        until = time.monotonic() + 3.5
+        while time.monotonic() < until:  # long enough that keys are looked up again
+            began = time.monotonic()
+            assert live.post(CHAT | {"max_tokens": 1}).status_code == 200
+            longest = max(longest, time.monotonic() - began)
+        lock.execute("ROLLBACK")
+        lock.close()
+        seconds_until(lambda: len(live.services.live.versions) == len(names))
+    assert longest < 1.0
+
+
+def test_an_alias_that_moves_to_another_base_is_refused_as_after_a_restart(
+    wardrobe: Wardrobe, tokens: Tokens, tmp_path: Path
+) -> None:
+    wardrobe.push()
+    other = make_base(tmp_path / "other")
+    wardrobe.registry.bases.add("acme/other-base", other, origin="test")
+    config = adapter_config() | {"base_model_name_or_path": "acme/other-base"}
+    moved = make_adapter(tmp_path / "moved", seed=99, config=config)
+    wardrobe.registry.push(moved, NAME, base="acme/other-base", actor="test")
+    with running(wardrobe, tokens) as live:
+        assert label_now(live) == "acme/support@v1"
+        wardrobe.promote(2)
+        seconds_until(lambda: live.post(SUPPORT).status_code == 422)
+        assert live.post(SUPPORT).json()["error"]["code"] == "base_mismatch"
+        wardrobe.promote(1)
+        seconds_until(lambda: live.post(SUPPORT).status_code == 200)
