@@ -1,5 +1,6 @@
 """A whole server in a thread, on a free loopback port, with a scripted engine behind it."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from serving.api.app import create_app
 from serving.api.server import DrainingServer, listen
 from serving.api.services import Services, services_of
 from serving.api.settings import ServerSettings
-from serving.engine.boundary import Engine
 from serving.tenants.keys import rotate_operator_key
 from serving.tokens import Tokens
 from tests.registry.making import make_adapter
@@ -59,7 +59,7 @@ class Running:
     services: Services
     server: DrainingServer
     thread: threading.Thread
-    loop: Any
+    loop: asyncio.AbstractEventLoop
 
     @property
     def headers(self) -> dict[str, str]:
@@ -92,18 +92,16 @@ def running(
     key = rotate_operator_key(wardrobe.registry)
     with listen(settings) as listener:
         settings = replace(settings, port=listener.getsockname()[1])
-        app = create_app(settings, wardrobe.registry, _typed(engine), wardrobe.base, tokens)
+        app = create_app(settings, wardrobe.registry, engine, wardrobe.base, tokens)
         started = threading.Event()
-        loops: list[Any] = []
+        loops: list[asyncio.AbstractEventLoop] = []
         server = DrainingServer(app, settings, lambda _: started.set())
 
         async def main() -> None:
-            import asyncio
-
             loops.append(asyncio.get_running_loop())
             await server.serve(sockets=[listener])
 
-        thread = threading.Thread(target=lambda: __import__("asyncio").run(main()))
+        thread = threading.Thread(target=lambda: asyncio.run(main()))
         thread.start()
         assert started.wait(10), "the server did not start"
         live = Running(settings.url, key, engine, services_of(app), server, thread, loops[0])
@@ -114,7 +112,3 @@ def running(
                 live.stop()
             thread.join(10)
             assert not thread.is_alive(), "the server did not stop"
-
-
-def _typed(engine: Engine) -> Engine:
-    return engine

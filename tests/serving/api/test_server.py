@@ -77,6 +77,22 @@ def test_a_dead_engine_makes_the_server_unready(wardrobe: Wardrobe, tokens: Toke
         assert "retry-after" in answer.headers
 
 
+def test_an_engine_that_dies_ends_its_streams_with_an_error_event(
+    wardrobe: Wardrobe, tokens: Tokens
+) -> None:
+    engine = ScriptedEngine(step_seconds=0.01)
+    with running(wardrobe, tokens, engine) as live:
+        streams = [Stream(live, 400) for _ in range(20)]
+        engine.dead = "the step thread ended"
+        for stream in streams:
+            stream.join()
+            assert stream.events[-1]["error"]["code"] == "engine_unavailable"
+        assert live.post(STREAM).status_code == 503
+        deadline = time.monotonic() + 2
+        while live.services.drain.in_flight:
+            assert time.monotonic() < deadline, "a request is still held"
+
+
 def test_metrics_count_requests_tokens_and_times(live: Running) -> None:
     for _ in range(3):
         live.post(CHAT | {"model": "acme/support", "max_tokens": 5})
@@ -250,6 +266,7 @@ def test_a_second_stop_ends_streams_at_once(wardrobe: Wardrobe, tokens: Tokens) 
 
 
 PROGRAM = """
+import asyncio
 import sys
 from pathlib import Path
 from registry.base import Bases
@@ -268,8 +285,10 @@ with Registry.open(home / "home", bases) as registry:
     engine = ScriptedEngine(step_seconds=0.01)
     serve(settings, registry, engine, bases.get(BASE_ID), tokens,
           on_start=lambda url: print(url, flush=True))
-    tokens.close()
-print("ended well", flush=True)
+try:
+    asyncio.run(tokens.encode("a", 8))
+except RuntimeError:  # its threads have ended
+    print("ended well", flush=True)
 """
 
 
