@@ -5,6 +5,7 @@ SIGTERM or SIGINT: readiness says 503, new requests get 503, running answers go 
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -56,6 +57,9 @@ def serve(
         settings = replace(settings, port=listener.getsockname()[1])
         app = create_app(settings, registry, engine, base, tokens)
         server = DrainingServer(app, settings, on_start)
+        # What is here now stays: to walk it all again would stop every stream for 0.4 seconds.
+        gc.collect()
+        gc.freeze()
         asyncio.run(server.serve(sockets=[listener]))
 
 

@@ -267,6 +267,7 @@ def test_a_second_stop_ends_streams_at_once(wardrobe: Wardrobe, tokens: Tokens) 
 
 PROGRAM = """
 import asyncio
+import gc
 import sys
 from pathlib import Path
 from registry.base import Bases
@@ -285,6 +286,7 @@ with Registry.open(home / "home", bases) as registry:
     engine = ScriptedEngine(step_seconds=0.01)
     serve(settings, registry, engine, bases.get(BASE_ID), tokens,
           on_start=lambda url: print(url, flush=True))
+assert gc.get_freeze_count() > 10_000
 try:
     asyncio.run(tokens.encode("a", 8))
 except RuntimeError:  # its threads have ended
