@@ -35,8 +35,11 @@ def generate_all(
             done(finished)
             return output
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the group has cancelled the others by now
         return [task.result() for task in tasks]
 
     return asyncio.run(run())

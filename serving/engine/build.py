@@ -54,7 +54,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     """Build everything around a model that can be run."""
     spec, dtype, device = model.spec, model.dtype, model.device
     layout = LoraLayout(spec.layers, spec.groups)
-    stacks = LoraStacks(layout, dtype, device)
+    stacks = LoraStacks(layout, settings.adapter_slots, dtype, device)
     table = SlotTable(settings.adapter_slots)
     cache = KVCache(spec, settings.max_running, model.length, dtype, device)
     loader = AdapterLoader(

@@ -136,16 +136,22 @@ class TorchEngine:
         with self._changed:
             if self._death or self._closing:
                 raise EngineUnavailable(self._death or "The engine is closed.")
-            limit = self._settings.max_running + self._settings.max_waiting
-            if isinstance(ticket, Sequence) and len(self._streams) >= limit:
-                raise EngineBusy(
-                    f"{len(self._streams)} requests are running or waiting, the limit is {limit}.",
-                    self._retry_after(),
-                )
+            if isinstance(ticket, Sequence):
+                self._check_room()
             stream = self._streams[ticket] = _Stream(ticket)
             self._inbox.append((self._core.add, ticket))
             self._changed.notify()
             return stream
+
+    def _check_room(self) -> None:
+        """Raise EngineBusy when no more requests may wait; adapters that warm do not count."""
+        taken = sum(isinstance(ticket, Sequence) for ticket in self._streams)
+        limit = self._settings.max_running + self._settings.max_waiting
+        if taken >= limit:
+            raise EngineBusy(
+                f"{taken} requests are running or waiting, the limit is {limit}.",
+                self._retry_after(),
+            )
 
     def _retry_after(self) -> int:
         """Estimate the seconds until a place is free: a request's time over those that run."""
@@ -205,7 +211,8 @@ class TorchEngine:
                     continue  # aborted while the step ran; its message is in the inbox
                 if not isinstance(item, TokenDelta) or item.finish_reason:
                     del self._streams[ticket]
-                    self._smooth(time.monotonic() - stream.started)
+                    if isinstance(item, TokenDelta):
+                        self._smooth(time.monotonic() - stream.started)
                 by_loop[stream.loop].append((stream, item))
         for loop, items in by_loop.items():
             try:

@@ -35,14 +35,20 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def total_memory(device: torch.device) -> int:
+# What a container sees of its own limit: control groups version 2, then version 1.
+LIMIT_FILES = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def total_memory(device: torch.device, limit_files: Sequence[Path] = LIMIT_FILES) -> int:
     """Return the bytes this process may use on the device: the container's limit counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return total if text == "max" else min(total, int(text))
+    texts = [file.read_text().strip() for file in limit_files if file.is_file()]
+    return min([total, *(int(text) for text in texts if text != "max")])
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

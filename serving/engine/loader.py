@@ -61,7 +61,8 @@ class AdapterLoader:
             adapter = self._read(self._fetch(ref), ref)
         except AdapterLoadFailed as error:
             self._settle(ref, future, started, error)
-        except Exception as error:  # fetch is handed in: whatever it raises is this adapter's fault
+        except BaseException as error:  # a panic in a library's Rust is no Exception; unsettled, it
+            # would leave everybody who waits for this adapter waiting for ever
             failure = AdapterLoadFailed(f"{ref.label} cannot be fetched: {error}")
             failure.__cause__ = error
             self._settle(ref, future, started, failure)

@@ -79,8 +79,10 @@ def write_module(
 class LoraStacks:
     """The slots: for each rank bucket in use, A and B of every layer with a row for each slot."""
 
-    def __init__(self, layout: LoraLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self.layout, self.dtype, self.device = layout, dtype, device
+    def __init__(
+        self, layout: LoraLayout, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layout, self.capacity, self.dtype, self.device = layout, capacity, dtype, device
         self._stacks: dict[int, dict[str, Pair]] = {}  # bucket → group → [layers, rows, …]
         self._by_layer: dict[str, list[dict[int, Pair]]] = self._views()
 
@@ -104,7 +106,7 @@ class LoraStacks:
     def _grow(self, slot: Slot) -> None:
         """Make room for the slot's row; doubling keeps the copies few."""
         old_rows = self._rows(slot.bucket)
-        rows = max(FIRST_ROWS, 2 * old_rows, slot.row + 1)
+        rows = min(self.capacity, max(FIRST_ROWS, 2 * old_rows, slot.row + 1))
         lead = (self.layout.layers, rows)
         grown = self.layout.zeros(slot.bucket, lead, dtype=self.dtype, device=self.device)
         if old_rows:

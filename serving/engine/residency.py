@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable
 
+import torch
+
 from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, ResidentAdapter
 from serving.engine.loader import AdapterLoader, Load
-from serving.engine.lora import LoraStacks
+from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import SlotTable
+
+MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
 
 
 class Residency:
@@ -38,34 +42,50 @@ class Residency:
         """
         if ref.digest in self.table:
             return ref.digest not in self._claims.values()
+        self.prefetch(ref)
         load = self._waits.get(ref.digest)
-        if load is None:
-            # Kept until the pass that sees its end: a failure is told to all who waited for it,
-            # even when the loader has forgotten it by then.
-            load = self._waits[ref.digest] = self.loader.load(ref)
-        if not load.done():
+        if load is None or not load.done():
             return False
         if error := load.exception():
             raise AdapterLoadFailed(str(error)) from error
         if not self._make_room(ref.digest):
             return False
-        adapter = load.result()
-        self.stacks.load(self.table.place(ref.digest, adapter.bucket), adapter)
-        self._labels[ref.digest] = ref.label
+        self._place(ref, load.result())
+        del self._waits[ref.digest]
         self._claims.pop(ref.digest, None)
         self.loads += 1
         return True
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Start loading what is not in a slot; the request may wait for other things meanwhile."""
-        if ref.digest not in self.table and ref.digest not in self._waits:
-            self._waits[ref.digest] = self.loader.load(ref)
+        """Start loading what is not in a slot; the request may wait for other things meanwhile.
+
+        Only so many at once: adapters of all who wait could be more than the host's memory. A load
+        is kept until the pass that sees its end: a failure is told to all who waited for it, even
+        when the loader has forgotten it by then.
+        """
+        if ref.digest in self.table or ref.digest in self._waits or len(self._waits) >= MAX_LOADS:
+            return
+        self._waits[ref.digest] = self.loader.load(ref)
 
     def resident(self) -> tuple[ResidentAdapter, ...]:
         return tuple(
             ResidentAdapter(digest, self._labels[digest], self.table.pins(digest))
             for digest in self.table.resident()
         )
+
+    def _place(self, ref: AdapterRef, adapter: HostAdapter) -> None:
+        """Copy into a slot, or leave no trace: the first of a rank may not fit the device."""
+        slot = self.table.place(ref.digest, adapter.bucket)
+        try:
+            self.stacks.load(slot, adapter)
+        except torch.AcceleratorError:
+            raise  # the device's context is lost
+        except Exception as error:
+            self.table.evict(ref.digest)
+            raise AdapterLoadFailed(
+                f"{ref.label} cannot be put into a slot of rank {adapter.bucket}: {error}"
+            ) from error
+        self._labels[ref.digest] = ref.label
 
     def _make_room(self, digest: str) -> bool:
         if len(self.table) < self.table.capacity:

@@ -165,4 +165,5 @@ def _eos_ids(config: Any, folder: Path) -> frozenset[int]:
     ids: set[int] = set()
     for source in sources:
         ids.update(source if isinstance(source, list) else () if source is None else (source,))
-    return frozenset(ids)
+    # One beyond the vocabulary ends nothing, and could not be masked where an end is forbidden.
+    return frozenset(i for i in ids if i < config.vocab_size)

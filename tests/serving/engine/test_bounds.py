@@ -1,0 +1,238 @@
+"""What hostile or unlucky adapters, machines and callers cost: something bounded, nobody else."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from registry.adapter import AdapterRef
+from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
+from serving.engine.build import assemble, read_model
+from serving.engine.engine import TorchEngine
+from serving.engine.hardware import total_memory
+from serving.engine.residency import MAX_LOADS
+from serving.engine.settings import EngineSettings
+from serving.engine.slots import Slot
+from serving.engine.spec import ModelSpec
+from serving.offline import generate_all
+from tests.serving.engine.driving import (
+    Folders,
+    base_of,
+    complete,
+    request,
+    run_all,
+)
+
+SETTINGS = EngineSettings(device="cpu", dtype="float32", max_running=2, max_model_len=128)
+
+
+class Panic(BaseException):
+    """Like what a Rust library raises when it panics: no Exception."""
+
+
+def test_a_fetch_that_panics_ends_the_wait(tiny_base: Path, tiny_folders: Folders) -> None:
+    def panics(_: AdapterRef) -> Path:
+        raise Panic("index out of bounds")
+
+    async def main() -> None:
+        engine = TorchEngine.create(base_of(tiny_base), panics, SETTINGS)
+        async with asyncio.timeout(5):
+            with pytest.raises(AdapterLoadFailed, match="out of bounds"):
+                await complete(engine, request("x", tiny_folders.refs["a"]))
+            assert (await complete(engine, request("x", max_tokens=2))).finish == "length"
+        await engine.aclose()
+
+    asyncio.run(main())
+
+
+def test_an_adapter_that_no_slot_has_memory_for_fails_alone(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """The first adapter of rank 16 makes a stack; the machine has no memory for it."""
+    parts = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS)
+    residency = parts.core.residency
+    zeros = residency.stacks.layout.zeros
+
+    class Cramped:
+        layers, groups = residency.stacks.layout.layers, residency.stacks.layout.groups
+
+        def zeros(self, bucket: int, lead: tuple[int, ...], **like: object) -> object:
+            if bucket == 16:
+                raise RuntimeError("not enough memory")
+            return zeros(bucket, lead, **like)
+
+    residency.stacks.layout = Cramped()  # type: ignore[assignment]  # a layout that runs out
+    refs = tiny_folders.refs
+
+    async def main() -> None:
+        engine = TorchEngine(parts, SETTINGS)
+        with pytest.raises(AdapterLoadFailed, match="not enough memory"):
+            await complete(engine, request("x", refs["c"]))
+        assert (await complete(engine, request("x", refs["a"], max_tokens=2))).finish == "length"
+        resident = [each.digest for each in (await engine.stats()).resident]
+        assert resident == [refs["a"].digest]
+        await engine.aclose()
+
+    asyncio.run(main())
+
+
+def test_waiting_requests_load_a_bounded_number_of_adapters_ahead(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """One adapter slot and forty requests for forty adapters: all answered, few in memory."""
+    settings = EngineSettings(
+        device="cpu",
+        dtype="float32",
+        max_running=2,
+        max_model_len=128,
+        adapter_slots=1,
+        host_adapter_bytes=0,
+    )
+    folder = tiny_folders(tiny_folders.refs["a"])
+    refs = [AdapterRef(f"{i:064x}", f"tiny/{i}@v1") for i in range(40)]
+    fetched: list[str] = []
+    finished: list[str] = []
+    ahead: list[int] = []
+    lock = threading.Lock()
+
+    def fetch(ref: AdapterRef) -> Path:
+        with lock:
+            fetched.append(ref.digest)
+            ahead.append(len(fetched) - len(finished))
+        return folder
+
+    async def main() -> None:
+        engine = TorchEngine.create(base_of(tiny_base), fetch, settings)
+
+        async def one(ref: AdapterRef) -> None:
+            await complete(engine, request("x", ref, max_tokens=20))
+            with lock:
+                finished.append(ref.digest)
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(one(ref) for ref in refs))
+        await engine.aclose()
+
+    asyncio.run(main())
+    assert len(finished) == 40
+    assert max(ahead) <= MAX_LOADS + 3  # one in the slot, and an answer on its way to its reader
+
+
+def test_slots_take_no_more_memory_than_there_are_slots(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    settings = EngineSettings(
+        device="cpu", dtype="float32", max_running=2, max_model_len=128, adapter_slots=1
+    )
+    parts = assemble(read_model(base_of(tiny_base), settings), tiny_folders, settings)
+    residency = parts.core.residency
+    ref = tiny_folders.refs["a"]
+    adapter = residency.loader.load(ref).result(10)
+    residency.stacks.load(Slot(adapter.bucket, 0), adapter)
+    for group in ("qkv", "o", "gate_up", "down"):
+        assert all(len(half) == 1 for half in residency.stacks.weights(group, 0)[adapter.bucket])
+    residency.loader.close()
+
+
+def test_adapters_that_warm_take_no_request_s_place(tiny_base: Path, tiny_folders: Folders) -> None:
+    gate = threading.Event()
+    settings = EngineSettings(
+        device="cpu", dtype="float32", max_running=1, max_waiting=0, max_model_len=128
+    )
+
+    def slow(ref: AdapterRef) -> Path:
+        gate.wait(20)
+        return tiny_folders(ref)
+
+    async def main() -> None:
+        engine = TorchEngine.create(base_of(tiny_base), slow, settings)
+        warming = [asyncio.create_task(engine.warm(tiny_folders.refs[n])) for n in "abc"]
+        await asyncio.sleep(0.05)
+        assert (await complete(engine, request("x", max_tokens=2))).finish == "length"
+        gate.set()
+        await asyncio.gather(*warming)
+        await engine.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """A wish that was given up must not keep draining the adapter it had claimed."""
+    settings = EngineSettings(
+        device="cpu", dtype="float32", max_running=2, max_model_len=128, adapter_slots=1
+    )
+    refs = tiny_folders.refs
+
+    async def main() -> None:
+        engine = TorchEngine.create(base_of(tiny_base), tiny_folders, settings)
+        running = engine.generate(request("x", refs["a"], max_tokens=120))
+        await anext(running)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await engine.warm(refs["b"])
+        async with asyncio.timeout(10):
+            await complete(engine, request("y", refs["a"], max_tokens=1))
+            async for _ in running:
+                pass
+            await engine.warm(refs["b"])
+        await engine.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_list_of_prompts_raises_what_the_engine_raises(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    engine = TorchEngine.create(base_of(tiny_base), tiny_folders, SETTINGS)
+    prompts = [(1, 2, 3), (4, 5)]
+    with pytest.raises(AdapterLoadFailed):
+        generate_all(engine, tiny_folders.refs["missing"], prompts, 4, lambda _: None)
+    counts: list[int] = []
+    outputs = generate_all(engine, tiny_folders.refs["a"], prompts, 4, counts.append)
+    assert [len(output) for output in outputs] == [4, 4]
+    assert counts == [1, 2]
+    asyncio.run(engine.aclose())
+    with pytest.raises(EngineUnavailable):
+        generate_all(engine, None, prompts, 4, lambda _: None)
+
+
+def test_an_end_of_text_beyond_the_vocabulary_is_none(tiny_base: Path, tmp_path: Path) -> None:
+    for file in tiny_base.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    generation = tmp_path / "generation_config.json"
+    generation.unlink(missing_ok=True)
+    generation.write_text('{"eos_token_id": [3, 100000]}')
+    eos = ModelSpec.read(tmp_path).eos_ids
+    assert 3 in eos
+    assert max(eos) < 258
+
+
+def test_a_container_s_limit_counts(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    none, unlimited, version_1 = (tmp_path / name for name in ("none", "max", "limit"))
+    unlimited.write_text("max\n")
+    version_1.write_text("1000000\n")
+    machine = total_memory(cpu, ())
+    assert machine == total_memory(cpu, (none, unlimited)) > 1000000
+    assert total_memory(cpu, (none, version_1)) == 1000000
+
+
+def test_a_prompt_of_one_token_and_one_that_fills_the_context(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    engine = TorchEngine.create(
+        base_of(tiny_base),
+        tiny_folders,
+        EngineSettings(
+            device="cpu", dtype="float32", max_running=8, max_model_len=128, max_batched_tokens=9
+        ),
+    )
+    wanted = [
+        request(prompt, tiny_folders.refs["a"], max_tokens=128 - len(prompt))
+        for prompt in ([5], [i % 250 for i in range(127)])
+    ]
+    assert [len(result.tokens) for result in run_all(engine, wanted)] == [127, 1]
