@@ -140,7 +140,7 @@ def test_nobody_is_answered_by_a_version_before_it_is_warm(
 ) -> None:
     wardrobe.push()
     wardrobe.push(promote=False)
-    engine = ScriptedEngine(load_seconds=0.4)
+    engine = ScriptedEngine(load_seconds=1.5)
     with running(wardrobe, tokens, engine) as live:
         label_now(live)
         wardrobe.promote(2)
@@ -149,7 +149,7 @@ def test_nobody_is_answered_by_a_version_before_it_is_warm(
             began = time.monotonic()
             seen.append((label_now(live), time.monotonic() - began))
         assert len(seen) > 3
-        assert max(seconds for _, seconds in seen) < 0.3, "no request waited for the load"
+        assert max(seconds for _, seconds in seen) < 1.0, "no request waited for the load"
 
 
 def test_a_newer_move_overtakes_one_that_is_still_warming(
