@@ -82,10 +82,10 @@ def load_adapters(
     seconds: list[float] = []
     size = 0
     for index in range(count):
-        groups = layout.zeros(bucket_of(RANK), (spec.layers,), dtype=dtype)
-        for a, b in groups.values():
-            a.normal_(std=0.02)
-            b.normal_(std=0.02)
+        groups = layout.zeros(bucket_of(RANK), (spec.layers,), dtype, torch.device("cpu"))
+        for halves in groups.values():
+            for half in halves:
+                half.normal_(std=0.02)
         adapter = HostAdapter(f"{index:064x}", bucket_of(RANK), groups)
         size = adapter.size_bytes
         slot = residency.table.place(adapter.digest, adapter.bucket)

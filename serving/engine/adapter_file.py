@@ -49,15 +49,15 @@ def _convert(
     if rank > max_rank:
         raise _Unfit(f"its rank is {rank}, the engine's highest is {max_rank}.")
     bucket = bucket_of(rank)
-    groups = layout.zeros(bucket, (layout.layers,), dtype=dtype)
+    groups = layout.zeros(bucket, (layout.layers,), dtype, torch.device("cpu"))
     for module in modules:
         group, part, layer = _place(module, layout)
         a, b = tensors[_key(module, "A")], tensors[_key(module, "B")]
         _check_shapes(module, a, b, config.rank(module), group, part)
         scaled = b.float() * config.scale(module)
-        write_module(groups[group.name], group, part, layer, a, scaled)
-    for name, pair in groups.items():
-        if not all(tensor.sum(dtype=torch.float64).isfinite() for tensor in pair):
+        write_module(groups[group.name], part, layer, a, scaled)
+    for name, halves in groups.items():
+        if not all(tensor.sum(dtype=torch.float64).isfinite() for tensor in halves):
             raise _Unfit(f"a weight of {name} is not a finite number in {dtype}.")
     return HostAdapter(ref.digest, bucket, groups)
 

@@ -1,14 +1,13 @@
 """Adapters as the operators read them: converted on the host, stacked in slots on the device.
 
-For one fused group of linears an adapter is A [layers, parts · rank, in] and a block-diagonal
-B [layers, parts · rank, out] with the scale in it. The rank is that of its bucket; rows above the
-adapter's own rank, and modules it does not target, are zero, and loading overwrites the whole slot,
-so nothing of an earlier adapter can be left.
+For one fused group of linears an adapter is one A [layers, parts · rank, in], because the parts
+read the same input, and a B [layers, rank, out] for each part, with the scale in it. The rank is
+that of its bucket; rows above the adapter's own rank, and modules it does not target, are zero, and loading
+overwrites the whole slot, so nothing of an earlier adapter can be left.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -19,7 +18,7 @@ from serving.engine.spec import LinearGroup
 BUCKETS = (8, 16, 32, 64, 128, 256)  # ranks of the stacks; an adapter goes to the next one up
 FIRST_ROWS = 4  # a stack begins with this many slots and doubles
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # A, B
+Halves = tuple[torch.Tensor, ...]  # A of the group, then B of each of its parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +27,11 @@ class HostAdapter:
 
     digest: str
     bucket: int
-    groups: Mapping[str, Pair]  # group name → A [layers, parts · rank, in], B [layers, …, out]
+    groups: Mapping[str, Halves]  # group name → A [layers, parts · rank, in], B [layers, rank, out]
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for pair in self.groups.values() for tensor in pair)
+        return sum(tensor.nbytes for halves in self.groups.values() for tensor in halves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +41,18 @@ class LoraLayout:
     layers: int
     groups: tuple[LinearGroup, ...]
 
-    def zeros(self, bucket: int, lead: Sequence[int], **like: object) -> dict[str, Pair]:
-        """Return zero A and B for each group, with the dimensions `lead` in front."""
+    def zeros(
+        self, bucket: int, lead: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Halves]:
+        """Return zero A and B's for each group, with the dimensions `lead` in front."""
+
+        def zero(*shape: int) -> torch.Tensor:
+            return torch.zeros(*lead, *shape, dtype=dtype, device=device)
+
         return {
             group.name: (
-                torch.zeros(*lead, len(group.modules) * bucket, group.inputs, **like),  # type: ignore[arg-type]  # dtype and device
-                torch.zeros(*lead, len(group.modules) * bucket, sum(group.outputs), **like),  # type: ignore[arg-type]  # dtype and device
+                zero(len(group.modules) * bucket, group.inputs),
+                *(zero(bucket, out) for out in group.outputs),
             )
             for group in self.groups
         }
@@ -64,16 +69,12 @@ def bucket_of(rank: int) -> int:
     return next(bucket for bucket in BUCKETS if bucket >= rank)
 
 
-def write_module(
-    pair: Pair, group: LinearGroup, part: int, layer: int, a: torch.Tensor, b: torch.Tensor
-) -> None:
-    """Put one module's A [rank, in] and already scaled B [out, rank] into its blocks."""
-    stack_a, stack_b = pair
-    bucket = stack_a.shape[1] // len(group.modules)
-    start = list(accumulate(group.outputs, initial=0))[part]
-    first, rank = part * bucket, a.shape[0]
+def write_module(halves: Halves, part: int, layer: int, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Put one module's A [rank, in] and already scaled B [out, rank] into their places."""
+    stack_a, stack_b = halves[0], halves[1 + part]
+    first, rank = part * stack_b.shape[1], a.shape[0]
     stack_a[layer, first : first + rank] = a
-    stack_b[layer, first : first + rank, start : start + group.outputs[part]] = b.t()
+    stack_b[layer, :rank] = b.t()
 
 
 class LoraStacks:
@@ -83,19 +84,19 @@ class LoraStacks:
         self, layout: LoraLayout, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layout, self.capacity, self.dtype, self.device = layout, capacity, dtype, device
-        self._stacks: dict[int, dict[str, Pair]] = {}  # bucket → group → [layers, rows, …]
-        self._by_layer: dict[str, list[dict[int, Pair]]] = self._views()
+        self._stacks: dict[int, dict[str, Halves]] = {}  # bucket → group → [layers, rows, …]
+        self._by_layer = self._views()
 
     def weights(self, group: str, layer: int) -> Weights:
-        """Return bucket → (A [rows, parts · rank, in], B [rows, parts · rank, out])."""
+        """Return bucket → A [rows, parts · rank, in], then each part's B [rows, rank, out]."""
         return self._by_layer[group][layer]
 
     def load(self, slot: Slot, adapter: HostAdapter) -> None:
         """Overwrite a slot whole. Only between steps."""
         if slot.row >= self._rows(slot.bucket):
             self._grow(slot)
-        for name, pair in adapter.groups.items():
-            for stack, source in zip(self._stacks[slot.bucket][name], pair, strict=True):
+        for name, halves in adapter.groups.items():
+            for stack, source in zip(self._stacks[slot.bucket][name], halves, strict=True):
                 stack[:, slot.row].copy_(source, non_blocking=True)
 
     def _rows(self, bucket: int) -> int:
@@ -108,19 +109,19 @@ class LoraStacks:
         old_rows = self._rows(slot.bucket)
         rows = min(self.capacity, max(FIRST_ROWS, 2 * old_rows, slot.row + 1))
         lead = (self.layout.layers, rows)
-        grown = self.layout.zeros(slot.bucket, lead, dtype=self.dtype, device=self.device)
+        grown = self.layout.zeros(slot.bucket, lead, self.dtype, self.device)
         if old_rows:
-            for name, pair in self._stacks[slot.bucket].items():
-                for new, old in zip(grown[name], pair, strict=True):
+            for name, halves in self._stacks[slot.bucket].items():
+                for new, old in zip(grown[name], halves, strict=True):
                     new[:, :old_rows].copy_(old)
         self._stacks[slot.bucket] = grown
         self._by_layer = self._views()
 
-    def _views(self) -> dict[str, list[dict[int, Pair]]]:
+    def _views(self) -> dict[str, list[dict[int, Halves]]]:
         return {
             group.name: [
                 {
-                    bucket: (stack[group.name][0][layer], stack[group.name][1][layer])
+                    bucket: tuple(half[layer] for half in stack[group.name])
                     for bucket, stack in self._stacks.items()
                 }
                 for layer in range(self.layout.layers)

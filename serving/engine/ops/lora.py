@@ -1,21 +1,22 @@
 """y += B(A(x)) with another adapter for each row: the torch body and the plan it follows.
 
 Rows that wear the same adapter are neighbours. Short runs of neighbours are padded to one length
-and multiplied as one batch; a long run is two plain products. Rows without an adapter are in
-neither, so they cost nothing. A is [slots, parts · rank, in]; B is [slots, parts · rank, out] and
-block-diagonal over the linears fused in one group, so that one product serves them all; the scale
-is in B.
+and multiplied as one batch; a long run, or one alone, is plain products. Rows without an adapter
+are in neither, so they cost nothing. The linears fused in one group read the same input, so they
+share one A [slots, parts · rank, in]; each has its own B [slots, rank, out], with the scale in it.
+One block-diagonal B for all of them would save products and cost twice the bytes: slower with many
+adapters, no faster with one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from serving.engine.slots import Slot
 
-Weights = Mapping[int, tuple[torch.Tensor, torch.Tensor]]  # rank bucket → A, B of one layer's group
-LONG_RUN = 8  # rows from which two plain products beat a place in the padded batch
+Weights = Mapping[int, tuple[torch.Tensor, ...]]  # rank bucket → A, B's of one layer's group
+LONG_RUN = 8  # rows above which plain products beat a place in the padded batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +50,41 @@ class Group:
 class LoraPlan:
     """Which rows wear what in one step; the same for every layer."""
 
-    runs: tuple[Run, ...]  # long ones
+    runs: tuple[Run, ...]  # long ones and lonely ones
     groups: tuple[Group, ...]
 
 
 def apply_lora(y: torch.Tensor, x: torch.Tensor, weights: Weights, plan: LoraPlan) -> None:
     """Add every row's own B(A(x)) to y in place. x [tokens, in], y [tokens, out]."""
     for run in plan.runs:
-        a, b = weights[run.slot.bucket]
-        shrunk = torch.mm(x[run.start : run.stop], a[run.slot.row].t())
-        y[run.start : run.stop].addmm_(shrunk, b[run.slot.row])
+        a, *bs = (half[run.slot.row] for half in weights[run.slot.bucket])
+        shrunk = torch.mm(x[run.start : run.stop], a.t())
+        for part, narrow, b in _parts(y[run.start : run.stop], shrunk, bs):
+            part.addmm_(narrow, b)
     for group in plan.groups:
         _apply_group(y[group.start : group.stop], x[group.start : group.stop], weights, group)
 
 
 def _apply_group(y: torch.Tensor, x: torch.Tensor, weights: Weights, group: Group) -> None:
-    a, b = (weight[group.slots] for weight in weights[group.bucket])
+    a, *bs = (half[group.slots] for half in weights[group.bucket])
     rows = x if group.padded is None else x[group.padded]
     shrunk = torch.bmm(rows.view(group.count, group.width, -1), a.transpose(1, 2))
     if group.compact is None:
-        y.view(group.count, group.width, -1).baddbmm_(shrunk, b)
+        for part, narrow, b in _parts(y.view(group.count, group.width, -1), shrunk, bs):
+            part.baddbmm_(narrow, b)
     else:
-        y += torch.bmm(shrunk, b).view(group.count * group.width, -1)[group.compact]
+        for part, narrow, b in _parts(y, shrunk, bs):
+            part += torch.bmm(narrow, b).flatten(0, 1)[group.compact]
+
+
+def _parts(
+    y: torch.Tensor, shrunk: torch.Tensor, bs: Sequence[torch.Tensor]
+) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return, for each linear of the group, its columns of y and of A(x), and its B."""
+    if len(bs) == 1:
+        return ((y, shrunk, bs[0]),)
+    outs, rank = [b.shape[-1] for b in bs], bs[0].shape[-2]
+    return zip(y.split(outs, -1), shrunk.split(rank, -1), bs, strict=True)
 
 
 def plan_lora(worn: Sequence[tuple[Slot | None, int]], device: torch.device) -> LoraPlan | None:
@@ -87,9 +101,10 @@ def plan_lora(worn: Sequence[tuple[Slot | None, int]], device: torch.device) -> 
             groups[-1].append(run)
         else:
             groups.append([run])
+    alone = [group[0] for group in groups if len(group) == 1]
     return LoraPlan(
-        tuple(run for run in runs if run.length > LONG_RUN),
-        tuple(_group(group, device) for group in groups),
+        (*alone, *(run for run in runs if run.length > LONG_RUN)),
+        tuple(_group(group, device) for group in groups if len(group) > 1),
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,10 +59,10 @@ def test_an_adapter_that_no_slot_has_memory_for_fails_alone(
     class Cramped:
         layers, groups = residency.stacks.layout.layers, residency.stacks.layout.groups
 
-        def zeros(self, bucket: int, lead: tuple[int, ...], **like: object) -> object:
+        def zeros(self, bucket: int, lead: tuple[int, ...], *like: Any) -> object:
             if bucket == 16:
                 raise RuntimeError("not enough memory")
-            return zeros(bucket, lead, **like)
+            return zeros(bucket, lead, *like)
 
     residency.stacks.layout = Cramped()  # type: ignore[assignment]  # a layout that runs out
     refs = tiny_folders.refs

@@ -63,10 +63,11 @@ def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Fol
 
     def add_up(slot, adapter):  # the shape of LoraStacks.load
         fill(slot, adapter)
-        for name, pair in adapter.groups.items():
-            for stack, source in zip(stacks._stacks[slot.bucket][name], pair, strict=True):
-                stack[:, slot.row] = source + leftovers.get((slot, name, source.shape), 0)
-                leftovers[slot, name, source.shape] = stack[:, slot.row].clone()
+        for name, halves in adapter.groups.items():
+            pairs = zip(stacks._stacks[slot.bucket][name], halves, strict=True)
+            for number, (stack, source) in enumerate(pairs):
+                stack[:, slot.row] = source + leftovers.get((slot, name, number), 0)
+                leftovers[slot, name, number] = stack[:, slot.row].clone()
 
     leftovers: dict[object, torch.Tensor] = {}
     stacks.load = add_up  # type: ignore[method-assign]  # the sabotage this test is about

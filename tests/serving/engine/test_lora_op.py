@@ -8,17 +8,20 @@ import torch
 from serving.engine.ops.lora import LONG_RUN, apply_lora, packing_key, plan_lora
 from serving.engine.slots import Slot
 
-INPUTS, OUTPUTS, ROWS = 96, 160, 12
+INPUTS, OUTPUTS, ROWS = 96, (96, 32, 32), 12
 WRONG = 0.5  # relative error that a wrong adapter makes at least; float32 makes 1e-6, bf16 4e-3
 
 
-def weights_of(dtype: torch.dtype) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def weights_of(dtype: torch.dtype) -> dict[int, tuple[torch.Tensor, ...]]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * shape[-2] ** -0.5).to(dtype)
 
-    return {b: (normal(ROWS, 3 * b, INPUTS), normal(ROWS, 3 * b, OUTPUTS)) for b in (8, 16, 64)}
+    return {
+        b: (normal(ROWS, 3 * b, INPUTS), *(normal(ROWS, b, out) for out in OUTPUTS))
+        for b in (8, 16, 64)
+    }
 
 
 def batches() -> list[list[tuple[Slot | None, int]]]:
@@ -48,7 +51,7 @@ def error_of(worn: list[tuple[Slot | None, int]], dtype: torch.dtype, shift: int
     total = sum(rows for _, rows in worn)
     generator = torch.Generator().manual_seed(total)
     x = torch.randn(total, INPUTS, generator=generator).to(dtype)
-    y = torch.zeros(total, OUTPUTS, dtype=dtype)
+    y = torch.zeros(total, sum(OUTPUTS), dtype=dtype)
     plan = plan_lora(worn, torch.device("cpu"))
     if plan is not None:
         apply_lora(y, x, weights, plan)
@@ -58,9 +61,10 @@ def error_of(worn: list[tuple[Slot | None, int]], dtype: torch.dtype, shift: int
         if slot is None:
             assert not y[row].any(), "a row without an adapter was touched"
             continue
-        a, b = weights[slot.bucket]
         other = (slot.row + shift) % ROWS
-        truth = (x[row].double() @ a[other].double().t()) @ b[other].double()
+        a, *bs = (half[other].double() for half in weights[slot.bucket])
+        shrunk = (x[row].double() @ a.t()).split(slot.bucket)
+        truth = torch.cat([narrow @ b for narrow, b in zip(shrunk, bs, strict=True)])
         worst = max(worst, float((y[row].double() - truth).norm() / truth.norm()))
     return worst
 
@@ -81,8 +85,8 @@ def test_a_wrong_adapter_exceeds_the_bound() -> None:
 def test_what_was_there_is_kept_and_added_to() -> None:
     weights = weights_of(torch.float32)
     worn = [(None, 2), (Slot(8, 1), 1), (Slot(8, 4), 3), (Slot(16, 2), 20)]
-    x, y = torch.randn(26, INPUTS), torch.randn(26, OUTPUTS)
-    added, before = torch.zeros(26, OUTPUTS), y.clone()
+    x, y = torch.randn(26, INPUTS), torch.randn(26, sum(OUTPUTS))
+    added, before = torch.zeros_like(y), y.clone()
     plan = plan_lora(worn, torch.device("cpu"))
     assert plan is not None
     apply_lora(added, x, weights, plan)
