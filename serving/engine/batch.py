@@ -27,6 +27,9 @@ class Chunk:
     stop: int
     slot: int
     position: int
+    masks: dict[
+        int | None, torch.Tensor | None
+    ]  # window → [chunk, position + chunk], who sees whom
 
 
 @dataclass(frozen=True, slots=True)

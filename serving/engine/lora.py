@@ -2,8 +2,8 @@
 
 For one fused group of linears an adapter is one A [layers, parts · rank, in], because the parts
 read the same input, and a B [layers, rank, out] for each part, with the scale in it. The rank is
-that of its bucket; rows above the adapter's own rank, and modules it does not target, are zero, and loading
-overwrites the whole slot, so nothing of an earlier adapter can be left.
+that of its bucket; rows above the adapter's own rank, and modules it does not target, are zero, and
+loading overwrites the whole slot, so nothing of an earlier adapter can be left.
 """
 
 from collections.abc import Mapping, Sequence

@@ -89,7 +89,9 @@ class Model:
             end = chunk.position + chunk.stop - chunk.start
             seen_keys, seen_values = keys[chunk.slot, :, :end], values[chunk.slot, :, :end]
             rows = q[chunk.start : chunk.stop]
-            parts.append(self.ops.chunk_attention(rows, seen_keys, seen_values, window))
+            parts.append(
+                self.ops.chunk_attention(rows, seen_keys, seen_values, chunk.masks[window])
+            )
         return _joined(parts).reshape(len(x), -1)
 
     def _decode(

@@ -9,6 +9,7 @@ import torch
 from serving.engine.batch import Batch, Chunk, DecodeRows
 from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
+from serving.engine.ops.attention import chunk_mask
 from serving.engine.ops.lora import LoraPlan, packing_key, plan_lora
 from serving.engine.sequence import Row, Sequence
 from serving.engine.slots import Slot, SlotTable
@@ -84,8 +85,7 @@ class ModelRunner:
         for row in packed:
             sequence, stop = row.sequence, row.start + row.count
             if row.count > 1:
-                at = len(ids)
-                chunks.append(Chunk(at, at + row.count, sequence.kv_slot, row.start))
+                chunks.append(self._chunk(row, len(ids)))
             ids += sequence.tokens[row.start : stop]
             positions += range(row.start, stop)
             slots += [sequence.kv_slot] * row.count
@@ -101,6 +101,13 @@ class ModelRunner:
             sampled=self._tensor(sampled),
             lora=self._lora_plan(packed),
         )
+
+    def _chunk(self, row: Row, at: int) -> Chunk:
+        masks = {
+            window: chunk_mask(row.count, row.start + row.count, window, self.model.device)
+            for window in self.windows
+        }
+        return Chunk(at, at + row.count, row.sequence.kv_slot, row.start, masks)
 
     def _lora_plan(self, packed: Rows[Row]) -> LoraPlan | None:
         """Plan the adapters of this step; a decode step is mostly packed like the one before."""

@@ -24,7 +24,7 @@ class Operators:
     silu_mul: Callable[[Tensor], Tensor] = silu_mul
     lora: Callable[[Tensor, Tensor, Weights, LoraPlan], None] = apply_lora
     decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = decode_attention
-    chunk_attention: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] = chunk_attention
+    chunk_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = chunk_attention
     argmax: Callable[[Tensor], Tensor] = argmax
 
 

@@ -21,28 +21,33 @@ def decode_attention(
 
 
 def chunk_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Attend with the last n tokens of one sequence.
 
-    q [n, heads, dim], keys and values [kv_heads, length, dim], the n new ones included. Token i of
-    the chunk sees key j when j <= length - n + i, and when it is inside the window.
+    q [n, heads, dim], keys and values [kv_heads, length, dim], the n new ones included; mask is
+    that of `chunk_mask`.
     """
-    n, length = q.shape[0], keys.shape[1]
-    whole = n == length and (window is None or length <= window)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys[None],
         values[None],
-        attn_mask=None if whole else _seen(n, length, window, q.device),
-        is_causal=whole,
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=q.shape[1] != keys.shape[0],
     )
     return out[0].transpose(0, 1)
 
 
-def _seen(n: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return [n, length]: may query i of the chunk see key j?"""
+def chunk_mask(
+    n: int, length: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Return [n, length]: may token i of a chunk see key j? None: the chunk is all there is.
+
+    It does when j <= length - n + i, and when key j is inside the window.
+    """
+    if n == length and (window is None or length <= window):
+        return None
     query = torch.arange(length - n, length, device=device)[:, None]
     key = torch.arange(length, device=device)[None]
     seen = key <= query
