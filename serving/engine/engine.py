@@ -50,7 +50,8 @@ class TorchEngine:
         self._parts, self._settings = parts, settings
         self._core = parts.core
         self._changed = threading.Condition()
-        # Everything below is guarded by `_changed`; the core belongs to the step thread alone.
+        # `_changed` guards what callers and the step thread both write: the inbox, the streams and
+        # the flags. `_death` and `_stats` only the step thread writes; the core is its own.
         self._inbox: deque[tuple[Callable[[Ticket], None], Ticket]] = deque()
         self._streams: dict[Ticket, _Stream] = {}
         self._loaded = False  # a load ended since the last step
