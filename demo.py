@@ -27,7 +27,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent
 SMART_HOME = "home/smart-home"
 ICD10 = "clinic/icd-10"
-DRAFT_STEPS = 40  # v1 of the smart-home adapter: stopped early, so that v2 has something to beat
+DRAFT_STEPS = 25  # v1 of the smart-home adapter: stopped early, so that v2 has something to beat
 
 QUESTIONS = (
     (SMART_HOME, "turn on the lights in the kitchen"),
@@ -194,7 +194,9 @@ async def side_by_side(server: Server) -> None:
         pairs = [(model, text) for _, text in QUESTIONS for model in models]
         answers = await asyncio.gather(*(ask(client, model, text) for model, text in pairs))
     by_pair = dict(zip(pairs, answers, strict=True))
-    table = Table("question", *models, show_lines=True)
+    table = Table(show_lines=True)
+    for header in ("question", *models):
+        table.add_column(header, overflow="fold")
     for home_model, text in QUESTIONS:
         cells = [
             f"[bold green]{by_pair[m, text][0]}[/]" if m == home_model else by_pair[m, text][0][:90]
@@ -218,7 +220,7 @@ async def long_stream(client: httpx.AsyncClient, stream: Stream) -> None:
     body = {
         "model": SMART_HOME,
         "messages": [{"role": "user", "content": "turn on the lights in the kitchen"}],
-        "max_tokens": 400,
+        "max_tokens": 200,
         "ignore_eos": True,
         "temperature": 0,
         "stream": True,

@@ -24,7 +24,7 @@ from registry.screen import print_json
 
 if TYPE_CHECKING:
     from training.batches import MaskedSample
-    from training.evaluate import Evaluation
+    from training.evaluate import Evaluation, Generate
     from training.examples import Data
     from training.progress import Report
     from training.recipe import Recipe
@@ -154,7 +154,7 @@ def train(
             out.print(sample_panel(sample), soft_wrap=False)
 
         trained = fit(chosen, data, base, runs, progress=report, show=show)
-        trained = evaluated(chosen, data, base, trained, report)
+        trained = evaluated(chosen, data, base, trained, runs, report)
     out.print(score_table(chosen, trained), soft_wrap=False)
     out.print(f"adapter in {trained.folder}")
     if copy_to:
@@ -168,13 +168,14 @@ def evaluated(
     data: "Data",
     base: BaseModel,
     trained: "TrainedAdapter",
+    runs: Path,
     report: "Report",
 ) -> "TrainedAdapter":
     """Answer the held-out examples with and without the adapter on the serving engine."""
     from serving.engine.engine import TorchEngine
     from serving.engine.settings import EngineSettings
     from serving.offline import generate_all
-    from training.evaluate import complete_card, evaluate
+    from training.evaluate import complete_card, evaluate, remembered
     from training.prompt import load_prompter
 
     if trained.card["metrics"]:
@@ -184,13 +185,13 @@ def evaluated(
     engine = TorchEngine.create(base, lambda _: trained.folder, EngineSettings())
     prompter = load_prompter(base.path, recipe.task.system)
 
-    def judged(adapter: AdapterRef | None, text: str) -> "Evaluation":
-        generate = partial(generate_all, engine, adapter)
+    def judged(generate: "Generate", text: str) -> "Evaluation":
         return evaluate(recipe, data.held_out, prompter, generate, progress=report, text=text)
 
     try:
-        with_adapter = judged(ref, "with the adapter")
-        without = judged(None, "base model")
+        with_adapter = judged(partial(generate_all, engine, ref), "with the adapter")
+        of_base = remembered(runs / "base-answers", base, partial(generate_all, engine, None))
+        without = judged(of_base, "base model")
     finally:
         asyncio.run(engine.aclose())
     return complete_card(trained, recipe, with_adapter, without)

@@ -5,7 +5,7 @@ import math
 from registry.adapter import AdapterRef
 from serving.engine.boundary import Engine, EngineError, GenerateRequest, SamplingParams
 
-TOKENS = 4
+TOKENS = 2  # one from the prompt, one from a decode step: both paths, and no more delay
 PROMPT_IDS = (0, 1, 2, 3)  # ids that every vocabulary has; the answer only has to be finite
 
 

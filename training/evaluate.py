@@ -1,11 +1,15 @@
 """Judge a model on held-out examples, by what it generates, and decide the gate."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from registry.base import BaseModel
+from registry.jsonfile import canonical
 from training.card import write_card
 from training.errors import TrainingError
 from training.examples import Example
@@ -73,6 +77,30 @@ def evaluate(
         for example, answer in zip(held_out, map(prompter.answer, outputs), strict=True)
     )
     return Evaluation(items, score([item.verdict for item in items]))
+
+
+def remembered(folder: Path, base: BaseModel, generate: Generate) -> Generate:
+    """Return `generate` of a base model with its answers kept in `folder`: it never changes."""
+
+    def run(
+        prompts: Sequence[tuple[int, ...]], max_new_tokens: int, done: Callable[[int], None]
+    ) -> list[list[int]]:
+        facts = {
+            "base": base.fingerprint,
+            "prompts": [list(ids) for ids in prompts],
+            "tokens": max_new_tokens,
+            "torch": version("torch"),
+        }
+        path = folder / f"{hashlib.sha256(canonical(facts)).hexdigest()[:16]}.json"
+        if path.is_file():
+            done(len(prompts))
+            return json.loads(path.read_text(encoding="utf-8"))
+        answers = generate(prompts, max_new_tokens, done)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(answers).encode())
+        return answers
+
+    return run
 
 
 def decide(gate: Gate, adapter: Score, base: Score | None) -> GateDecision:

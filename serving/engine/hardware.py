@@ -1,10 +1,11 @@
 """What this machine can do: device, number format, memory."""
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from serving.engine.boundary import EngineUnavailable
@@ -54,9 +55,11 @@ def total_memory(device: torch.device, limit_files: Sequence[Path] = LIMIT_FILES
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return zeros whose pages the operating system gives only when they are written.
 
-    torch.zeros writes them all at once; numpy asks for pages that are zero already.
+    torch.zeros writes them all at once. numpy asks for huge pages, and then the few tokens of a
+    short sequence hold the memory of a whole slot: 190 MB instead of 3 for SmolLM2-135M.
     """
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
-    words = {4: np.int32, 2: np.int16}[dtype.itemsize]
-    return torch.from_numpy(np.zeros(shape, dtype=words)).view(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)

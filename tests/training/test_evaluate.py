@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from registry.base import BaseModel
 from training.batches import MaskedSample
 from training.errors import TrainingError
-from training.evaluate import complete_card, decide, evaluate
+from training.evaluate import complete_card, decide, evaluate, remembered
 from training.examples import Data
 from training.metrics import Score, Verdict, score
 from training.model import Hardware
@@ -122,3 +123,23 @@ def test_answers_that_went_missing_are_no_result(
     prompter = load_prompter(tiny_base.path, recipe.task.system)
     with pytest.raises(TrainingError, match="2 prompts were asked and 1 answers"):
         evaluate(recipe, data.held_out, prompter, lambda p, n, d: [[1]], progress=lambda p: None)
+
+
+def test_a_base_answers_the_same_prompts_only_once(tiny_base: BaseModel, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def generate(
+        prompts: Sequence[tuple[int, ...]], tokens: int, done: Callable[[int], None]
+    ) -> list[list[int]]:
+        asked.append(tokens)
+        return [[len(ids), tokens] for ids in prompts]
+
+    once = remembered(tmp_path, tiny_base, generate)
+    told: list[int] = []
+    assert once([(1,), (2, 3)], 4, told.append) == [[1, 4], [2, 4]]
+    assert once([(1,), (2, 3)], 4, told.append) == [[1, 4], [2, 4]]
+    assert (asked, told) == ([4], [2])
+    once([(1,), (2, 3)], 5, told.append)
+    other = replace(tiny_base, fingerprint="0" * 64)
+    remembered(tmp_path, other, generate)([(1,), (2, 3)], 4, told.append)
+    assert asked == [4, 5, 4], "other lengths and other weights are asked again"

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
-from serving.engine.hardware import total_memory
+from serving.engine.hardware import lazy_zeros, total_memory
 from serving.engine.residency import MAX_LOADS
 from serving.engine.settings import EngineSettings
 from serving.engine.slots import Slot
@@ -59,7 +60,7 @@ def test_an_adapter_that_no_slot_has_memory_for_fails_alone(
     class Cramped:
         layers, groups = residency.stacks.layout.layers, residency.stacks.layout.groups
 
-        def zeros(self, bucket: int, lead: tuple[int, ...], *like: Any) -> object:
+        def zeros(self, bucket: int, lead: tuple[int, ...], *like: Any) -> Any:
             if bucket == 16:
                 raise RuntimeError("not enough memory")
             return zeros(bucket, lead, *like)
@@ -237,3 +238,14 @@ def test_a_prompt_of_one_token_and_one_that_fills_the_context(
         for prompt in ([5], [i % 250 for i in range(127)])
     ]
     assert [len(result.tokens) for result in run_all(engine, wanted)] == [127, 1]
+
+
+def test_a_short_sequence_holds_the_memory_of_its_own_tokens_only() -> None:
+    """Huge pages would give each of these slots to its first token: 64 MiB for 64 rows."""
+    process = psutil.Process()
+    shape = (64, 1, 8192, 64)  # 1 MiB a slot
+    cache = lazy_zeros(shape, torch.bfloat16, torch.device("cpu"))
+    before = process.memory_info().rss
+    cache[:, :, 0] = 1
+    assert process.memory_info().rss - before < 8 << 20
+    assert cache[:, :, 1:].count_nonzero() == 0
