@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -31,9 +32,9 @@ DRAFT_STEPS = 25  # v1 of the smart-home adapter: stopped early, so that v2 has 
 
 QUESTIONS = (
     (SMART_HOME, "turn on the lights in the kitchen"),
-    (SMART_HOME, "what is the temperature in the bedroom"),
+    (SMART_HOME, "set the brightness of the bedroom lights to 40 percent"),
     (ICD10, "Acute bronchitis due to streptococcus"),
-    (ICD10, "Fracture of shaft of left femur"),
+    (ICD10, "Nontoxic diffuse goiter"),
 )
 
 console = Console(highlight=False)
@@ -190,19 +191,25 @@ async def side_by_side(server: Server) -> None:
     """Ask everything at once: adapters and base share one batch of one model."""
     say("3. One model, one batch: each request wears its own adapter, or none")
     async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=60) as client:
-        models = ("base", SMART_HOME, ICD10)
+        newest = f"{SMART_HOME}@v{versions(server.home, SMART_HOME)[-1]['number']}"
+        models = ("base", newest, ICD10)
         pairs = [(model, text) for _, text in QUESTIONS for model in models]
         answers = await asyncio.gather(*(ask(client, model, text) for model, text in pairs))
     by_pair = dict(zip(pairs, answers, strict=True))
     table = Table(show_lines=True)
     for header in ("question", *models):
         table.add_column(header, overflow="fold")
-    for home_model, text in QUESTIONS:
-        cells = [
-            f"[bold green]{by_pair[m, text][0]}[/]" if m == home_model else by_pair[m, text][0][:90]
-            for m in models
-        ]
-        table.add_row(text, *cells)
+    for name, text in QUESTIONS:
+        answers_by_model = [(model, by_pair[model, text][0]) for model in models]
+        table.add_row(
+            text,
+            *(
+                f"[bold green]{escape(answer)}[/]"
+                if model.startswith(name)
+                else escape(answer[:90])
+                for model, answer in answers_by_model
+            ),
+        )
     console.print(table)
 
 
