@@ -25,7 +25,6 @@ from pathlib import Path
 
 import aiohttp
 import torch
-from registry.store import Registry
 from rich.progress import Progress
 from safetensors.torch import save_file
 
@@ -33,6 +32,7 @@ from benchmarks.workload import CELLS, OUTPUT_TOKENS, Cell, Figures, Record, pro
 from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
 from registry.home import default_cache
+from registry.store import Registry
 
 ADAPTERS = 32
 RANK = 16
