@@ -22,7 +22,6 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 
 ROOT = Path(__file__).parent
@@ -284,7 +283,7 @@ async def promote_and_roll_back(server: Server) -> None:
 
 
 def what_next(server: Server) -> None:
-    text = f"""The server runs at [bold]{server.url}[/] (pid {server.pid}, log {server.home}/server.log).
+    text = f"""The server runs at {server.url} (pid {server.pid}, log {server.home}/server.log).
 
 export WARDROBE_HOME={server.home} KEY=$(cat {server.home}/operator.key)
 curl {server.url}/v1/chat/completions -H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\
@@ -298,7 +297,9 @@ print(client.chat.completions.create(model="{ICD10}", temperature=0,
 .venv/bin/wardrobe show {SMART_HOME}      versions, aliases, what each server runs
 .venv/bin/wardrobe history {SMART_HOME}   who moved what, when and why
 make demo ARGS=--stop                     ends the server"""
-    console.print(Panel(text, title="try next", expand=False))
+    say("Try next")
+    # As it stands, and not wrapped: these lines are there to be copied.
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def main() -> None:
