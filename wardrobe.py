@@ -4,14 +4,13 @@ import asyncio
 import hashlib
 import logging
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from registry import commands as registry_commands
@@ -88,7 +87,7 @@ def base_pull(
     base = pull(spec, base_id) if base_id else find_base(spec)
     if as_json:
         return print_json(base)
-    out.print(f"[bold]{base.id}[/] sha256:{base.fingerprint[:12]} in {base.path}")
+    out.print(f"[bold]{base.id}[/] sha256:{base.fingerprint[:12]} in {escape(str(base.path))}")
     return None
 
 
@@ -103,7 +102,7 @@ def base_list(as_json: Json = False) -> None:
     table.add_column("id", overflow="fold")
     table.add_column("path", overflow="fold")
     for base in bases:
-        table.add_row(base.fingerprint[:12], base.id, str(base.path))
+        table.add_row(base.fingerprint[:12], base.id, escape(str(base.path)))
     out.print(table, soft_wrap=False)
     return None
 
@@ -144,19 +143,27 @@ def train(
     from training.screen import progress_bars, sample_panel, score_table
     from training.train import train as fit
 
+    if copy_to and copy_to.exists():
+        raise WardrobeError(f"--out {copy_to} is there already. Name a folder that is not.")
     chosen = apply_overrides(load_recipe(recipe), overrides or [])
     runs = (home or default_home()) / "runs"
     base = find_base(chosen.base)
     data = load_data(chosen)
+    out.print(f"{len(data.train)} examples to train on, {len(data.held_out)} held out by group")
+    if data.duplicates:
+        out.print(f"[yellow]{data.duplicates} examples left out: held out too, or repeated[/]")
     with progress_bars() as report:
 
         def show(sample: "MaskedSample") -> None:
             out.print(sample_panel(sample), soft_wrap=False)
 
         trained = fit(chosen, data, base, runs, progress=report, show=show)
+        if trained.dropped:
+            limit = chosen.train.max_length
+            out.print(f"[yellow]{trained.dropped} examples dropped: over {limit} tokens[/]")
         trained = evaluated(chosen, data, base, trained, runs, report)
     out.print(score_table(chosen, trained), soft_wrap=False)
-    out.print(f"adapter in {trained.folder}")
+    out.print(f"adapter in {escape(str(trained.folder))}")
     if copy_to:
         shutil.copytree(trained.folder, copy_to)
     if push or promote:
@@ -256,7 +263,7 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = ServerSettings(host=host, port=port, auth=auth, drain_timeout=drain_timeout)
-    with wrong_settings():
+    try:
         engine_settings = EngineSettings(
             device=device,
             dtype=dtype,
@@ -268,12 +275,13 @@ def serve(
             max_lora_rank=max_lora_rank,
             threads=threads,
         )
+    except ValueError as error:  # two options that contradict each other
+        raise WardrobeError(str(error)) from error
     model = find_base(base)
     with open_registry(home) as registry:
         if auth and (key := ensure_operator_key(registry)):
             out.print(f"operator key, shown only now: [bold]{key}[/]", highlight=False)
-        with wrong_settings():
-            engine = TorchEngine.create(model, registry.fetch, engine_settings)
+        engine = TorchEngine.create(model, registry.fetch, engine_settings)
         serve_http(
             settings,
             registry,
@@ -282,17 +290,6 @@ def serve(
             Tokens(model.path),
             on_start=lambda url: out.print(f"serving {model.id} at [bold]{url}[/]"),
         )
-
-
-@contextmanager
-def wrong_settings() -> Generator[None]:
-    """Show an engine that cannot start as one sentence."""
-    from serving.engine.boundary import EngineUnavailable
-
-    try:
-        yield
-    except (EngineUnavailable, ValueError) as error:
-        raise WardrobeError(str(error)) from error
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ class Registry:
         Idempotent: content that is already there under this name is answered with that version.
         Raises Refused, BaseMismatch, BaseNotFound, NotFound or StoreUnavailable.
         """
-        with self._staging() as staging:
+        with self.staging() as staging:
             files = copy_upload(source, staging)
             checked = validate(staging, self.bases, base=base)
             files[CONFIG_NAME] = _write_config(staging, checked)
@@ -94,6 +94,18 @@ class Registry:
             for file_name in version.files:
                 self._blobs.put(files[file_name].path, files[file_name].sha256)
         return self._record(version, checked, actor)
+
+    @contextmanager
+    def staging(self) -> Generator[Path, None, None]:
+        """Yield a private folder on the store's own disk; it is gone afterwards."""
+        folder = self.home / "staging" / secrets.token_hex(16)
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+        except OSError as error:
+            raise StoreUnavailable(f"Cannot take the files: {error}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def adapters(self) -> list[AdapterName]:
         with self._database.read() as connection:
@@ -288,17 +300,6 @@ class Registry:
             text = f"{known.ref.label} has the same content; its card was kept, this one was not."
             warnings = (*warnings, ("card_not_stored", text))
         return Push(known, False, warnings)
-
-    @contextmanager
-    def _staging(self) -> Generator[Path, None, None]:
-        folder = self.home / "staging" / secrets.token_hex(16)
-        try:
-            folder.mkdir(parents=True)
-            yield folder
-        except OSError as error:
-            raise StoreUnavailable(f"Cannot take the files: {error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_config(staging: Path, checked: Checked) -> UploadedFile:

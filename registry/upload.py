@@ -82,13 +82,22 @@ def check_files(source: Path) -> list[Problem]:
     return problems
 
 
+def check_name(name: str) -> list[Problem]:
+    """Return why a file of this name is not taken; empty when it is one of `ALLOWED`."""
+    shown = repr(name[:100])
+    if name.lower().endswith(_PICKLED):
+        text = f"{shown}: only safetensors is taken; convert it and remove it."
+        return [("pickle_refused", text)]
+    if name not in ALLOWED:
+        allowed = ", ".join(ALLOWED)
+        return [("file_not_allowed", f"{shown} does not belong here. Allowed are {allowed}.")]
+    return []
+
+
 def _check_entry(entry: os.DirEntry[str]) -> list[Problem]:
     name = repr(entry.name[:100])
-    if entry.name.lower().endswith(_PICKLED):
-        return [("pickle_refused", f"{name}: only safetensors is taken; convert it and remove it.")]
-    if entry.name not in ALLOWED:
-        allowed = ", ".join(ALLOWED)
-        return [("file_not_allowed", f"{name} does not belong here. Allowed are {allowed}.")]
+    if problems := check_name(entry.name):
+        return problems
     if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
         return [("not_a_regular_file", f"{name} is a link or a special file.")]
     size, limit = entry.stat(follow_symlinks=False).st_size, ALLOWED[entry.name]

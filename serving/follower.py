@@ -21,7 +21,7 @@ from registry.base import BaseModel
 from registry.errors import StoreUnavailable, WardrobeError
 from registry.records import Event, RolloutState
 from registry.store import Registry
-from serving.engine.boundary import Engine, EngineBusy, EngineError
+from serving.engine.boundary import Engine, EngineBusy
 from serving.routing import AliasKey, FailedRollout, LiveTable
 from serving.selfcheck import self_check
 
@@ -142,7 +142,7 @@ class Follower:
                 await self._warm_and_check(version)
         except TimeoutError:
             await self._fail(key, event, f"not ready after {ROLLOUT_SECONDS:.0f} seconds", started)
-        except (WardrobeError, EngineError) as error:
+        except WardrobeError as error:
             await self._fail(key, event, str(error), started)
         except Exception as error:
             log.exception("a rollout failed in an unforeseen way")

@@ -7,7 +7,6 @@ other languages are not run.
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from registry.base import Bases
+from tests.live import DEFAULT_BASE, Shop, free_port
 from tests.tiny import make_base
 
 ROOT = Path(__file__).parent.parent
-DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.M | re.S)
 PAGES = [
     page
@@ -70,12 +69,6 @@ def script_of(page: Path) -> str:
     return "\n".join(parts)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
@@ -91,12 +84,8 @@ def test_the_commands_of_a_page_run(page: Path, cache: Path, tmp_path: Path) -> 
     if port:
         script = script.replace("wardrobe serve", f"wardrobe serve --port {port[1]}")
     (tmp_path / "adapters").symlink_to(ROOT / "adapters")
-    environment = os.environ | {
-        "WARDROBE_HOME": str(tmp_path / "home"),
-        "WARDROBE_CACHE": str(cache),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = Shop(tmp_path / "home", cache).environment | {"PATH": path}
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,

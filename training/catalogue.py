@@ -47,7 +47,6 @@ CATALOGUE = (
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 )
-DEFAULT_BASE = CATALOGUE[0].id
 
 
 def find_packaged(spec: str) -> Packaged | None:

@@ -16,6 +16,7 @@ from serving.api.guard import Guard
 from serving.api.health import live, metrics, ready
 from serving.api.metrics import Metrics
 from serving.api.models import get_model, list_models
+from serving.api.push import push_version
 from serving.api.services import Services
 from serving.api.settings import ServerSettings
 from serving.engine.boundary import Engine
@@ -24,7 +25,16 @@ from serving.routing import LiveTable, Router
 from serving.tenants.keys import KeyRing
 from serving.tokens import Tokens
 
-HANDLERS = (list_models, get_model, chat_completions, completions, live, ready, metrics)
+HANDLERS = (
+    list_models,
+    get_model,
+    chat_completions,
+    completions,
+    push_version,
+    live,
+    ready,
+    metrics,
+)
 
 
 def create_app(

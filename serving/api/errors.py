@@ -72,7 +72,8 @@ TABLE: dict[type[Exception], Rule] = {
     TemplateRefused: Rule(400, INVALID, param="messages"),
     domain.InvalidName: Rule(400, INVALID),
     domain.NotFound: Rule(404, "not_found_error", param="model"),
-    domain.Refused: Rule(422, INVALID, param="model"),
+    domain.Refused: Rule(422, INVALID),
+    domain.BaseMismatch: Rule(422, INVALID, param="model"),
     # The beginning of a digest that fits several versions. Not 409: clients send that again.
     domain.Conflict: Rule(400, INVALID, param="model"),
     domain.IntegrityError: Rule(503, UNAVAILABLE, param="model"),

@@ -16,6 +16,7 @@ from serving.api.metrics import Metrics
 from serving.api.record import SCOPE_KEY, RequestRecord, new_request_id
 from serving.api.settings import ServerSettings
 
+PUSHES = "/v1/adapters/"  # bodies under it are files: larger, slower, and only with a key
 ALWAYS_ANSWERED = ("/health/live", "/health/ready")  # also while draining or overloaded
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 DISCARD_SECONDS = 5.0
@@ -41,7 +42,7 @@ class Guard:
         record = RequestRecord(new_request_id(), scope["method"], scope["path"])
         cast("dict[str, Any]", scope)[SCOPE_KEY] = record
         expects = any(name == b"expect" for name, _ in scope["headers"])
-        body = _Body(receive, self._settings, discards=not expects)
+        body = _Body(receive, *self._bounds(scope), discards=not expects)
         respond = _Responder(send, record, body)
         try:
             with self._drain.request():
@@ -55,10 +56,17 @@ class Guard:
             record.write()
             self._metrics.finished(record, scope)
 
+    def _bounds(self, scope: HTTPScope) -> tuple[int, float]:
+        """Return the most bytes of the body and the seconds it may take."""
+        settings = self._settings
+        if scope["path"].startswith(PUSHES):
+            return settings.max_push_bytes, settings.push_timeout
+        return settings.max_body_bytes, settings.body_timeout
+
     def _check(self, scope: HTTPScope) -> None:
         headers = scope["headers"]
         _check_size(headers, self._settings)
-        _check_framing(headers, self._settings.max_body_bytes)
+        _check_framing(headers, self._bounds(scope)[0])
         if not self._settings.auth:
             _check_host(headers)
         if scope["path"] in ALWAYS_ANSWERED:
@@ -117,12 +125,12 @@ def too_large(limit: int) -> RequestError:
 class _Body:
     """Counts the body and holds it to its deadline."""
 
-    def __init__(self, receive: Receive, settings: ServerSettings, *, discards: bool) -> None:
+    def __init__(self, receive: Receive, limit: int, timeout: float, *, discards: bool) -> None:
         self._receive = receive
         self._discards = discards  # a client that waits for `100 Continue` has sent nothing
-        self._limit = settings.max_body_bytes
-        self._timeout = settings.body_timeout
-        self._deadline = asyncio.get_running_loop().time() + settings.body_timeout
+        self._limit = limit  # bytes
+        self._timeout = timeout  # seconds
+        self._deadline = asyncio.get_running_loop().time() + timeout
         self._read = 0
         self.complete = False
 

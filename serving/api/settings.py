@@ -26,6 +26,8 @@ class ServerSettings:
     body_timeout: float = 30.0  # from the headers to the end of the body
     stall_timeout: float = 30.0  # how long a client may leave written bytes unread
     max_body_bytes: int = 4 * MIB
+    max_push_bytes: int = 1024 * MIB  # of a pushed version, all its files together
+    push_timeout: float = 600.0  # from the headers to the end of a push's body
     max_headers: int = 100
     max_header_bytes: int = 32 * KIB
     max_requests: int = 1024  # in flight at once; more get 503

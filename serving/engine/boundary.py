@@ -3,7 +3,7 @@
 Token ids and an `AdapterRef` go in, token deltas come out. Nothing here knows torch, HTTP, names,
 aliases or paths, so an engine can stand in this process, in another one, or be a scripted fake.
 
-    EngineError
+    EngineError (a WardrobeError: the command line shows it as one sentence)
     ├── EngineBusy              the waiting queue is full; try again in `retry_after` seconds
     ├── EngineUnavailable       draining, closed or dead
     ├── RequestRefused          this request can never run here (too long, rank over the bound)
@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from registry.adapter import AdapterRef
+from registry.errors import WardrobeError
 
 FinishReason = Literal["stop", "length"]
 
 
-class EngineError(Exception):
+class EngineError(WardrobeError):
     """Base of everything an engine raises on purpose."""
+
+    code = "engine_error"
 
 
 class EngineBusy(EngineError):
