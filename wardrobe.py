@@ -23,8 +23,8 @@ from registry.screen import print_json
 
 if TYPE_CHECKING:
     from training.batches import MaskedSample
-    from training.evaluate import Evaluation, Generate
-    from training.examples import Data
+    from training.data.examples import Data
+    from training.evaluation.evaluate import Evaluation, Generate
     from training.progress import Report
     from training.recipe import Recipe
     from training.train import TrainedAdapter
@@ -138,7 +138,7 @@ def train(
     home: Home = None,
 ) -> None:
     """Train an adapter, judge it on held-out examples, and push it. Goes on where it stopped."""
-    from training.data import load_data
+    from training.data.load import load_data
     from training.recipe import apply_overrides, load_recipe
     from training.screen import progress_bars, sample_panel, score_table
     from training.train import train as fit
@@ -182,7 +182,7 @@ def evaluated(
     from serving.engine.engine import TorchEngine
     from serving.engine.settings import EngineSettings
     from serving.offline import generate_all
-    from training.evaluate import complete_card, evaluate, remembered
+    from training.evaluation.evaluate import complete_card, evaluate, remembered
     from training.prompt import load_prompter
 
     if trained.card["metrics"]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
+from training.data.examples import Example
 from training.errors import DataError
-from training.examples import Example
 from training.prompt import Prompter
 from training.recipe import Train
 

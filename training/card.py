@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.base import BaseModel
-from training.examples import Data
+from training.data.examples import Data
 from training.model import Hardware
 from training.recipe import Recipe
 from training.run import replace_file

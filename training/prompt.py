@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from training.data.examples import Example, Turn
 from training.errors import BaseUnavailable, DataError
-from training.examples import Example, Turn
 
 
 @dataclass(frozen=True, slots=True)

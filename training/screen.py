@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from training.batches import MaskedSample
+from training.evaluation.statistics import Interval
 from training.progress import Progress, Report
 from training.recipe import Recipe
-from training.statistics import Interval
 from training.train import TrainedAdapter
 
 

@@ -19,7 +19,7 @@ from registry.base import BaseModel
 from training.adapter_files import write_adapter
 from training.batches import MaskedSample, Schedule, collate, encode_examples, masked_sample
 from training.card import new_card, read_card, write_card
-from training.examples import Data
+from training.data.examples import Data
 from training.model import Hardware, detect_hardware, load_lora_model
 from training.progress import Report, own_progress_only
 from training.prompt import load_prompter
@@ -52,7 +52,7 @@ def train(
 
     `show` gets what the first training row looks like to the loss, before the first step.
     Equal recipe, data, base, versions and hardware give equal bytes, also after an interruption.
-    The card has no metrics yet: `training.evaluate` judges the adapter and completes it.
+    The card has no metrics yet: `training.evaluation.evaluate` judges the adapter and completes it.
     Raises DataError, RunFailed, BaseUnavailable.
     """
     hardware = hardware or detect_hardware()

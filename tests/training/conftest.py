@@ -4,7 +4,7 @@ import pytest
 
 from registry.base import BaseModel, Bases
 from tests.tiny import make_base
-from training.examples import Data, ask, digest_examples
+from training.data.examples import Data, ask, digest_examples
 from training.recipe import Recipe, parse_recipe
 
 

@@ -6,8 +6,8 @@ import pytest
 from registry.base import BaseModel
 from tests.tiny import EOS, EOS_ID
 from training.batches import IGNORED, Schedule, collate, encode_examples, masked_sample
+from training.data.examples import Data, ask
 from training.errors import BaseUnavailable, DataError
-from training.examples import Data, ask
 from training.prompt import load_prompter
 from training.recipe import Recipe
 

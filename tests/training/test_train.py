@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from registry.base import BaseModel, Bases
 from registry.validate import validate
 from training.batches import MaskedSample
-from training.data import load_data
+from training.data.examples import Data
+from training.data.load import load_data
 from training.errors import DataError, RunFailed
-from training.examples import Data
 from training.model import Hardware
 from training.progress import Progress
 from training.prompt import load_prompter
@@ -97,7 +97,7 @@ torch.set_num_threads(1)
 sys.path[:0] = [{root!r}]
 from registry.base import Bases
 from tests.training.test_train import FP32, quiet
-from training.data import load_data
+from training.data.load import load_data
 from training.recipe import load_recipe
 from training.train import train
 recipe = load_recipe(Path({recipe!r}))

@@ -6,10 +6,10 @@ import pytest
 from hassil import recognize_all
 from hassil.intents import Intents, SlotList, TextSlotList
 
-from training.builders import home_assistant as home
-from training.data import load_data, split_by_group
+from training.data.builders import home_assistant as home
+from training.data.examples import ask
+from training.data.load import load_data, split_by_group
 from training.errors import DataError, RecipeError
-from training.examples import ask
 from training.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.data.examples import Example, Turn
 from training.errors import DataError
-from training.examples import Example, Turn
 from training.recipe import DataSource
 
 Row = Mapping[str, Any]

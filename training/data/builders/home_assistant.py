@@ -14,9 +14,9 @@ from typing import Any
 
 from hassil.intents import Intent, IntentData, Intents, TextSlotList
 
-from training.builders.sentences import Grammar, Walk
+from training.data.builders.sentences import Grammar, Walk
+from training.data.examples import Example, ask
 from training.errors import RecipeError
-from training.examples import Example, ask
 from training.recipe import Count
 
 PACKAGE = "home_assistant_intents"

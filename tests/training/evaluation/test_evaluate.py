@@ -8,10 +8,10 @@ import pytest
 
 from registry.base import BaseModel
 from training.batches import MaskedSample
+from training.data.examples import Data
 from training.errors import TrainingError
-from training.evaluate import complete_card, decide, evaluate, remembered
-from training.examples import Data
-from training.metrics import Score, Verdict, score
+from training.evaluation.evaluate import complete_card, decide, evaluate, remembered
+from training.evaluation.metrics import Score, Verdict, score
 from training.model import Hardware
 from training.progress import Progress
 from training.prompt import load_prompter

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.statistics import Interval, wilson
+from training.evaluation.statistics import Interval, wilson
 
 MetricName = Literal["exact", "json", "label"]
 

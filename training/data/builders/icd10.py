@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from training.examples import Example, ask
+from training.data.examples import Example, ask
 from training.recipe import Count
 
 _CODE_RANGE = re.compile(r" \([A-Z0-9]+-[A-Z0-9]+\)$")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from training.files import read_examples
+from training.data.files import read_examples
 from training.recipe import DataSource
 
 

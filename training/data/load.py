@@ -9,20 +9,20 @@ from typing import Any
 
 import msgspec
 
+from training.data.examples import Data, Example, digest_examples
+from training.data.files import read_examples
 from training.errors import DataError, RecipeError
-from training.examples import Data, Example, digest_examples
-from training.files import read_examples
 from training.hub import fetch_data_files
 from training.recipe import Recipe
 
 # name → (module, function, options): a builder's package is imported when it is asked for.
 BUILDERS = {
     "home-assistant-intents": (
-        "training.builders.home_assistant",
+        "training.data.builders.home_assistant",
         "build_home_assistant",
         "HomeAssistantOptions",
     ),
-    "icd-10-chapters": ("training.builders.icd10", "build_icd10", "Icd10Options"),
+    "icd-10-chapters": ("training.data.builders.icd10", "build_icd10", "Icd10Options"),
 }
 
 

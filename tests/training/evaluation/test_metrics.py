@@ -1,6 +1,6 @@
 import pytest
 
-from training.metrics import Verdict, judge, score
+from training.evaluation.metrics import Verdict, judge, score
 
 WANTED = '{"intent":"TurnOn","slots":{"area":"kitchen","level":1}}'
 

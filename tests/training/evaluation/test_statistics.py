@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.statistics import wilson
+from training.evaluation.statistics import wilson
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 from registry.base import BaseModel
 from registry.jsonfile import canonical
 from training.card import write_card
+from training.data.examples import Example
 from training.errors import TrainingError
-from training.examples import Example
-from training.metrics import Score, Verdict, judge, score
+from training.evaluation.metrics import Score, Verdict, judge, score
 from training.progress import Progress, Report
 from training.prompt import Prompter
 from training.recipe import Gate, Recipe

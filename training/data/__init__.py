@@ -1,0 +1,1 @@
+"""Examples: read, checked, split by group, selected and generated."""
