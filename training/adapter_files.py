@@ -45,5 +45,5 @@ def adapter_config(method: Method, base_id: str, targets: list[str]) -> dict[str
         "r": method.r,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
-        "use_rslora": method.use_rslora,
+        "use_rslora": method.kind == "rslora",
     }

@@ -26,7 +26,7 @@ def new_card(
 ) -> dict[str, Any]:
     """Return the card of an adapter that is trained and not judged yet."""
     return {
-        "kind": recipe.method.kind,
+        "kind": "full" if recipe.method.kind == "full" else "lora",
         "base": {"id": base.id, "fingerprint": base.fingerprint, "structure": base.structure},
         "prompt": {"system": recipe.task.system},
         "metrics": {},
@@ -46,7 +46,7 @@ def new_card(
         },
         "recipe": {
             "name": recipe.name,
-            "method": asdict(recipe.method),
+            "method": recipe.method.settings,
             "train": asdict(recipe.train),
         },
     }

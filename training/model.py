@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from training.errors import RecipeError
 from training.progress import own_progress_only
 from training.recipe import Method
 
@@ -40,12 +41,14 @@ def detect_hardware() -> Hardware:
 
 def load_lora_model(base: Path, method: Method, hardware: Hardware, seed: int) -> Any:
     """Return a PEFT model: frozen base, adapters seeded, B zero."""
+    if method.kind not in ("lora", "rslora"):
+        raise RecipeError(f"method.kind = {method.kind!r} cannot be trained here yet.")
     config = LoraConfig(
         r=method.r,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=method.targets if isinstance(method.targets, str) else list(method.targets),
-        use_rslora=method.use_rslora,
+        use_rslora=method.kind == "rslora",
         bias="none",
         task_type="CAUSAL_LM",
     )

@@ -22,6 +22,42 @@ Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 
+MethodKind = Literal[
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "olora",
+    "eva",
+    "loha",
+    "lokr",
+    "ia3",
+    "prompt-tuning",
+    "prefix-tuning",
+    "qlora",
+    "full",
+    "fewshot",
+    "base",
+]
+_LORA_KEYS = ("r", "alpha", "dropout", "targets")
+METHOD_KEYS: dict[MethodKind, tuple[str, ...]] = {  # what a kind does not use is refused by name
+    "lora": _LORA_KEYS,
+    "rslora": _LORA_KEYS,
+    "dora": _LORA_KEYS,
+    "pissa": _LORA_KEYS,
+    "olora": _LORA_KEYS,
+    "eva": _LORA_KEYS,
+    "loha": ("r", "alpha", "targets"),
+    "lokr": ("r", "alpha", "targets"),
+    "ia3": (),
+    "prompt-tuning": ("tokens",),
+    "prefix-tuning": ("tokens",),
+    "qlora": _LORA_KEYS,
+    "full": (),
+    "fewshot": (),
+    "base": (),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSource:
@@ -62,14 +98,19 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """The adapter: low-rank updates of the linear layers."""
+    """How the model is made to answer differently. Each kind uses some of the keys: METHOD_KEYS."""
 
-    kind: Literal["lora"] = "lora"
+    kind: MethodKind = "lora"
     r: Annotated[int, Meta(ge=1, le=256)] = 16
     alpha: Annotated[int, Meta(ge=1, le=1024)] = 32
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
-    use_rslora: bool = False
+    tokens: Annotated[int, Meta(ge=1, le=1024)] = 20
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the kind and the keys that it uses: what a run depends on."""
+        return {key: getattr(self, key) for key in ("kind", *METHOD_KEYS[self.kind])}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +182,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path) -> Recipe:
     except msgspec.ValidationError as error:
         raise RecipeError(f"The recipe in {folder} is wrong: {error}.") from error
     _check_source(recipe.data)
+    _check_method(value.get("method", {}), recipe.method)
     try:
         AdapterName.parse(recipe.name)
     except InvalidName as error:
@@ -152,21 +194,25 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """Return the recipe with `key=value` pairs set, such as `train.steps=20`.
 
     A value is read as TOML, and as plain text when it is none. Paths given here are relative to
-    the working directory, as the shell completes them.
+    the working directory, as the shell completes them. Another `method.kind` keeps the keys of the
+    recipe that it uses too, and leaves out the others.
     """
     value = _as_toml(recipe)
-    for override in overrides:
+    # The kind comes first: the other overrides are then checked against its keys.
+    for override in sorted(overrides, key=lambda text: not text.startswith("method.kind=")):
         key, equals, text = override.partition("=")
         if not equals:
             raise RecipeError(f"{override!r} sets nothing: write key=value, as in train.steps=20.")
         _set(value, key.strip(), _toml_value(text.strip()))
+        if key.strip() == "method.kind":
+            value["method"] = _usable(value["method"])
         if key.strip() in ("data.path", "data.held_out_path"):
             _set(value, key.strip(), str(Path(text.strip()).absolute()))
     return parse_recipe(_without_none(value), recipe.folder)
 
 
 def _as_toml(recipe: Recipe) -> dict[str, Any]:
-    value = asdict(recipe)
+    value = asdict(recipe) | {"method": recipe.method.settings}
     del value["folder"]
     return value
 
@@ -205,6 +251,21 @@ def _check_source(data: DataSource) -> None:
         )
     if data.held_out_path is not None and data.path is None:
         raise RecipeError("data.held_out_path needs data.path: the file to train on.")
+
+
+def _check_method(given: Mapping[str, Any], method: Method) -> None:
+    used = METHOD_KEYS[method.kind]
+    if unused := [key for key in given if key not in ("kind", *used)]:
+        raise RecipeError(
+            f"method.{unused[0]} does nothing for method.kind = {method.kind!r}, which uses "
+            f"{', '.join(used) or 'no other key'}. Take it out."
+        )
+
+
+def _usable(method: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that the kind uses; all of them when there is no such kind."""
+    used = METHOD_KEYS.get(method["kind"], tuple(method))
+    return {key: item for key, item in method.items() if key == "kind" or key in used}
 
 
 def _refuse_unknown_keys(value: Any, shape: type, where: str) -> None:

@@ -96,7 +96,7 @@ def run_facts(recipe: Recipe, data: Data, base: BaseModel, hardware: Hardware) -
         "base": base.fingerprint,
         "data": data.digest,
         "system": recipe.task.system,
-        "method": asdict(recipe.method),
+        "method": recipe.method.settings,
         "train": asdict(recipe.train),
         "seed": recipe.seed,
         "hardware": asdict(hardware),

@@ -1,10 +1,19 @@
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from training.errors import RecipeError
-from training.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
+from training.recipe import (
+    METHOD_KEYS,
+    Method,
+    MethodKind,
+    Recipe,
+    apply_overrides,
+    load_recipe,
+    parse_recipe,
+)
 
 
 def minimal() -> dict[str, Any]:
@@ -41,7 +50,11 @@ def test_a_minimal_recipe_gets_the_documented_defaults() -> None:
         ({"train": {}}, ["steps"]),
         ({"train": {"steps": 5, "learning_rate": 0.0}}, ["learning_rate"]),
         ({"method": {"r": 512}}, ["<= 256", "method.r"]),
-        ({"method": {"kind": "pissa"}}, ["pissa", "method.kind"]),
+        ({"method": {"kind": "lroa"}}, ["lroa", "method.kind"]),
+        ({"method": {"kind": "full", "r": 8}}, ["method.r", "'full'", "no other key"]),
+        ({"method": {"kind": "loha", "dropout": 0.1}}, ["method.dropout", "r, alpha, targets"]),
+        ({"method": {"tokens": 8}}, ["method.tokens", "'lora'"]),
+        ({"method": {"use_rslora": True}}, ["method.use_rslora"]),
         ({"method": {"dropout": 1.0}}, ["dropout"]),
         ({"task": {"system": "x", "metric": "bleu"}}, ["bleu", "metric"]),
         ({"gate": {"min_gain": 40}}, ["gate.min_gain"]),
@@ -73,6 +86,29 @@ def test_an_override_sets_one_key_and_is_checked_like_the_file() -> None:
         apply_overrides(parsed(), ["train.steps"])
     with pytest.raises(RecipeError, match="no key of a recipe"):
         apply_overrides(parsed(), ["name.first=x"])
+
+
+def test_another_kind_keeps_the_keys_it_uses_and_refuses_what_it_does_not() -> None:
+    lora = parsed(method={"r": 8, "dropout": 0.1})
+    dora = apply_overrides(lora, ["method.alpha=4", "method.kind=dora"]).method
+    assert dora.settings == {
+        "kind": "dora",
+        "r": 8,
+        "alpha": 4,
+        "dropout": 0.1,
+        "targets": "all-linear",
+    }
+    assert apply_overrides(lora, ["method.kind=full"]).method.settings == {"kind": "full"}
+    with pytest.raises(RecipeError, match=r"method\.alpha does nothing"):
+        apply_overrides(lora, ["method.alpha=4", "method.kind=full"])
+    with pytest.raises(RecipeError, match=r"method\.kind"):
+        apply_overrides(lora, ["method.kind=lroa"])
+
+
+def test_every_kind_says_which_keys_it_uses_and_no_key_is_without_a_kind() -> None:
+    assert set(METHOD_KEYS) == set(get_args(MethodKind))
+    keys = {field.name for field in fields(Method)} - {"kind"}
+    assert keys == {key for used in METHOD_KEYS.values() for key in used}
 
 
 def test_a_data_path_is_relative_to_the_recipe_and_an_override_to_the_shell(
