@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from registry.contents import WEIGHTS_NAME
 from registry.errors import InvalidName
 
 DEFAULT_NAMESPACE = "default"
@@ -21,7 +22,8 @@ _PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NUMBER = re.compile(r"v([1-9][0-9]{0,8})")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{8,64})")
 
-Kind = Literal["lora", "prompt", "full", "base"]
+Kind = Literal["lora", "prompt", "full"]
+Shot = tuple[str, str]  # an example in the prompt: what a user says, what is answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,23 @@ class Version:
     created_at: str  # ISO 8601, UTC
     files: dict[str, str]  # path → sha256 hex of the stored bytes
     system_prompt: str = ""  # part of the identity, because it changes answers
-    card: dict[str, Any] = field(default_factory=dict[str, Any])  # metrics, gate, lineage
+    card: dict[str, Any] = field(default_factory=dict[str, Any])  # prompt, metrics, gate, lineage
 
     @property
     def ref(self) -> AdapterRef:
         return AdapterRef(self.digest, f"{self.name}@v{self.number}")
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is something for the engine to load; a prompt runs on the bare base."""
+        return WEIGHTS_NAME in self.files
+
+    @property
+    def examples(self) -> tuple[Shot, ...]:
+        """The examples that go before a request's own messages: part of the identity."""
+        return tuple(
+            (said, answer) for said, answer in self.card.get("prompt", {}).get("examples", [])
+        )
 
     @property
     def gate_failures(self) -> list[str]:

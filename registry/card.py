@@ -2,12 +2,15 @@
 
 from typing import Any, cast
 
+from registry.adapter import Kind
+from registry.contents import CONTENTS
 from registry.errors import Problem, Refused
 
 CARD_NAME = "wardrobe.json"
 MAX_CARD_BYTES = 1 << 20
 MAX_SYSTEM_PROMPT = 32_768  # characters
-KINDS = ("lora", "full")  # kinds that have adapter files
+MAX_EXAMPLES = 256
+MAX_EXAMPLE_TEXT = 262_144  # characters of all examples together
 
 # top-level field → its type; a nested object lists the fields that must be there
 FIELDS: dict[str, type] = {
@@ -36,11 +39,18 @@ def check_card(card: dict[str, Any]) -> dict[str, Any]:
             problems.append(_invalid(key, f"must be {_article(kind)}"))
     if not problems:
         problems = [*_check_base(card), *_check_prompt(card), *_check_gate(card)]
-        if card.get("kind", "lora") not in KINDS:
-            problems.append(_invalid("kind", f"must be one of {', '.join(KINDS)}"))
+        if kind_of(card) not in CONTENTS:
+            problems.append(_invalid("kind", f"must be one of {', '.join(CONTENTS)}"))
+        elif kind_of(card) == "prompt" and not any(card.get("prompt", {}).values()):
+            text = "of the kind 'prompt' needs a text in `system`, or `examples`, or both"
+            problems.append(_invalid("prompt", text))
     if problems:
         raise Refused.because(problems)
     return card
+
+
+def kind_of(card: dict[str, Any]) -> Kind:
+    return cast("Kind", card.get("kind", "lora"))
 
 
 def system_prompt(card: dict[str, Any]) -> str:
@@ -58,11 +68,38 @@ def _check_base(card: dict[str, Any]) -> list[Problem]:
 
 def _check_prompt(card: dict[str, Any]) -> list[Problem]:
     prompt = cast("dict[str, Any]", card.get("prompt", {}))
+    problems: list[Problem] = []
+    if unknown := set(prompt) - {"system", "examples"}:
+        problems.append(_invalid("prompt", f"holds `system` and `examples`, not {sorted(unknown)}"))
     system = prompt.get("system", "")
-    if set(prompt) - {"system"} or not isinstance(system, str) or len(system) > MAX_SYSTEM_PROMPT:
-        text = f"holds only `system`, a text of at most {MAX_SYSTEM_PROMPT} characters"
+    if not isinstance(system, str) or len(system) > MAX_SYSTEM_PROMPT:
+        text = f"must have as `system` a text of at most {MAX_SYSTEM_PROMPT} characters"
+        problems.append(_invalid("prompt", text))
+    return problems + _check_examples(prompt.get("examples", []))
+
+
+def _check_examples(examples: object) -> list[Problem]:
+    """Demand [what a user says, what is answered] pairs of texts, and not too much of them."""
+    pairs = cast("list[object]", examples) if isinstance(examples, list) else [None]
+    for number, pair in enumerate(pairs, start=1):
+        if not _is_pair(pair):
+            text = f"`examples`, number {number}: must be a list of two texts that are not empty"
+            return [_invalid("prompt", text)]
+    length = sum(len(text) for pair in cast("list[list[str]]", pairs) for text in pair)
+    if len(pairs) > MAX_EXAMPLES or length > MAX_EXAMPLE_TEXT:
+        text = (
+            f"has {len(pairs)} examples of {length} characters together; at most {MAX_EXAMPLES} "
+            f"and {MAX_EXAMPLE_TEXT} are taken"
+        )
         return [_invalid("prompt", text)]
     return []
+
+
+def _is_pair(value: object) -> bool:
+    if not isinstance(value, list):
+        return False
+    texts = cast("list[object]", value)
+    return len(texts) == 2 and all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def _check_gate(card: dict[str, Any]) -> list[Problem]:

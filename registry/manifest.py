@@ -1,17 +1,19 @@
 """The canonical manifest: what makes two versions the same. Its sha256 is the digest.
 
 Metrics, lineage and the README stand beside a version and are not part of its identity; the
-system prompt is, because it changes the answers.
+prompt is (system text and examples), because it changes the answers.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from registry.adapter import Version
+from registry.adapter import Shot, Version
+from registry.contents import CONFIG_NAME, WEIGHTS_NAME
 from registry.jsonfile import canonical
 from registry.lora import AdapterConfig
-from registry.upload import CONFIG_NAME, WEIGHTS_NAME
+
+_FILE_KEYS = {CONFIG_NAME: "config", WEIGHTS_NAME: "weights"}
 
 
 def config_bytes(config: AdapterConfig) -> bytes:
@@ -26,16 +28,21 @@ def manifest_digest(
     base_fingerprint: str,
     files: Mapping[str, str],
     system_prompt: str,
+    examples: Sequence[Shot],
 ) -> str:
-    """Return the digest of a version; `files` maps names to the sha256 of the stored bytes."""
-    manifest = {
+    """Return the digest of a version; `files` maps names to the sha256 of the stored bytes.
+
+    What a version does not have is not in its manifest.
+    """
+    manifest: dict[str, object] = {
         "format": 1,
         "kind": kind,
         "base": {"id": base_id, "fingerprint": base_fingerprint},
-        "config": files[CONFIG_NAME],
-        "weights": files[WEIGHTS_NAME],
         "system_prompt": system_prompt,
     }
+    manifest |= {key: files[name] for name, key in _FILE_KEYS.items() if name in files}
+    if examples:
+        manifest["examples"] = examples
     return hashlib.sha256(canonical(manifest)).hexdigest()
 
 
@@ -47,4 +54,5 @@ def digest_of(version: Version) -> str:
         base_fingerprint=version.base_fingerprint,
         files=version.files,
         system_prompt=version.system_prompt,
+        examples=version.examples,
     )

@@ -10,11 +10,9 @@ from pathlib import Path
 from registry.adapter import Version
 from registry.blobs import Blobs
 from registry.card import CARD_NAME
+from registry.contents import identity_files
 from registry.errors import Conflict, IntegrityError, StoreUnavailable
 from registry.manifest import digest_of
-from registry.upload import CONFIG_NAME, WEIGHTS_NAME
-
-IDENTITY_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
@@ -26,7 +24,7 @@ def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
     folder = parent / version.digest
     if not folder.exists():
         _make(version, blobs, folder)
-    for name in IDENTITY_FILES:
+    for name in identity_files(version.files):
         _check(folder / name, version)
     return folder
 
@@ -78,7 +76,7 @@ def _make(version: Version, blobs: Blobs, folder: Path) -> None:
     staging = folder.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
         staging.mkdir(parents=True)
-        for name in IDENTITY_FILES:
+        for name in identity_files(version.files):
             blobs.copy(version.files[name], staging / name)
         staging.rename(folder)
     except OSError as error:

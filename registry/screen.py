@@ -84,7 +84,7 @@ def version_table(versions: Sequence[Version]) -> Table:
             f"v{version.number}",
             version.digest[:12],
             version.kind,
-            str(version.rank),
+            str(version.rank or "–"),
             decimal(version.size_bytes),
             _gate(version),
             _when(version.created_at),
@@ -101,9 +101,10 @@ def version_lines(version: Version) -> list[str]:
         "version": version.ref.label,
         "digest": f"sha256:{version.digest}",
         "base": version.base_id,
-        "kind": f"{version.kind}, rank {version.rank}, {version.size_bytes:,} bytes",
+        "kind": f"{version.kind}, {_rank(version)}{version.size_bytes:,} bytes",
         "pushed": version.created_at,
         "system prompt": version.system_prompt or "–",
+        "examples": str(len(version.examples) or "–"),
         **{f"file {name}": sha256 for name, sha256 in version.files.items()},
         **{
             f"card {key}": json.dumps(value, ensure_ascii=False)
@@ -174,6 +175,10 @@ def _gate(version: Version) -> str:
         return "–"
     failures = version.gate_failures
     return f"[red]failed: {shown('; '.join(failures))}[/]" if failures else "[green]passed[/]"
+
+
+def _rank(version: Version) -> str:
+    return f"rank {version.rank}, " if version.rank else ""
 
 
 def _when(iso: str) -> str:

@@ -15,10 +15,13 @@ from registry import aliases, fleet, keys, versions
 from registry.adapter import PRODUCTION, AdapterName, AdapterRef, Selector, Version, check_alias
 from registry.base import Bases
 from registry.blobs import Blobs
-from registry.card import CARD_NAME, system_prompt
+from registry.card import CARD_NAME, kind_of, system_prompt
+from registry.contents import CONFIG_NAME, WEIGHTS_NAME
 from registry.database import Database, now
 from registry.errors import StoreUnavailable, VersionNotFound, refused
+from registry.jsonfile import canonical
 from registry.leftovers import sweep
+from registry.lora import AdapterConfig
 from registry.manifest import config_bytes, digest_of
 from registry.materialize import export, materialize, sha256_of
 from registry.records import (
@@ -32,7 +35,7 @@ from registry.records import (
     ServerRecord,
     VerifyReport,
 )
-from registry.upload import CONFIG_NAME, WEIGHTS_NAME, UploadedFile, copy_upload
+from registry.upload import UploadedFile, copy_upload
 from registry.validate import Checked, validate
 from registry.verify import Progress, verify
 
@@ -89,7 +92,8 @@ class Registry:
         with self.staging() as staging:
             files = copy_upload(source, staging)
             checked = validate(staging, self.bases, base=base)
-            files[CONFIG_NAME] = _write_config(staging, checked)
+            if checked.config is not None:
+                files[CONFIG_NAME] = _write_config(staging, checked.config)
             version = _describe(name, checked, files)
             for file_name in version.files:
                 self._blobs.put(files[file_name].path, files[file_name].sha256)
@@ -130,14 +134,18 @@ class Registry:
             return versions.resolve(connection, selector)
 
     def fetch(self, ref: AdapterRef) -> Path:
-        """Return a folder with the two checked files of a version. Made once per digest.
+        """Return a folder with the checked files of a version's adapter. Made once per digest.
 
-        Raises VersionNotFound, or IntegrityError when stored bytes are not what they were.
+        Raises VersionNotFound, Refused when the version has no adapter, or IntegrityError when
+        stored bytes are not what they were.
         """
         with self._database.read() as connection:
             version = versions.find_content(connection, ref.digest)
         if version is None:
             raise VersionNotFound(f"No version has the digest {ref.digest} ({ref.label}).")
+        if not version.has_adapter:
+            text = f"{ref.label} is of the kind {version.kind!r}: it has no adapter to load."
+            raise refused("no_adapter", text)
         return materialize(version, self._blobs, self.home / "versions")
 
     def pull(self, selector: Selector, destination: Path) -> Version:
@@ -302,10 +310,10 @@ class Registry:
         return Push(known, False, warnings)
 
 
-def _write_config(staging: Path, checked: Checked) -> UploadedFile:
+def _write_config(staging: Path, config: AdapterConfig) -> UploadedFile:
     """Replace the maker's config by the resolved one: logical base id, never a path."""
     path = staging / CONFIG_NAME
-    path.write_bytes(config_bytes(checked.config))
+    path.write_bytes(config_bytes(config))
     return UploadedFile(path, sha256_of(path), path.stat().st_size)
 
 
@@ -315,17 +323,24 @@ def _describe(name: AdapterName, checked: Checked, files: dict[str, UploadedFile
         name=name,
         number=0,  # given when the row is written
         digest="",
-        kind=checked.card.get("kind", "lora"),
+        kind=kind_of(checked.card),
         base_id=checked.base.id,
         base_fingerprint=checked.card.get("base", {}).get("fingerprint", ""),
         rank=checked.rank,
-        size_bytes=files[WEIGHTS_NAME].size,
+        size_bytes=_size(checked, files),
         created_at=now(),
         files={file_name: file.sha256 for file_name, file in stored.items()},
         system_prompt=system_prompt(checked.card),
         card=checked.card,
     )
     return replace(version, digest=digest_of(version))
+
+
+def _size(checked: Checked, files: dict[str, UploadedFile]) -> int:
+    """Return the bytes that make the version special: its weights, else its prompt."""
+    if WEIGHTS_NAME in files:
+        return files[WEIGHTS_NAME].size
+    return len(canonical(checked.card["prompt"]))
 
 
 def _check_reason(reason: str) -> None:

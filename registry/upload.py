@@ -6,10 +6,9 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from registry.contents import CONFIG_NAME, WEIGHTS_NAME
 from registry.errors import NotFound, Problem, Refused, StoreUnavailable, refused
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_FILES = 1000
 
 # name → the most bytes it may have
@@ -50,7 +49,7 @@ def copy_upload(source: Path, staging: Path) -> dict[str, UploadedFile]:
     Raises NotFound when there is no such folder and Refused when anything else lies in it.
     """
     if not source.is_dir():
-        raise NotFound(f"There is no folder {source}. Give the folder that holds {CONFIG_NAME}.")
+        raise NotFound(f"There is no folder {source}. Give the one that holds the version's files.")
     if problems := check_files(source):
         raise Refused.because(problems)
     files = {
@@ -73,12 +72,6 @@ def check_files(source: Path) -> list[Problem]:
     problems: list[Problem] = []
     for entry in sorted(entries, key=lambda entry: entry.name):
         problems += _check_entry(entry)
-    found = {entry.name for entry in entries}
-    problems += [
-        ("file_missing", f"{name} is missing: save the adapter with save_pretrained.")
-        for name in (CONFIG_NAME, WEIGHTS_NAME)
-        if name not in found
-    ]
     return problems
 
 

@@ -12,13 +12,14 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from registry.base import BaseModel, Bases
-from registry.card import CARD_NAME, MAX_CARD_BYTES, check_card
+from registry.card import CARD_NAME, MAX_CARD_BYTES, check_card, kind_of
 from registry.config import MAX_RANK
+from registry.contents import ADAPTER, CONFIG_NAME, WEIGHTS_NAME, check_contents, identity_files
 from registry.errors import BaseMismatch, Problem, Refused, refused
 from registry.jsonfile import read_object
 from registry.lora import TENSOR_NAME, AdapterConfig, lora_modules
 from registry.tensors import ADAPTER_BOUNDS, Tensor, read_chunks, read_header
-from registry.upload import ALLOWED, CONFIG_NAME, WEIGHTS_NAME
+from registry.upload import ALLOWED
 
 T = TypeVar("T")
 _MISFITS = ("shape_mismatch", "module_not_in_base", "base_mismatch")
@@ -29,10 +30,10 @@ _SUSPICIOUS = 1e4  # an absolute weight above this is no trained LoRA weight
 class Checked:
     """A folder that passed the gate."""
 
-    config: AdapterConfig  # resolved: logical base id, plain names
+    config: AdapterConfig | None  # resolved: logical base id, plain names; None without an adapter
     card: dict[str, Any]
     base: BaseModel
-    rank: int  # highest of any module
+    rank: int  # highest of any module, 0 without an adapter
     warnings: tuple[Problem, ...]
 
 
@@ -43,7 +44,28 @@ def validate(folder: Path, bases: Bases, *, base: str | None = None) -> Checked:
     problem found; BaseNotFound when the base model it names is not on this machine.
     """
     problems: list[Problem] = []
+    found = identity_files([path.name for path in folder.iterdir()])
     card = _collect(problems, lambda: _read_card(folder))
+    if card is not None and (wrong := check_contents(kind_of(card), found)):
+        raise _refusal(wrong)
+    if found == ADAPTER:
+        return _validate_adapter(folder, card, problems, bases, base)
+    if card is None:
+        raise _refusal(problems)
+    model = bases.get(_base_id(None, card, base))
+    if problems := _check_structure(card, model):
+        raise _refusal(problems)
+    return Checked(None, card, model, 0, tuple(_weights_warning(card, model)))
+
+
+def _validate_adapter(
+    folder: Path,
+    card: dict[str, Any] | None,
+    problems: list[Problem],
+    bases: Bases,
+    base: str | None,
+) -> Checked:
+    """Check the two files of an adapter; `problems` has what is wrong with its card."""
     config = _collect(problems, lambda: _read_config(folder))
     tensors = _collect(problems, lambda: read_header(folder / WEIGHTS_NAME, ADAPTER_BOUNDS))
     if tensors is not None:
@@ -88,7 +110,7 @@ def _read_config(folder: Path) -> AdapterConfig:
     return AdapterConfig.parse(read_object(folder / CONFIG_NAME, ALLOWED[CONFIG_NAME]))
 
 
-def _base_id(config: AdapterConfig, card: dict[str, Any], given: str | None) -> str:
+def _base_id(config: AdapterConfig | None, card: dict[str, Any], given: str | None) -> str:
     """Decide the logical base id: the caller's, else the card's, else the config's."""
     recorded = cast("str", card.get("base", {}).get("id", ""))
     if given and recorded and given != recorded:
@@ -96,13 +118,15 @@ def _base_id(config: AdapterConfig, card: dict[str, Any], given: str | None) -> 
         raise BaseMismatch.because([("base_mismatch", text)])
     if chosen := given or recorded:
         return chosen
-    if not config.base_id or _is_path(config.base_id):
+    named = config.base_id if config else ""
+    if not named or _is_path(named):
+        where = f"base_model_name_or_path is {named!r}" if config else f"{CARD_NAME} has no base.id"
         text = (
-            f"base_model_name_or_path is {config.base_id!r}, which names no base model. "
+            f"{where}, which names no base model. "
             f"Give its id: --base ID, or base.id in {CARD_NAME}."
         )
         raise refused("base_unnamed", text)
-    return config.base_id
+    return named
 
 
 def _is_path(name: str) -> bool:
