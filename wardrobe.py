@@ -1,10 +1,8 @@
 """The command line: the composition root, the only module that may import all three packages."""
 
-import asyncio
-import hashlib
 import logging
 import shutil
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from registry import commands as registry_commands
-from registry.adapter import AdapterName, AdapterRef
+from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
 from registry.commands import Home, Json, actor, clear_errors, open_registry
 from registry.errors import BaseNotFound, WardrobeError
@@ -24,7 +22,6 @@ from registry.screen import print_json
 if TYPE_CHECKING:
     from training.batches import MaskedSample
     from training.data.examples import Data
-    from training.evaluation.evaluate import Evaluation, Generate
     from training.progress import Report
     from training.recipe import Recipe
     from training.train import TrainedAdapter
@@ -178,29 +175,26 @@ def evaluated(
     runs: Path,
     report: "Report",
 ) -> "TrainedAdapter":
-    """Answer the held-out examples with and without the adapter on the serving engine."""
-    from serving.engine.engine import TorchEngine
-    from serving.engine.settings import EngineSettings
-    from serving.offline import generate_all
-    from training.evaluation.evaluate import complete_card, evaluate, remembered
+    """Answer the held-out examples with and without the adapter, in one mixed batch."""
+    from serving.offline import OfflineEngines
+    from training.evaluation.evaluate import Variant, evaluate
+    from training.evaluation.gate import complete_card
+    from training.evaluation.memory import remembered
     from training.prompt import load_prompter
 
     if trained.card["metrics"]:
         return trained  # a finished run was found again, with its verdict
-    weights = (trained.folder / "adapter_model.safetensors").read_bytes()
-    ref = AdapterRef(hashlib.sha256(weights).hexdigest(), recipe.name)
-    engine = TorchEngine.create(base, lambda _: trained.folder, EngineSettings())
-    prompter = load_prompter(base.path, recipe.task.system)
-
-    def judged(generate: "Generate", text: str) -> "Evaluation":
-        return evaluate(recipe, data.held_out, prompter, generate, progress=report, text=text)
-
-    try:
-        with_adapter = judged(partial(generate_all, engine, ref), "with the adapter")
-        of_base = remembered(runs / "base-answers", base, partial(generate_all, engine, None))
-        without = judged(of_base, "base model")
-    finally:
-        asyncio.run(engine.aclose())
+    system = recipe.task.system
+    variants = [
+        Variant("adapter", base, system, trained.folder),
+        Variant("base", base, system),
+    ]
+    prompter = load_prompter(base.path, system)
+    with closing(OfflineEngines()) as engines:
+        answer = remembered(runs / "base-answers", base, engines.answer)
+        with_adapter, without = evaluate(
+            recipe, data.held_out, variants, prompter, answer, progress=report
+        )
     return complete_card(trained, recipe, with_adapter, without)
 
 

@@ -1,22 +1,92 @@
-"""Run a list of prompts to their ends on an engine: for evaluation, where nobody streams."""
+"""Run a list of prompts to their ends: for evaluation, where nobody streams."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from registry.adapter import AdapterRef
+from registry.base import BaseModel
+from registry.upload import CONFIG_NAME, WEIGHTS_NAME
 from serving.engine.boundary import Engine, GenerateRequest, SamplingParams
+from serving.engine.engine import TorchEngine
+from serving.engine.settings import EngineSettings
 
 CONCURRENT = 64  # enough to fill a batch, few enough for any waiting queue
+RUNNING = 2  # engines held at once: a base and one full fine-tune
+
+
+class OfflineEngines:
+    """Answers lists of prompts on an engine for each model, started when it is first asked.
+
+    At most `RUNNING` are held; the one that was not asked for longest makes room. `close` ends
+    them all.
+    """
+
+    def __init__(self, settings: EngineSettings | None = None) -> None:
+        self._settings = settings
+        self._engines: dict[str, TorchEngine] = {}  # by fingerprint, the last asked at the end
+        self._folders: dict[str, Path] = {}  # digest → adapter folder
+
+    def close(self) -> None:
+        while self._engines:
+            self._close_oldest()
+
+    def answer(
+        self,
+        model: BaseModel,
+        asks: Sequence[tuple[tuple[int, ...], Path | None]],
+        max_new_tokens: int,
+        done: Callable[[int], None],
+    ) -> list[list[int]]:
+        """Return the greedy continuation of every (prompt ids, adapter folder or None), in order.
+
+        All are asked in one mixed batch; `done` hears how many have ended. An adapter is what is
+        in its folder now, configuration and weights, whatever was there before.
+        Raises what the engine raises; the requests that still run are aborted then.
+        """
+        refs = {folder: self._ref(folder) for _, folder in asks if folder is not None}
+        pairs = [(prompt, refs[folder] if folder else None) for prompt, folder in asks]
+        return generate_all(self._engine(model), pairs, max_new_tokens, done)
+
+    def _ref(self, folder: Path) -> AdapterRef:
+        digest = digest_adapter(folder)
+        self._folders[digest] = folder
+        return AdapterRef(digest, folder.name)
+
+    def _engine(self, model: BaseModel) -> TorchEngine:
+        engine = self._engines.pop(model.fingerprint, None)
+        if engine is None:
+            while len(self._engines) >= RUNNING:
+                self._close_oldest()
+            engine = TorchEngine.create(model, self._fetch, self._settings)
+        self._engines[model.fingerprint] = engine
+        return engine
+
+    def _fetch(self, ref: AdapterRef) -> Path:
+        return self._folders[ref.digest]
+
+    def _close_oldest(self) -> None:
+        oldest = next(iter(self._engines))
+        asyncio.run(self._engines.pop(oldest).aclose())
+
+
+def digest_adapter(folder: Path) -> str:
+    """Hash configuration and weights: the same matrices at another scale are another adapter."""
+    hasher = hashlib.sha256()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        data = (folder / name).read_bytes()
+        hasher.update(len(data).to_bytes(8, "big") + data)
+    return hasher.hexdigest()
 
 
 def generate_all(
     engine: Engine,
-    adapter: AdapterRef | None,
-    prompts: Sequence[tuple[int, ...]],
+    asks: Sequence[tuple[tuple[int, ...], AdapterRef | None]],
     max_new_tokens: int,
     done: Callable[[int], None],
 ) -> list[list[int]]:
-    """Return the greedy continuation of each prompt, in order; `done` hears how many are.
+    """Return the greedy continuation of each (prompt, adapter), in order; `done` hears how many.
 
     Raises what the engine raises; the requests that still run are aborted then.
     """
@@ -25,8 +95,9 @@ def generate_all(
         limit = asyncio.Semaphore(CONCURRENT)
         finished = 0
 
-        async def one(number: int, prompt: tuple[int, ...]) -> list[int]:
+        async def one(number: int) -> list[int]:
             nonlocal finished
+            prompt, adapter = asks[number]
             sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
             request = GenerateRequest(f"offline-{number}", prompt, sampling, adapter)
             async with limit:
@@ -37,7 +108,7 @@ def generate_all(
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
+                tasks = [group.create_task(one(i)) for i in range(len(asks))]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the group has cancelled the others by now
         return [task.result() for task in tasks]

@@ -1,29 +1,44 @@
-"""Judge a model on held-out examples, by what it generates, and decide the gate."""
+"""Judge variants of a model on held-out examples, by what they generate."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from registry.base import BaseModel
-from registry.jsonfile import canonical
-from training.card import write_card
-from training.data.examples import Example
+from training.data.examples import Example, Turn
 from training.errors import TrainingError
 from training.evaluation.metrics import Score, Verdict, judge, score
 from training.progress import Progress, Report
 from training.prompt import Prompter
-from training.recipe import Gate, Recipe
-from training.run import replace_file
-from training.train import TrainedAdapter
+from training.recipe import Recipe
 
-# (prompts, max_new_tokens, done) → output ids per prompt; greedy; `done` is told how many are.
-Generate = Callable[[Sequence[tuple[int, ...]], int, Callable[[int], None]], list[list[int]]]
+# What is asked of a model: prompt ids, and the adapter folder to wear or None for the model as it
+# is.
+Ask = tuple[tuple[int, ...], Path | None]
 
-ITEMS_FILE = "held_out.jsonl"
+# (model, asks, max_new_tokens, done) → greedy output ids in the order of the asks, all answered in
+# one mixed batch; `done` is told how many have ended.
+Answer = Callable[[BaseModel, Sequence[Ask], int, Callable[[int], None]], list[list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to answer: a model, what it wears, and what stands before the question."""
+
+    name: str  # for people, and the key of its result
+    model: BaseModel  # a full fine-tune is a model of its own
+    system: str
+    adapter: Path | None = None  # a folder in PEFT's format
+    examples: tuple[tuple[str, str], ...] = ()  # (user, assistant) turns before the question
+
+    def turns(self, example: Example) -> tuple[Turn, ...]:
+        shots = [
+            turn
+            for user, assistant in self.examples
+            for turn in (Turn("user", user), Turn("assistant", assistant))
+        ]
+        return (*shots, *example.turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,138 +48,83 @@ class Item:
     example: Example
     answer: str
     verdict: Verdict
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How one model did on the held-out examples."""
+    """How one variant did on the held-out examples."""
 
+    name: str
     items: tuple[Item, ...]
     score: Score
-
-
-@dataclass(frozen=True, slots=True)
-class GateDecision:
-    """Whether a version may be promoted; every reason why not."""
-
-    passed: bool
-    failures: tuple[str, ...]
 
 
 def evaluate(
     recipe: Recipe,
     held_out: Sequence[Example],
+    variants: Sequence[Variant],
     prompter: Prompter,
-    generate: Generate,
+    answer: Answer,
+    *,
+    progress: Report,
+) -> list[Evaluation]:
+    """Ask every variant every held-out example and judge the answers; in the variants' order.
+
+    All variants of one model are asked in one mixed batch.
+    """
+    prompts = [
+        replace(prompter, system=variant.system).prompt_ids(variant.turns(example))
+        for variant in variants
+        for example in held_out
+    ]
+    text = ", ".join(variant.name for variant in variants)
+    worn = [variant for variant in variants for _ in held_out]
+    outputs = ask_all(
+        list(zip(worn, prompts, strict=True)),
+        recipe.task.max_new_tokens,
+        answer,
+        progress=progress,
+        text=text if len(text) <= 40 else f"{len(variants)} variants",
+    )
+    judged = judge(recipe.task.metric)
+    results: list[Evaluation] = []
+    for number, variant in enumerate(variants):
+        here = slice(number * len(held_out), (number + 1) * len(held_out))
+        items = tuple(
+            Item(example, said, judged(said, example.completion), len(prompt))
+            for example, said, prompt in zip(
+                held_out, map(prompter.answer, outputs[here]), prompts[here], strict=True
+            )
+        )
+        results.append(Evaluation(variant.name, items, score([i.verdict for i in items])))
+    return results
+
+
+def ask_all(
+    asks: Sequence[tuple[Variant, tuple[int, ...]]],
+    max_new_tokens: int,
+    answer: Answer,
     *,
     progress: Report,
     text: str = "",
-) -> Evaluation:
-    """Ask every held-out example, without examples in the prompt, and judge the answers."""
-    prompts = [prompter.prompt_ids(example.turns) for example in held_out]
-    total = len(prompts)
+) -> list[list[int]]:
+    """Return the output ids of every (variant, prompt), in order: one mixed batch a model."""
+    total = len(asks)
+    outputs: dict[int, list[int]] = {}
 
     def done(count: int) -> None:
-        progress(Progress("evaluate", count, total, text))
+        progress(Progress("evaluate", len(outputs) + count, total, text))
 
     done(0)
-    outputs = generate(prompts, recipe.task.max_new_tokens, done)
-    if len(outputs) != total:
-        raise TrainingError(f"{total} prompts were asked and {len(outputs)} answers came back.")
-    judged = judge(recipe.task.metric)
-    items = tuple(
-        Item(example, answer, judged(answer, example.completion))
-        for example, answer in zip(held_out, map(prompter.answer, outputs), strict=True)
-    )
-    return Evaluation(items, score([item.verdict for item in items]))
-
-
-def remembered(folder: Path, base: BaseModel, generate: Generate) -> Generate:
-    """Return `generate` of a base model with its answers kept in `folder`: it never changes."""
-
-    def run(
-        prompts: Sequence[tuple[int, ...]], max_new_tokens: int, done: Callable[[int], None]
-    ) -> list[list[int]]:
-        facts = {
-            "base": base.fingerprint,
-            "prompts": [list(ids) for ids in prompts],
-            "tokens": max_new_tokens,
-            "torch": version("torch"),
-        }
-        path = folder / f"{hashlib.sha256(canonical(facts)).hexdigest()[:16]}.json"
-        if path.is_file():
-            done(len(prompts))
-            return json.loads(path.read_text(encoding="utf-8"))
-        answers = generate(prompts, max_new_tokens, done)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(answers).encode())
-        return answers
-
-    return run
-
-
-def decide(gate: Gate, adapter: Score, base: Score | None) -> GateDecision:
-    """Compare the held-out shares with the recipe's thresholds. No threshold is passed unsaid."""
-    failures: list[str] = []
-    value = adapter.share.value
-    if gate.min_value is not None and value < gate.min_value:
-        failures.append(
-            f"The metric is {adapter.share}, below gate.min_value = {100 * gate.min_value:g} %."
-        )
-    if gate.min_gain is not None:
-        if base is None:
-            failures.append("gate.min_gain is set and the base model was not evaluated.")
-        elif value - base.share.value < gate.min_gain:
-            failures.append(
-                f"The adapter has {adapter.share} and the base {base.share}: a gain of "
-                f"{100 * (value - base.share.value):.1f} points, below gate.min_gain = "
-                f"{100 * gate.min_gain:g} points."
+    by_model = sorted(range(total), key=lambda place: asks[place][0].model.fingerprint)
+    for _, group in groupby(by_model, key=lambda place: asks[place][0].model.fingerprint):
+        places = list(group)
+        pairs = [(asks[place][1], asks[place][0].adapter) for place in places]
+        said = answer(asks[places[0]][0].model, pairs, max_new_tokens, done)
+        if len(said) != len(places):
+            raise TrainingError(
+                f"{len(places)} prompts were asked and {len(said)} answers came back."
             )
-    return GateDecision(not failures, tuple(failures))
-
-
-def complete_card(
-    trained: TrainedAdapter, recipe: Recipe, adapter: Evaluation, base: Evaluation | None
-) -> TrainedAdapter:
-    """Write metrics and gate into the adapter's card, and the answers beside its folder."""
-    decision = decide(recipe.gate, adapter.score, base.score if base else None)
-    metrics: dict[str, Any] = {"metric": recipe.task.metric, "adapter": _facts(adapter.score)}
-    if base is not None:
-        metrics["base"] = _facts(base.score)
-        metrics["gain"] = round(adapter.score.share.value - base.score.share.value, 4)
-    gate = {
-        "passed": decision.passed,
-        "failures": list(decision.failures),
-        "rules": asdict(recipe.gate),
-    }
-    card = trained.card | {"metrics": metrics, "gate": gate}
-    write_card(trained.folder, card)
-    write_items(trained.folder.parent / ITEMS_FILE, adapter, base)
-    return replace(trained, card=card)
-
-
-def write_items(path: Path, adapter: Evaluation, base: Evaluation | None) -> None:
-    """Write one JSON line an example: what was asked, expected, and answered by whom."""
-    lines: list[str] = []
-    for number, item in enumerate(adapter.items):
-        line: dict[str, Any] = {
-            "prompt": [[turn.role, turn.content] for turn in item.example.turns],
-            "group": item.example.group,
-            "expected": item.example.completion,
-            "adapter": _answer(item),
-        }
-        if base is not None:
-            line["base"] = _answer(base.items[number])
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    replace_file(path, "".join(lines).encode())
-
-
-def _answer(item: Item) -> dict[str, Any]:
-    return {"answer": item.answer, "correct": item.verdict.correct, **item.verdict.facts}
-
-
-def _facts(score: Score) -> dict[str, Any]:
-    """Return a score as the card holds it: shares between 0 and 1."""
-    interval = {"value": score.share.value, "low": score.share.low, "high": score.share.high}
-    rounded = {key: round(value, 4) for key, value in (interval | score.details).items()}
-    return {"correct": score.correct, "total": score.total, **rounded}
+        outputs |= dict(zip(places, said, strict=True))
+    return [outputs[place] for place in range(total)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
+from serving.engine.boundary import AdapterLoadFailed
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.hardware import lazy_zeros, total_memory
@@ -18,7 +18,6 @@ from serving.engine.residency import MAX_LOADS
 from serving.engine.settings import EngineSettings
 from serving.engine.slots import Slot
 from serving.engine.spec import ModelSpec
-from serving.offline import generate_all
 from tests.serving.engine.driving import (
     Folders,
     base_of,
@@ -184,22 +183,6 @@ def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
         await engine.aclose()
 
     asyncio.run(main())
-
-
-def test_a_list_of_prompts_raises_what_the_engine_raises(
-    tiny_base: Path, tiny_folders: Folders
-) -> None:
-    engine = TorchEngine.create(base_of(tiny_base), tiny_folders, SETTINGS)
-    prompts = [(1, 2, 3), (4, 5)]
-    with pytest.raises(AdapterLoadFailed):
-        generate_all(engine, tiny_folders.refs["missing"], prompts, 4, lambda _: None)
-    counts: list[int] = []
-    outputs = generate_all(engine, tiny_folders.refs["a"], prompts, 4, counts.append)
-    assert [len(output) for output in outputs] == [4, 4]
-    assert counts == [1, 2]
-    asyncio.run(engine.aclose())
-    with pytest.raises(EngineUnavailable):
-        generate_all(engine, None, prompts, 4, lambda _: None)
 
 
 def test_an_end_of_text_beyond_the_vocabulary_is_none(tiny_base: Path, tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from registry.base import BaseModel
 from training.batches import MaskedSample
 from training.data.examples import Data
 from training.errors import TrainingError
-from training.evaluation.evaluate import complete_card, decide, evaluate, remembered
+from training.evaluation.evaluate import Answer, Ask, Variant, evaluate
+from training.evaluation.gate import complete_card, decide
+from training.evaluation.memory import remembered
 from training.evaluation.metrics import Score, Verdict, score
 from training.model import Hardware
 from training.progress import Progress
-from training.prompt import load_prompter
+from training.prompt import Prompter, load_prompter
 from training.recipe import Gate, Recipe, apply_overrides
 from training.train import train
 
@@ -43,34 +45,51 @@ def test_the_gate_names_every_threshold_that_is_missed(
     assert decision.passed == (failures == 0)
 
 
+def saying(prompter: Prompter, words: dict[Path | None, Sequence[str]]) -> Answer:
+    """An answer function that says, for each adapter, these words in the order of its asks."""
+
+    def answer(
+        model: BaseModel, asks: Sequence[Ask], limit: int, done: Callable[[int], None]
+    ) -> list[list[int]]:
+        assert limit == 8
+        said = {adapter: iter(answers) for adapter, answers in words.items()}
+        done(len(asks))
+        return [[*prompter.completion_ids(next(said[worn])), 65, 66] for _, worn in asks]
+
+    return answer
+
+
 def test_evaluation_asks_the_trained_prompt_judges_and_completes_the_card(
     recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     prompter = load_prompter(tiny_base.path, recipe.task.system)
-    seen: list[tuple[int, ...]] = []
+    worn = tmp_path / "worn"
+    system = recipe.task.system
+    shots = (("sky 1", "blue"),)
+    variants = [
+        Variant("a", tiny_base, system, worn),
+        Variant("b", tiny_base, "Else.", None, shots),
+    ]
+    speaker = saying(prompter, {worn: ["Green.", "blue"], None: ["red", "blue"]})
+    asked: list[Ask] = []
 
-    def speaker(words: Sequence[str]) -> Callable[..., list[list[int]]]:
-        def generate(
-            prompts: Sequence[tuple[int, ...]], limit: int, done: Callable[[int], None]
-        ) -> list[list[int]]:
-            assert limit == 8
-            seen.extend(prompts)
-            done(len(prompts))
-            return [[*prompter.completion_ids(word), 65, 66] for word in words]
-
-        return generate
+    def answer(
+        model: BaseModel, asks: Sequence[Ask], limit: int, done: Callable[[int], None]
+    ) -> list[list[int]]:
+        asked.extend(asks)
+        return speaker(model, asks, limit, done)
 
     told: list[Progress] = []
-    better = evaluate(
-        recipe, data.held_out, prompter, speaker(["Green.", "blue"]), progress=told.append
+    better, worse = evaluate(
+        recipe, data.held_out, variants, prompter, answer, progress=told.append
     )
-    worse = evaluate(
-        recipe, data.held_out, prompter, speaker(["red", "blue"]), progress=told.append
-    )
-    assert seen[0] == prompter.prompt_ids(data.held_out[0].turns)
+    assert asked[0] == (prompter.prompt_ids(data.held_out[0].turns), worn)
+    of_b = prompter.tokenizer.decode(list(asked[2][0]))
+    assert [part in of_b for part in ("Else.", "sky 1", "blue", "grass 10")] == [True] * 4
+    assert system not in of_b
     assert [item.answer for item in better.items] == ["Green.", "blue"]
     assert (better.score.correct, worse.score.correct) == (2, 1)
-    assert (told[-1].done, told[-1].total) == (2, 2)
+    assert (told[-1].done, told[-1].total) == (4, 4)
 
     shown: list[MaskedSample] = []
     short = apply_overrides(recipe, ["train.steps=1"])
@@ -121,25 +140,62 @@ def test_answers_that_went_missing_are_no_result(
     recipe: Recipe, data: Data, tiny_base: BaseModel
 ) -> None:
     prompter = load_prompter(tiny_base.path, recipe.task.system)
+    base = Variant("base", tiny_base, recipe.task.system)
     with pytest.raises(TrainingError, match="2 prompts were asked and 1 answers"):
-        evaluate(recipe, data.held_out, prompter, lambda p, n, d: [[1]], progress=lambda p: None)
+        evaluate(
+            recipe,
+            data.held_out,
+            [base],
+            prompter,
+            lambda m, a, n, d: [[1]],
+            progress=lambda p: None,
+        )
 
 
-def test_a_base_answers_the_same_prompts_only_once(tiny_base: BaseModel, tmp_path: Path) -> None:
-    asked: list[int] = []
+def test_models_are_asked_apart_and_answers_come_back_in_order(
+    recipe: Recipe, data: Data, tiny_base: BaseModel
+) -> None:
+    """A full fine-tune is another model: its prompts are in a batch of its own."""
+    prompter = load_prompter(tiny_base.path, recipe.task.system)
+    full = replace(tiny_base, fingerprint="f" * 64)
+    batches: list[int] = []
 
-    def generate(
-        prompts: Sequence[tuple[int, ...]], tokens: int, done: Callable[[int], None]
+    def answer(
+        model: BaseModel, asks: Sequence[Ask], limit: int, done: Callable[[int], None]
     ) -> list[list[int]]:
-        asked.append(tokens)
-        return [[len(ids), tokens] for ids in prompts]
+        batches.append(len(asks))
+        word = "green" if model == full else "blue"
+        done(len(asks))
+        return [list(prompter.completion_ids(word)) for _ in asks]
 
-    once = remembered(tmp_path, tiny_base, generate)
+    variants = [Variant(str(n), m, "x") for n, m in enumerate([tiny_base, full, tiny_base])]
+    told: list[Progress] = []
+    found = evaluate(recipe, data.held_out, variants, prompter, answer, progress=told.append)
+    assert [e.items[0].answer for e in found] == ["blue", "green", "blue"]
+    assert sorted(batches) == [2, 4]
+    assert told[-1].done == told[-1].total == 6
+
+
+def test_a_base_answers_the_same_prompt_only_once(tiny_base: BaseModel, tmp_path: Path) -> None:
+    asked: list[list[Ask]] = []
+
+    def answer(
+        model: BaseModel, asks: Sequence[Ask], tokens: int, done: Callable[[int], None]
+    ) -> list[list[int]]:
+        asked.append(list(asks))
+        done(len(asks))
+        return [[len(ids), tokens, bool(worn)] for ids, worn in asks]
+
+    once = remembered(tmp_path / "kept", tiny_base, answer)
+    worn = tmp_path / "adapter"
     told: list[int] = []
-    assert once([(1,), (2, 3)], 4, told.append) == [[1, 4], [2, 4]]
-    assert once([(1,), (2, 3)], 4, told.append) == [[1, 4], [2, 4]]
-    assert (asked, told) == ([4], [2])
-    once([(1,), (2, 3)], 5, told.append)
-    other = replace(tiny_base, fingerprint="0" * 64)
-    remembered(tmp_path, other, generate)([(1,), (2, 3)], 4, told.append)
-    assert asked == [4, 5, 4], "other lengths and other weights are asked again"
+    assert once(tiny_base, [((1,), None), ((1,), worn)], 4, told.append) == [[1, 4, 0], [1, 4, 1]]
+    mixed: list[Ask] = [((1,), worn), ((1,), None), ((2, 3), None)]
+    assert once(tiny_base, mixed, 4, told.append) == [[1, 4, 1], [1, 4, 0], [2, 4, 0]]
+    assert asked[1] == [((1,), worn), ((2, 3), None)], "only what is new, in one batch"
+    assert told[-2:] == [1, 3], "remembered answers count as done"
+    assert once(tiny_base, mixed[1:], 4, told.append) == [[1, 4, 0], [2, 4, 0]]
+    assert len(asked) == 2
+    once(tiny_base, mixed[1:], 5, told.append)
+    once(replace(tiny_base, fingerprint="0" * 64), mixed[1:], 4, told.append)
+    assert len(asked) == 4, "other lengths and other weights are asked again"
