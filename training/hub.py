@@ -84,17 +84,22 @@ def fetch_base_files(
     report(Progress("download", done, total, files.repo))
 
 
-def fetch_data_files(source: HubSource, *, endpoint: str | None = None) -> tuple[Path, Path | None]:
-    """Return local paths of the training and the held-out file of a data set."""
+def fetch_data_files(
+    source: HubSource, *, endpoint: str | None = None
+) -> tuple[Path, Path | None, Path | None]:
+    """Return local paths of the training, validation and held-out file of a data set."""
     try:
         train = _fetch_data_file(source, source.train, endpoint)
-        held_out = _fetch_data_file(source, source.held_out, endpoint) if source.held_out else None
+        validation, held_out = (
+            _fetch_data_file(source, name, endpoint) if name else None
+            for name in (source.validation, source.held_out)
+        )
     except HubUnreachable as error:
         raise DataError(
             f"{error.message} Or give the same rows as a file: --set data.path=FILE.csv, and "
             "--set data.held_out_path=FILE.csv for the ones to hold out."
         ) from error
-    return train, held_out
+    return train, validation, held_out
 
 
 def _fetch_data_file(source: HubSource, name: str, endpoint: str | None) -> Path:

@@ -16,6 +16,7 @@ from registry.jsonfile import canonical
 from training.errors import RecipeError
 
 FILE = "recipe.toml"
+FILE_KEYS = ("path", "validation_path", "held_out_path")  # of [data]: relative to the recipe
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -66,6 +67,7 @@ class HubSource:
     repo: Name
     revision: Name = "main"
     train: Name  # a file in the repo: .csv, .jsonl or .parquet
+    validation: Name | None = None
     held_out: Name | None = None
     rename: dict[str, str] = field(default_factory=dict[str, str])  # its column → ours
 
@@ -77,13 +79,17 @@ class DataSource:
     builder: Name | None = None
     options: dict[str, Any] = field(default_factory=dict[str, Any])  # the builder checks them
     path: Name | None = None  # .csv or .jsonl, relative to the recipe
-    held_out_path: Name | None = None  # a second file: what is held out instead of a share
+    validation_path: Name | None = None  # a second file, instead of a share
+    held_out_path: Name | None = None  # and a third
     hub: HubSource | None = None
     prompt: Name = "prompt"  # column of what the user says
     completion: Name = "completion"  # column of what is to be answered
     group: Name | None = None  # column; without one, equal texts are a group
+    labels: tuple[Name, ...] = ()  # keep only the rows with one of these completions
     held_out: Annotated[float, Meta(gt=0, lt=1)] = 0.2  # share of the groups
+    validation: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # share of the groups not held out
     train_limit: Count | None = None  # examples, drawn by the seed
+    validation_limit: Count | None = None
     held_out_limit: Count | None = None
 
 
@@ -155,7 +161,7 @@ class Recipe:
     def digest(self) -> str:
         """Hash every key but the paths of files: their content is in the data's digest."""
         value = _as_toml(self)
-        for key in ("path", "held_out_path"):
+        for key in FILE_KEYS:
             del value["data"][key]
         return hashlib.sha256(canonical(value)).hexdigest()
 
@@ -206,7 +212,7 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         _set(value, key.strip(), _toml_value(text.strip()))
         if key.strip() == "method.kind":
             value["method"] = _usable(value["method"])
-        if key.strip() in ("data.path", "data.held_out_path"):
+        if key.strip().removeprefix("data.") in FILE_KEYS:
             _set(value, key.strip(), str(Path(text.strip()).absolute()))
     return parse_recipe(_without_none(value), recipe.folder)
 
@@ -249,8 +255,9 @@ def _check_source(data: DataSource) -> None:
         raise RecipeError(
             "[data] needs exactly one source: builder = NAME, or path = FILE, or [data.hub]."
         )
-    if data.held_out_path is not None and data.path is None:
-        raise RecipeError("data.held_out_path needs data.path: the file to train on.")
+    for key in ("validation_path", "held_out_path"):
+        if getattr(data, key) is not None and data.path is None:
+            raise RecipeError(f"data.{key} needs data.path: the file to train on.")
 
 
 def _check_method(given: Mapping[str, Any], method: Method) -> None:

@@ -1,4 +1,4 @@
-"""Words of the data: an example, the group it belongs to, and the split into two disjoint sides."""
+"""Words of the data: an example, the group it belongs to, and the split into disjoint sides."""
 
 import hashlib
 from collections.abc import Iterable
@@ -31,15 +31,21 @@ class Example:
         """The last thing the user said."""
         return self.turns[-1].content
 
+    @property
+    def prompt(self) -> str:
+        """Everything that was said before the answer, a turn a line."""
+        return "\n".join(turn.content for turn in self.turns)
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Two sides that share no group and no text."""
+    """Sides that share no group and no text."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     duplicates: int  # training examples left out: the same text is held out, or came before
-    digest: str  # sha256 hex over both sides, in order
+    digest: str  # sha256 hex over the sides, in order
+    validation: tuple[Example, ...] = ()  # to choose by, so that nothing is chosen on held_out
 
 
 def ask(text: str, completion: str, group: str) -> Example:
@@ -47,10 +53,12 @@ def ask(text: str, completion: str, group: str) -> Example:
     return Example((Turn("user", text),), completion, group)
 
 
-def digest_examples(train: Iterable[Example], held_out: Iterable[Example]) -> str:
-    """Hash every turn, completion and group of both sides, in order."""
+def digest_examples(
+    train: Iterable[Example], held_out: Iterable[Example], validation: Iterable[Example] = ()
+) -> str:
+    """Hash every turn, completion and group of the sides, in order."""
     hasher = hashlib.sha256()
-    for side, examples in (("train", train), ("held_out", held_out)):
+    for side, examples in (("train", train), ("held_out", held_out), ("validation", validation)):
         for example in examples:
             turns = [[turn.role, turn.content] for turn in example.turns]
             row = [side, turns, example.completion, example.group]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.data.duplicates import normalise
 from training.data.examples import Example, Turn
 from training.errors import DataError
 from training.recipe import DataSource
@@ -151,4 +152,4 @@ def _check_system(content: str, system: str, number: int, where: str) -> None:
 
 
 def _default_group(turns: tuple[Turn, ...]) -> str:
-    return "\n".join(" ".join(turn.content.casefold().split()) for turn in turns)
+    return "\n".join(normalise(turn.content) for turn in turns)

@@ -3,12 +3,13 @@
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
 import msgspec
 
+from training.data.duplicates import normalise
 from training.data.examples import Data, Example, digest_examples
 from training.data.files import read_examples
 from training.errors import DataError, RecipeError
@@ -26,52 +27,79 @@ BUILDERS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a recipe's source holds; None where it names no such side itself."""
+
+    train: list[Example]
+    validation: list[Example] | None = None
+    held_out: list[Example] | None = None
+
+
 def load_data(recipe: Recipe) -> Data:
-    """Return both sides of the recipe's data. Same recipe and sources, same order and digest."""
-    examples, given = _read(recipe)
-    _refuse_empty(examples)
-    if given is None:
-        train, held_out = split_by_group(examples, recipe.data.held_out, recipe.seed)
-    else:
-        train, held_out = examples, given
-    held_out = _draw(_unique(held_out), recipe.data.held_out_limit, recipe.seed)
+    """Return the sides of the recipe's data. Same recipe and sources, same order and digest."""
+    data, seed = recipe.data, recipe.seed
+    source = _read(recipe)
+    train, validation, held_out = _labelled(source, data.labels)
+    _refuse_empty([*train, *validation, *held_out])
+    if source.held_out is None:
+        train, held_out = split_by_group(train, data.held_out, seed)
+    held_out = _draw(_unique(held_out), data.held_out_limit, seed)
     kept = _not_in(_unique(train), held_out)
+    if source.validation is not None:
+        validation = _not_in(_unique(validation), held_out)
+        kept = _not_in(kept, validation)
     duplicates = len(train) - len(kept)
-    kept = _draw(kept, recipe.data.train_limit, recipe.seed)
+    if source.validation is None and data.validation:
+        kept, validation = split_by_group(kept, data.validation, seed)
+    validation = _draw(validation, data.validation_limit, seed)
+    kept = _draw(kept, data.train_limit, seed)
     if not kept or not held_out:
         raise DataError(
-            f"{len(examples)} examples leave {len(kept)} to train on and {len(held_out)} held "
-            "out. Give more groups, or another data.held_out share."
+            f"{len(train) + len(held_out)} examples leave {len(kept)} to train on and "
+            f"{len(held_out)} held out. Give more groups, or other shares of data.held_out and "
+            "data.validation."
         )
-    digest = digest_examples(kept, held_out)
-    return Data(tuple(kept), tuple(held_out), duplicates, digest)
+    digest = digest_examples(kept, held_out, validation)
+    return Data(tuple(kept), tuple(held_out), duplicates, digest, tuple(validation))
 
 
 def split_by_group(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return (train, held out): whole groups, in an order that depends on their names only."""
+    """Return (rest, share): whole groups, chosen by a hash of their names and the seed."""
     groups = sorted({example.group for example in examples}, key=lambda g: _place(g, seed))
     held = set(groups[: max(1, round(share * len(groups)))])
     train = [example for example in examples if example.group not in held]
     return train, [example for example in examples if example.group in held]
 
 
-def _read(recipe: Recipe) -> tuple[list[Example], list[Example] | None]:
-    """Return the examples, and the held-out ones where the source names them itself."""
+def _read(recipe: Recipe) -> Source:
     data = recipe.data
     if data.builder is not None:
-        return _builder(data.builder)(data.options, recipe.seed), None
+        return Source(_builder(data.builder)(data.options, recipe.seed))
     if data.path is not None:
-        train = recipe.folder / data.path
-        held_out = recipe.folder / data.held_out_path if data.held_out_path else None
+        names = (data.path, data.validation_path, data.held_out_path)
+        paths = [recipe.folder / name if name else None for name in names]
         rename: dict[str, str] = {}
     else:
         assert data.hub is not None, "the recipe was checked to have a source"
-        train, held_out = fetch_data_files(data.hub)
-        rename = data.hub.rename
-    given = read_examples(held_out, data, recipe.task.system, rename) if held_out else None
-    return read_examples(train, data, recipe.task.system, rename), given
+        paths, rename = fetch_data_files(data.hub), data.hub.rename
+    train, validation, held_out = (
+        read_examples(path, data, recipe.task.system, rename) if path else None for path in paths
+    )
+    assert train is not None, "every source has rows to train on"
+    return Source(train, validation, held_out)
+
+
+def _labelled(source: Source, labels: Sequence[str]) -> tuple[list[Example], ...]:
+    """Return the three sides with the examples of these labels only; with no labels, all."""
+    sides = (source.train, source.validation or [], source.held_out or [])
+    found = {example.completion for side in sides for example in side}
+    for label in labels:
+        if label not in found:
+            raise DataError(f"data.labels names {label!r}, and no row has this completion.")
+    return tuple([e for e in side if not labels or e.completion in labels] for side in sides)
 
 
 def _builder(name: str) -> Callable[[dict[str, Any], int], list[Example]]:
@@ -118,7 +146,7 @@ def _place(group: str, seed: int) -> str:
 
 def _key(example: Example) -> tuple[str, ...]:
     """Return what makes two prompts equal: every turn, without case and spacing."""
-    return tuple(" ".join(turn.content.casefold().split()) for turn in example.turns)
+    return tuple(normalise(turn.content) for turn in example.turns)
 
 
 def _unique(examples: Sequence[Example]) -> list[Example]:
@@ -130,7 +158,7 @@ def _unique(examples: Sequence[Example]) -> list[Example]:
 
 
 def _not_in(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
-    """Leave out the examples whose prompt, or whose group, is among the others."""
+    """Leave out the examples whose prompt is among the others."""
     texts = {_key(other) for other in others}
     return [example for example in examples if _key(example) not in texts]
 

@@ -12,7 +12,7 @@ from training.data.load import load_data, split_by_group
 from training.errors import DataError, RecipeError
 from training.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 
-ADAPTERS = Path(__file__).parents[2] / "adapters"
+ADAPTERS = Path(__file__).parents[3] / "adapters"
 RECIPES = sorted(path.parent.name for path in ADAPTERS.glob("*/recipe.toml"))
 SYSTEM = "Sort the question."
 
@@ -62,6 +62,41 @@ def test_a_split_moves_whole_groups_and_depends_on_the_seed() -> None:
     assert split_by_group(examples, 0.2, seed=0)[1] == held_out
     assert split_by_group(examples, 0.2, seed=1)[1] != held_out
     assert split_by_group(examples[::-1], 0.2, seed=0)[1] == held_out[::-1]
+
+
+def test_validation_takes_whole_groups_from_the_training_side_only(tmp_path: Path) -> None:
+    rows = [f"question number {n},a,group {n // 5}" for n in range(200)]
+    (tmp_path / "x.csv").write_text("\n".join(["prompt,completion,group", *rows]))
+    keys: dict[str, Any] = {"path": "x.csv", "group": "group", "held_out": 0.25}
+    without = load_data(recipe_for(tmp_path, **keys))
+    data = load_data(recipe_for(tmp_path, **keys, validation=0.2))
+    assert (len(without.train), len(without.validation)) == (150, 0)
+    assert (len(data.train), len(data.validation), len(data.held_out)) == (120, 30, 50)
+    assert data.held_out == without.held_out
+    groups = [{e.group for e in side} for side in (data.train, data.validation, data.held_out)]
+    assert len(set.union(*groups)) == sum(len(side) for side in groups)
+    assert data.digest != without.digest
+
+
+def test_a_validation_file_wins_over_a_share_and_is_not_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nfirst,x\nsecond,y\nthird,z\n")
+    (tmp_path / "b.csv").write_text("prompt,completion\nSecond,y\nthird,z\n")
+    (tmp_path / "c.csv").write_text("prompt,completion\nthird ,z\n")
+    files = {"path": "a.csv", "validation_path": "b.csv", "held_out_path": "c.csv"}
+    data = load_data(recipe_for(tmp_path, **files, validation=0.9))
+    assert [e.text for e in data.train] == ["first"]
+    assert [e.text for e in data.validation] == ["Second"]
+    assert [e.text for e in data.held_out] == ["third "]
+    assert data.duplicates == 2
+
+
+def test_only_rows_with_a_named_label_are_kept(tmp_path: Path) -> None:
+    columns = {"path": banking_csv(tmp_path).name, "prompt": "text", "completion": "category"}
+    data = load_data(recipe_for(tmp_path, **columns, labels=["label_1", "label_3"]))
+    assert {e.completion for e in (*data.train, *data.held_out)} == {"label_1", "label_3"}
+    assert len(data.train) + len(data.held_out) == 30
+    with pytest.raises(DataError, match="label_9"):
+        load_data(recipe_for(tmp_path, **columns, labels=["label_1", "label_9"]))
 
 
 def test_a_text_that_is_held_out_is_not_trained_on_in_another_spelling(tmp_path: Path) -> None:
