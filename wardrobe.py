@@ -18,6 +18,8 @@ from registry.commands import Home, Json, actor, clear_errors, open_registry
 from registry.errors import BaseNotFound, WardrobeError
 from registry.home import default_cache, default_home
 from registry.screen import print_json
+from serving.tenants.commands import app as tenants_app
+from serving.tenants.commands import key_app
 
 if TYPE_CHECKING:
     from training.batches import MaskedSample
@@ -36,8 +38,8 @@ app = typer.Typer(
     help="One frozen base model, a wardrobe of adapters: train, version, serve, hot-swap.",
 )
 app.add_typer(registry_commands.app)
+app.add_typer(tenants_app)
 base_app = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
-key_app = typer.Typer(no_args_is_help=True, help="Keys that open the server.")
 app.add_typer(base_app, name="base")
 app.add_typer(key_app, name="key")
 
@@ -102,19 +104,6 @@ def base_list(as_json: Json = False) -> None:
         table.add_row(base.fingerprint[:12], base.id, escape(str(base.path)))
     out.print(table, soft_wrap=False)
     return None
-
-
-@key_app.command("rotate")
-@clear_errors()
-def key_rotate(home: Home = None, as_json: Json = False) -> None:
-    """Make a new operator key, print it once, and end the one before it."""
-    from serving.tenants.keys import rotate_operator_key
-
-    with open_registry(home) as registry:
-        key = rotate_operator_key(registry)
-    if as_json:
-        return print_json({"key": key})
-    return print(key)
 
 
 @app.command()

@@ -5,7 +5,7 @@
     acme/support@v7               version 7
     acme/support@sha256:ab12…     the version with this digest (at least 8 hex digits)
 
-A name without a namespace means the namespace `default`.
+A name without a namespace means the namespace `default`, or the caller's own on a server.
 """
 
 import re
@@ -34,10 +34,11 @@ class AdapterName:
     name: str
 
     @classmethod
-    def parse(cls, text: str) -> "AdapterName":
+    def parse(cls, text: str, default: str = DEFAULT_NAMESPACE) -> "AdapterName":
+        """Read a name; `default` is the namespace of one that names none."""
         namespace, slash, name = text.rpartition("/")
         if not slash:
-            namespace = DEFAULT_NAMESPACE
+            namespace = default
         for part in (namespace, name):
             check_name_part(part, text)
         return cls(namespace, name)
@@ -56,9 +57,10 @@ class Selector:
     digest: str | None = None  # hex digits without the `sha256:` prefix, may be a prefix of one
 
     @classmethod
-    def parse(cls, text: str) -> "Selector":
+    def parse(cls, text: str, default: str = DEFAULT_NAMESPACE) -> "Selector":
+        """Read a selector; `default` is the namespace of one that names none."""
         head, at, tail = text.partition("@")
-        name = AdapterName.parse(head)
+        name = AdapterName.parse(head, default)
         if not at:
             return cls(name, alias=PRODUCTION)
         if match := _NUMBER.fullmatch(tail):

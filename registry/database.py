@@ -10,6 +10,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from registry import tables
 from registry.errors import IntegrityError, StoreUnavailable
+from registry.migrations import upgrade
 
 BUSY_SECONDS = 5  # how long a writer waits for another process
 
@@ -21,7 +22,7 @@ class Database:
         self.engine = _engine(url)
 
     def prepare(self) -> None:
-        """Make the tables in a new database; refuse one that a newer wardrobe made.
+        """Make the tables in a new database, upgrade an older one, refuse a newer one.
 
         The caller sees to it that one process at a time does this. Waits for no writer.
         """
@@ -33,6 +34,9 @@ class Database:
                 connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
         with self.read() as connection:
             found = connection.execute(select(tables.schema.c.version)).scalar_one()
+        if found < tables.SCHEMA_VERSION:
+            with self.write() as connection:
+                upgrade(connection)
         if found > tables.SCHEMA_VERSION:
             raise StoreUnavailable(
                 f"This store has schema {found}, made by a newer wardrobe; this one knows "

@@ -94,6 +94,20 @@ class KeyRecord:
     scopes: tuple[str, ...]
     created_at: str
     revoked_at: str | None
+    expires_at: str | None = None
+
+    def valid_at(self, moment: str) -> bool:
+        """Tell whether the key opens anything at this time; ISO 8601 in UTC sorts as text."""
+        return self.revoked_at is None and (self.expires_at is None or moment < self.expires_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """An adapter that another tenant may use. Only its owner changes it."""
+
+    name: AdapterName
+    tenant: str
+    shared_at: str
 
 
 @dataclass(frozen=True, slots=True)

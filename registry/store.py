@@ -11,8 +11,16 @@ from typing import Self
 
 from filelock import FileLock
 
-from registry import aliases, fleet, keys, versions
-from registry.adapter import PRODUCTION, AdapterName, AdapterRef, Selector, Version, check_alias
+from registry import aliases, fleet, keys, shares, versions
+from registry.adapter import (
+    PRODUCTION,
+    AdapterName,
+    AdapterRef,
+    Selector,
+    Version,
+    check_alias,
+    check_name_part,
+)
 from registry.base import Bases
 from registry.blobs import Blobs
 from registry.card import CARD_NAME, kind_of, system_prompt
@@ -33,6 +41,7 @@ from registry.records import (
     Rollout,
     RolloutState,
     ServerRecord,
+    Share,
     VerifyReport,
 )
 from registry.upload import UploadedFile, copy_upload
@@ -272,13 +281,18 @@ class Registry:
     # API keys
 
     def add_key(
-        self, key_id: str, secret_hash: str, tenant: str, scopes: tuple[str, ...]
+        self,
+        key_id: str,
+        secret_hash: str,
+        tenant: str,
+        scopes: tuple[str, ...],
+        expires_at: str | None = None,
     ) -> KeyRecord:
         with self._database.write() as connection:
-            return keys.add_key(connection, key_id, secret_hash, tenant, scopes)
+            return keys.add_key(connection, key_id, secret_hash, tenant, scopes, expires_at)
 
     def find_key(self, key_id: str) -> KeyRecord | None:
-        """Return a key, revoked or not: look at `revoked_at`."""
+        """Return a key, valid or not: ask `valid_at`."""
         with self._database.read() as connection:
             return keys.find_key(connection, key_id)
 
@@ -290,6 +304,28 @@ class Registry:
         """Revoke a key; idempotent. Raises NotFound."""
         with self._database.write() as connection:
             return keys.revoke_key(connection, key_id)
+
+    def expire_key(self, key_id: str, moment: str) -> KeyRecord:
+        """Let a key end at this time, or earlier where it already would. Raises NotFound."""
+        with self._database.write() as connection:
+            return keys.expire_key(connection, key_id, moment)
+
+    # Shares between tenants
+
+    def share(self, name: AdapterName, tenant: str) -> Share:
+        """Let a tenant use an adapter of another one. Idempotent. Raises AdapterNotFound."""
+        check_name_part(tenant, tenant)
+        with self._database.write() as connection:
+            return shares.share(connection, name, tenant)
+
+    def unshare(self, name: AdapterName, tenant: str) -> bool:
+        """Take a share back; running servers follow within a second. False: there was none."""
+        with self._database.write() as connection:
+            return shares.unshare(connection, name, tenant)
+
+    def shares(self, name: AdapterName | None = None) -> list[Share]:
+        with self._database.read() as connection:
+            return shares.list_shares(connection, name)
 
     # Inside
 

@@ -14,7 +14,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -125,4 +125,15 @@ keys = Table(
     Column("scopes", JSON, nullable=False),
     Column("created_at", String(40), nullable=False),
     Column("revoked_at", String(40)),
+    Column("expires_at", String(40)),
+)
+
+# Adapters that a tenant may use beside its own.
+shares = Table(
+    "shares",
+    metadata,
+    Column("namespace", String(63), primary_key=True),
+    Column("name", String(63), primary_key=True),
+    Column("tenant", String(63), primary_key=True),
+    Column("shared_at", String(40), nullable=False),
 )

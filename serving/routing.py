@@ -13,6 +13,8 @@ from registry.adapter import AdapterName, AdapterRef, Selector, Version
 from registry.base import BaseModel
 from registry.errors import AdapterNotFound, BaseMismatch, InvalidName, WardrobeError
 from registry.store import Registry
+from serving.tenants.access import Access
+from serving.tenants.keys import Principal
 
 BASE = "base"
 FIRST_LIVE_SECONDS = 10.0  # how long a request waits for the first version of a new alias
@@ -69,10 +71,13 @@ class LiveTable:
 class Router:
     """Resolves selectors. Aliases from the live table; numbers and digests from the registry."""
 
-    def __init__(self, registry: Registry, base: BaseModel, live: LiveTable) -> None:
+    def __init__(
+        self, registry: Registry, base: BaseModel, live: LiveTable, access: Access
+    ) -> None:
         self._registry = registry
         self._base = base
         self._live = live
+        self._access = access
         self._pinned: OrderedDict[Selector, Version] = OrderedDict()  # immutable, so never stale
 
     @property
@@ -82,26 +87,21 @@ class Router:
     def is_base(self, model: str) -> bool:
         return model in (BASE, self._base.id)
 
-    async def resolve(self, model: str) -> Route:
-        """Return what `model` means now.
+    async def resolve(self, model: str, principal: Principal) -> Route:
+        """Return what `model` means now, for this caller.
 
         Raises NotFound, BaseMismatch, ModelNotLive, StoreUnavailable; never falls back to the
         base.
         """
         if self.is_base(model):
             return self.base_route
-        version = await self.version(self.selector(model))
+        version = await self.version(model, principal)
         return Route(version.ref.label, version.digest, version.ref, version.system_prompt)
 
-    def selector(self, model: str) -> Selector:
-        try:
-            return Selector.parse(model)
-        except InvalidName as error:
-            raise AdapterNotFound(
-                f"There is no model {model[:100]!r} here. {error.message}"
-            ) from error
-
-    async def version(self, selector: Selector) -> Version:
+    async def version(self, model: str, principal: Principal) -> Version:
+        """Return the version of a selector. Raises as `resolve` does."""
+        selector = _selector(model, principal.namespace)
+        await self._access.require_use(principal, selector.name)
         if selector.alias is not None:
             live = self._live.versions.get((selector.name, selector.alias))
             version = live or await self._first_version(selector)
@@ -143,3 +143,10 @@ class Router:
                 f"{version.ref.label} was made for {version.base_id}; this server runs "
                 f"{self._base.id}. Ask a server that runs {version.base_id}."
             )
+
+
+def _selector(model: str, namespace: str) -> Selector:
+    try:
+        return Selector.parse(model, namespace)
+    except InvalidName as error:
+        raise AdapterNotFound(f"There is no model {model[:100]!r} here. {error.message}") from error

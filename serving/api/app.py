@@ -7,6 +7,7 @@ from litestar import Litestar
 
 from registry.base import BaseModel
 from registry.store import Registry
+from serving.api.adapters import get_adapter, get_history, promote, rollback
 from serving.api.auth import Authentication, check_declared
 from serving.api.chat import chat_completions
 from serving.api.completions import completions
@@ -22,6 +23,7 @@ from serving.api.settings import ServerSettings
 from serving.engine.boundary import Engine
 from serving.follower import Follower
 from serving.routing import LiveTable, Router
+from serving.tenants.access import Access
 from serving.tenants.keys import KeyRing
 from serving.tokens import Tokens
 
@@ -31,6 +33,10 @@ HANDLERS = (
     chat_completions,
     completions,
     push_version,
+    get_adapter,
+    get_history,
+    promote,
+    rollback,
     live,
     ready,
     metrics,
@@ -44,14 +50,15 @@ def create_app(
 
     Raises UndeclaredRoute when a route does not say who may call it.
     """
-    table = LiveTable()
+    table, access = LiveTable(), Access(registry)
     services = Services(
         settings=settings,
         registry=registry,
         engine=engine,
         base=base,
         tokens=tokens,
-        router=Router(registry, base, table),
+        router=Router(registry, base, table, access),
+        access=access,
         live=table,
         drain=Drain(),
         metrics=Metrics(),

@@ -21,10 +21,10 @@ class UndeclaredRoute(Exception):
     """A route that does not say who may call it stops the server at start."""
 
 
-def declare(scope: str) -> dict[str, str]:
-    """Return the `opt` of a route that asks for this scope."""
+def declare(scope: str, *, operator: bool = False) -> dict[str, Any]:
+    """Return the `opt` of a route that asks for this scope, and perhaps for the operator's key."""
     assert scope in (*SCOPES, OPEN), scope
-    return {"scope": scope}
+    return {"scope": scope, "operator": operator}
 
 
 class Authentication:
@@ -44,6 +44,8 @@ class Authentication:
         connection.scope["user"] = principal
         record_of(connection.scope).tenant = principal.tenant
         principal.require(scope)
+        if handler.opt["operator"]:
+            principal.require_operator()
 
     async def principal(self, connection: Connection) -> Principal:
         if self._keys is None:

@@ -30,7 +30,7 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     services = services_of(request.app)
     fields = _DECODER.decode(await read_json(request))
     record = record_of(request.scope)
-    route = await services.router.resolve(fields.model)
+    route = await services.router.resolve(fields.model, request.user)
     record.label, record.digest = route.label, route.fingerprint
     plan = await _plan(services, fields, route, record.request_id)
     record.prompt_tokens = plan.prompt_tokens

@@ -5,6 +5,7 @@ log line at its end. Requests whose framing two parsers could read differently a
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from serving.api.metrics import Metrics
 from serving.api.record import SCOPE_KEY, RequestRecord, new_request_id
 from serving.api.settings import ServerSettings
 
-PUSHES = "/v1/adapters/"  # bodies under it are files: larger, slower, and only with a key
+PUSH_PATH = re.compile(r"/v1/adapters/[^/]+/[^/]+/versions")  # its bodies are files
 ALWAYS_ANSWERED = ("/health/live", "/health/ready")  # also while draining or overloaded
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 DISCARD_SECONDS = 5.0
@@ -59,7 +60,7 @@ class Guard:
     def _bounds(self, scope: HTTPScope) -> tuple[int, float]:
         """Return the most bytes of the body and the seconds it may take."""
         settings = self._settings
-        if scope["path"].startswith(PUSHES):
+        if PUSH_PATH.fullmatch(scope["path"]):
             return settings.max_push_bytes, settings.push_timeout
         return settings.max_body_bytes, settings.body_timeout
 

@@ -1,9 +1,11 @@
 """Liveness, readiness and metrics."""
 
+from collections.abc import Callable
 from typing import Any
 
 from litestar import Request, Response, get
 
+from registry.adapter import AdapterName
 from registry.errors import StoreUnavailable
 from serving.api.auth import OPEN, declare
 from serving.api.metrics import CONTENT_TYPE
@@ -29,7 +31,7 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
         "failed_rollouts": len(services.live.failures),
         "registry_stale": services.live.stale,
     }
-    if await _may_read(services, request):
+    if usable := await _visible(services, request):
         body["reason"] = reason
         body["failures"] = [
             {
@@ -39,11 +41,12 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
                 "message": failure.sentence,
             }
             for failure in services.live.failures.values()
+            if usable(failure.name)
         ]
     return Response(body, status_code=200 if status == "ready" else 503)
 
 
-@get("/metrics", opt=declare(READ))
+@get("/metrics", opt=declare(READ, operator=True))
 async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
     services = services_of(request.app)
     text = services.metrics.render(await services.engine.stats())
@@ -60,10 +63,15 @@ async def _status(services: Services) -> tuple[str, str]:
     return "ready", ""
 
 
-async def _may_read(services: Services, request: Request[Any, Any, Any]) -> bool:
-    """Details are for key holders; a missing key, a bad one or a lost database means no details."""
+async def _visible(
+    services: Services, request: Request[Any, Any, Any]
+) -> Callable[[AdapterName], bool] | None:
+    """Return a test of the adapters whose details this caller may read.
+
+    A missing key, a bad one or a lost database means no details.
+    """
     try:
         principal = await services.authentication.principal(request)
+        return await services.access.usable(principal) if READ in principal.scopes else None
     except (InvalidKey, StoreUnavailable):
-        return False
-    return READ in principal.scopes
+        return None

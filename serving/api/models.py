@@ -1,23 +1,35 @@
 """GET /v1/models: the base and every adapter that can be asked for now."""
 
+import asyncio
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 from litestar import Request, get
 from litestar.params import FromPath
 
-from registry.adapter import PRODUCTION, Version
+from registry.adapter import PRODUCTION, AdapterName, Version
 from serving.api.auth import declare
 from serving.api.services import Services, services_of
 from serving.tenants.keys import READ
 
 
-@get("/v1/models", opt=declare(READ), sync_to_thread=True)  # thousands take tens of milliseconds
-def list_models(request: Request[Any, Any, Any]) -> dict[str, Any]:
+@get("/v1/models", opt=declare(READ))
+async def list_models(request: Request[Any, Any, Any]) -> dict[str, Any]:
     services = services_of(request.app)
+    usable = await services.access.usable(request.user)
+    # In a thread: thousands take tens of milliseconds.
+    return await asyncio.to_thread(_list, services, usable)
+
+
+def _list(services: Services, usable: Callable[[AdapterName], bool]) -> dict[str, Any]:
     versions = services.live.versions.copy()  # at once: the follower goes on
     live = sorted(versions.items(), key=lambda item: (str(item[0][0]), item[0][1]))
-    cards = [adapter_card(services, alias_id(str(n), alias), v) for (n, alias), v in live]
+    cards = [
+        adapter_card(services, alias_id(str(name), alias), version)
+        for (name, alias), version in live
+        if usable(name)
+    ]
     return {"object": "list", "data": [base_card(services), *cards]}
 
 
@@ -27,7 +39,7 @@ async def get_model(request: Request[Any, Any, Any], model: FromPath[str]) -> di
     name = model.removeprefix("/")
     if services.router.is_base(name):
         return base_card(services)
-    version = await services.router.version(services.router.selector(name))
+    version = await services.router.version(name, request.user)
     return adapter_card(services, name, version)
 
 

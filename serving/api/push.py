@@ -14,27 +14,27 @@ from litestar import Request, Response, post
 from litestar.params import FromPath
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
-from registry.adapter import AdapterName
 from registry.errors import Refused
 from registry.records import Push
 from registry.upload import ALLOWED, check_name
+from serving.api.adapters import own_adapter
 from serving.api.auth import declare
 from serving.api.errors import RequestError
 from serving.api.record import record_of
 from serving.api.services import services_of
-from serving.tenants.keys import ADMIN
+from serving.tenants.keys import PUSH
 
 MULTIPART = "multipart/form-data"
 _encode = msgspec.json.Encoder().encode
 
 
-@post("/v1/adapters/{namespace:str}/{name:str}/versions", opt=declare(ADMIN))
+@post("/v1/adapters/{namespace:str}/{name:str}/versions", opt=declare(PUSH))
 async def push_version(
     request: Request[Any, Any, Any], namespace: FromPath[str], name: FromPath[str]
 ) -> Response[bytes]:
     """Answer 201 with a new version, 200 with the one that has this content already."""
     registry, record = services_of(request.app).registry, record_of(request.scope)
-    adapter = AdapterName.parse(f"{namespace}/{name}")
+    adapter = own_adapter(request, namespace, name)
     base = request.query_params.get("base")
     with registry.staging() as folder:
         await _receive(request.stream(), _boundary(request), folder)

@@ -18,6 +18,7 @@ from serving.api.plan import Plan
 from serving.api.settings import ServerSettings
 from serving.engine.boundary import Engine
 from serving.routing import LiveTable, Route, Router
+from serving.tenants.access import Access
 from serving.tokens import Tokens
 
 JSON = "application/json"
@@ -33,6 +34,7 @@ class Services:
     base: BaseModel
     tokens: Tokens
     router: Router
+    access: Access
     live: LiveTable
     drain: Drain
     metrics: Metrics

@@ -11,15 +11,19 @@ import re
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
+from registry.adapter import DEFAULT_NAMESPACE, check_name_part
+from registry.database import now
 from registry.errors import StoreUnavailable, WardrobeError
 from registry.records import KeyRecord
 from registry.store import Registry
 
-OPERATOR = "operator"
-INFER, READ, ADMIN = "infer", "read", "admin"
-SCOPES = (INFER, READ, ADMIN)
+OPERATOR = "operator"  # the tenant that owns no namespace and sees all of them
+INFER, READ, PUSH, PROMOTE, ADMIN = "infer", "read", "push", "promote", "admin"
+SCOPES = (INFER, READ, PUSH, PROMOTE, ADMIN)
 
 _KEY = re.compile(r"wr_([0-9a-f]{12})_[0-9a-f]{64}")
 _NO_RECORD_HASH = "0" * 64
@@ -39,6 +43,10 @@ class ScopeMissing(WardrobeError):
     code = "insufficient_scope"
 
 
+class ScopeUnknown(WardrobeError):
+    code = "unknown_scope"
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Who calls."""
@@ -47,11 +55,27 @@ class Principal:
     scopes: frozenset[str]
     key_id: str | None = None  # None when the server runs without authentication
 
+    @property
+    def is_operator(self) -> bool:
+        return self.tenant == OPERATOR
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of names that are written without one."""
+        return DEFAULT_NAMESPACE if self.is_operator else self.tenant
+
     def require(self, scope: str) -> None:
         if scope not in self.scopes:
             raise ScopeMissing(
                 f"This key may not do that: it lacks the scope {scope!r}. "
                 f"It has: {', '.join(sorted(self.scopes)) or 'none'}."
+            )
+
+    def require_operator(self) -> None:
+        if not self.is_operator:
+            raise ScopeMissing(
+                f"This tells about every tenant: it is for the operator's keys, not for those of "
+                f"{self.tenant!r}."
             )
 
 
@@ -61,27 +85,54 @@ ANYBODY = Principal(OPERATOR, frozenset(SCOPES))
 def ensure_operator_key(registry: Registry) -> str | None:
     """Return a new operator key when the store has no valid one; None when it has."""
     valid = _valid_operator_keys(registry)
-    return None if valid else _add_operator_key(registry)
+    return None if valid else add_key(registry, OPERATOR, SCOPES)
 
 
 def rotate_operator_key(registry: Registry) -> str:
-    """Return a new operator key and revoke the ones before it."""
+    """Return a new operator key with every scope and revoke the ones before it."""
     old = _valid_operator_keys(registry)
-    new = _add_operator_key(registry)
+    new = add_key(registry, OPERATOR, SCOPES)
     for key in old:
         registry.revoke_key(key.key_id)
     return new
 
 
 def _valid_operator_keys(registry: Registry) -> list[KeyRecord]:
-    keys = registry.keys()
-    return [key for key in keys if key.tenant == OPERATOR and key.revoked_at is None]
+    """Return the operator's keys that may do everything, and not its narrower ones."""
+    keys, moment = registry.keys(), now()
+    return [k for k in keys if k.tenant == OPERATOR and ADMIN in k.scopes and k.valid_at(moment)]
 
 
-def _add_operator_key(registry: Registry) -> str:
+def add_key(
+    registry: Registry, tenant: str, scopes: Sequence[str], lifetime: timedelta | None = None
+) -> str:
+    """Make a key for a tenant and return its text, which is shown only now.
+
+    Raises InvalidName for what cannot be a tenant and ScopeUnknown for what is no scope.
+    """
+    check_name_part(tenant, tenant)
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    if unknown or not scopes:
+        raise ScopeUnknown(
+            f"{', '.join(map(repr, unknown)) or 'An empty list'} is no scope. "
+            f"A key needs one or more of: {', '.join(SCOPES)}."
+        )
     key_id, text = new_key()
-    registry.add_key(key_id, hash_key(text), OPERATOR, SCOPES)
+    ordered = tuple(scope for scope in SCOPES if scope in scopes)
+    expires_at = _after(lifetime) if lifetime is not None else None
+    registry.add_key(key_id, hash_key(text), tenant, ordered, expires_at)
     return text
+
+
+def rotate_key(registry: Registry, key_id: str, grace: timedelta) -> str:
+    """Return a new key like this one, which goes on working for `grace`. Raises NotFound."""
+    old = registry.expire_key(key_id, _after(grace))
+    return add_key(registry, old.tenant, old.scopes)
+
+
+def _after(lifetime: timedelta) -> str:
+    """Return the moment that is so far from now, as the store writes it."""
+    return (datetime.now(UTC) + lifetime).isoformat(timespec="milliseconds")
 
 
 def new_key() -> tuple[str, str]:
@@ -108,27 +159,27 @@ class KeyRing:
         expected = record.secret_hash if record else _NO_RECORD_HASH
         # Always compared, so that an unknown id takes as long as a wrong secret.
         same = hmac.compare_digest(expected, hash_key(text))
-        if record is None or record.revoked_at is not None or not same:
+        if record is None or not record.valid_at(now()) or not same:
             raise InvalidKey(
                 "This API key is not valid here. Send `Authorization: Bearer wr_…` with a key "
-                "that was made on this server and has not been revoked."
+                "that was made on this server and has neither been revoked nor expired."
             )
         return Principal(record.tenant, frozenset(record.scopes), record.key_id)
 
     async def _find(self, key_id: str) -> KeyRecord | None:
-        now = time.monotonic()
+        moment = time.monotonic()
         seen_at, known = self._cache.get(key_id, (0.0, None))
-        if known and now - seen_at < FRESH_SECONDS:
+        if known and moment - seen_at < FRESH_SECONDS:
             return known
         try:
             record = await asyncio.to_thread(self._registry.find_key, key_id)
         except StoreUnavailable:
-            if known and now - seen_at < STALE_SECONDS:
+            if known and moment - seen_at < STALE_SECONDS:
                 return known
             raise
         self._cache.pop(key_id, None)
         if record is not None:
-            self._cache[key_id] = (now, record)
+            self._cache[key_id] = (moment, record)
             while len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
         return record

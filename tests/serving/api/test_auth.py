@@ -1,6 +1,7 @@
 """Every route × every verb × every kind of key, read from the application's own route table."""
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from serving.tokens import Tokens
 from tests.serving.live import CHAT, Running, Wardrobe, running
 
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
+PARAMETER = re.compile(r"\{(\w+):\w+\}")
+EXAMPLES = {"model": "base", "namespace": "acme", "name": "support", "alias": "production"}
 ANONYMOUS_MAY = {("GET", "/health/live"), ("GET", "/health/ready")}
 
 
@@ -22,7 +25,7 @@ def routes_of(live: Running) -> list[tuple[str, dict[str, str]]]:
     app: Any = live.server.config.app
     found = [
         (
-            route.path.replace("{model:path}", "base"),
+            PARAMETER.sub(lambda found: EXAMPLES[found[1]], route.path),
             {
                 m: h.opt["scope"]
                 for h in route.route_handlers
