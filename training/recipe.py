@@ -60,6 +60,9 @@ METHOD_KEYS: dict[MethodKind, tuple[str, ...]] = {  # what a kind does not use i
 }
 
 
+DataFormat = Literal["prompt-completion", "messages", "alpaca"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSource:
     """A data set on the Hub, read file by file."""
@@ -82,6 +85,8 @@ class DataSource:
     validation_path: Name | None = None  # a second file, instead of a share
     held_out_path: Name | None = None  # and a third
     hub: HubSource | None = None
+    format: DataFormat | None = None  # without one, the columns tell
+    licence: Name | None = None  # of the rows; goes into the data card
     prompt: Name = "prompt"  # column of what the user says
     completion: Name = "completion"  # column of what is to be answered
     group: Name | None = None  # column; without one, equal texts are a group

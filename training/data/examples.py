@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from registry.jsonfile import canonical
@@ -25,6 +25,7 @@ class Example:
     turns: tuple[Turn, ...]  # ends with the user's
     completion: str
     group: str  # examples of one group are all on the same side of the split
+    where: str = field(default="", compare=False)  # FILE:LINE; a builder's have none
 
     @property
     def text(self) -> str:

@@ -1,47 +1,34 @@
-"""Read a recipe's examples and split them by group, so that no held-out group was trained on."""
+"""Split a recipe's examples by group, so that no held-out group was trained on."""
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from importlib import import_module
-from typing import Any
-
-import msgspec
+from collections.abc import Sequence
 
 from training.data.duplicates import normalise
 from training.data.examples import Data, Example, digest_examples
-from training.data.files import read_examples
-from training.errors import DataError, RecipeError
-from training.hub import fetch_data_files
+from training.data.source import Source, read_source
+from training.errors import DataError
 from training.recipe import Recipe
-
-# name → (module, function, options): a builder's package is imported when it is asked for.
-BUILDERS = {
-    "home-assistant-intents": (
-        "training.data.builders.home_assistant",
-        "build_home_assistant",
-        "HomeAssistantOptions",
-    ),
-    "icd-10-chapters": ("training.data.builders.icd10", "build_icd10", "Icd10Options"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What a recipe's source holds; None where it names no such side itself."""
-
-    train: list[Example]
-    validation: list[Example] | None = None
-    held_out: list[Example] | None = None
 
 
 def load_data(recipe: Recipe) -> Data:
-    """Return the sides of the recipe's data. Same recipe and sources, same order and digest."""
+    """Return the sides of the recipe's data. Same recipe and sources, same order and digest.
+
+    Raises DataError for the first row that cannot be used; `wardrobe data check` lists them all.
+    """
+    source = read_source(recipe)
+    if source.bad:
+        raise source.bad[0]
+    _refuse_empty(source.examples)
+    return divide(source, recipe)
+
+
+def divide(source: Source, recipe: Recipe) -> Data:
+    """Split by group what the source does not split itself, and take every repetition out."""
     data, seed = recipe.data, recipe.seed
-    source = _read(recipe)
-    train, validation, held_out = _labelled(source, data.labels)
-    _refuse_empty([*train, *validation, *held_out])
+    train, validation, held_out = (
+        list(side or ()) for side in (source.train, source.validation, source.held_out)
+    )
     if source.held_out is None:
         train, held_out = split_by_group(train, data.held_out, seed)
     held_out = _draw(_unique(held_out), data.held_out_limit, seed)
@@ -74,69 +61,12 @@ def split_by_group(
     return train, [example for example in examples if example.group in held]
 
 
-def _read(recipe: Recipe) -> Source:
-    data = recipe.data
-    if data.builder is not None:
-        return Source(_builder(data.builder)(data.options, recipe.seed))
-    if data.path is not None:
-        names = (data.path, data.validation_path, data.held_out_path)
-        paths = [recipe.folder / name if name else None for name in names]
-        rename: dict[str, str] = {}
-    else:
-        assert data.hub is not None, "the recipe was checked to have a source"
-        paths, rename = fetch_data_files(data.hub), data.hub.rename
-    train, validation, held_out = (
-        read_examples(path, data, recipe.task.system, rename) if path else None for path in paths
-    )
-    assert train is not None, "every source has rows to train on"
-    return Source(train, validation, held_out)
-
-
-def _labelled(source: Source, labels: Sequence[str]) -> tuple[list[Example], ...]:
-    """Return the three sides with the examples of these labels only; with no labels, all."""
-    sides = (source.train, source.validation or [], source.held_out or [])
-    found = {example.completion for side in sides for example in side}
-    for label in labels:
-        if label not in found:
-            raise DataError(f"data.labels names {label!r}, and no row has this completion.")
-    return tuple([e for e in side if not labels or e.completion in labels] for side in sides)
-
-
-def _builder(name: str) -> Callable[[dict[str, Any], int], list[Example]]:
-    if name not in BUILDERS:
-        raise RecipeError(f"data.builder = {name!r} is unknown. Known: {', '.join(BUILDERS)}.")
-    module_name, function, options_name = BUILDERS[name]
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"The builder {name!r} needs the package {error.name!r}, which is not installed. "
-            "Install the extra: pip install 'wardrobe[demo]'."
-        ) from error
-    return lambda options, seed: getattr(module, function)(
-        _options(getattr(module, options_name), options, name), seed
-    )
-
-
-def _options(shape: type, given: dict[str, Any], builder: str) -> Any:
-    known = [field.name for field in fields(shape)]
-    for key in given:
-        if key not in known:
-            raise RecipeError(
-                f"data.options.{key} is no option of {builder!r}. Known: {', '.join(known)}."
-            )
-    try:
-        return msgspec.convert(given, shape)
-    except msgspec.ValidationError as error:
-        raise RecipeError(f"data.options of {builder!r} are wrong: {error}.") from error
-
-
 def _refuse_empty(examples: Sequence[Example]) -> None:
     for number, example in enumerate(examples, start=1):
         if not example.text.strip() or not example.completion.strip():
             raise DataError(
-                f"Example {number} has an empty prompt or completion: {example.text!r} → "
-                f"{example.completion!r}. Take it out of the data."
+                f"{example.where or f'Example {number}'} has an empty prompt or completion: "
+                f"{example.text!r} → {example.completion!r}. Take it out of the data."
             )
 
 
