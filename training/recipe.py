@@ -103,7 +103,8 @@ class Task:
     """What is asked of the model and how an answer is judged."""
 
     system: Annotated[str, Meta(min_length=1, max_length=4000)]
-    metric: Literal["exact", "json", "label"]
+    metric: Literal["exact", "label", "json", "rouge-l", "chrf", "function"]
+    function: Annotated[str, Meta(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$")] | None = None  # FILE.py:NAME
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
 
 
@@ -168,6 +169,8 @@ class Recipe:
         value = _as_toml(self)
         for key in FILE_KEYS:
             del value["data"][key]
+        if self.task.function is not None:  # another function judges otherwise
+            value["task"]["function_sha256"] = _file_digest(self.folder, self.task.function)
         return hashlib.sha256(canonical(value)).hexdigest()
 
 
@@ -194,6 +197,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path) -> Recipe:
         raise RecipeError(f"The recipe in {folder} is wrong: {error}.") from error
     _check_source(recipe.data)
     _check_method(value.get("method", {}), recipe.method)
+    _check_task(recipe.task)
     try:
         AdapterName.parse(recipe.name)
     except InvalidName as error:
@@ -263,6 +267,21 @@ def _check_source(data: DataSource) -> None:
     for key in ("validation_path", "held_out_path"):
         if getattr(data, key) is not None and data.path is None:
             raise RecipeError(f"data.{key} needs data.path: the file to train on.")
+
+
+def _check_task(task: Task) -> None:
+    if (task.metric == "function") != (task.function is not None):
+        raise RecipeError(
+            f"task.metric is {task.metric!r} and task.function is {task.function!r}: a function "
+            'needs metric = "function" and function = "FILE.py:NAME", and only that metric has one.'
+        )
+
+
+def _file_digest(folder: Path, function: str) -> str:
+    path = folder / function.partition(":")[0]
+    if not path.is_file():
+        raise RecipeError(f"task.function = {function!r}: there is no file {path}.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_method(given: Mapping[str, Any], method: Method) -> None:

@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 
 from registry.base import BaseModel
-from training.data.examples import Example, Turn
+from training.data.duplicates import NEAR, nearest
+from training.data.examples import Data, Example, Turn
 from training.errors import TrainingError
 from training.evaluation.metrics import Score, Verdict, judge, score
 from training.progress import Progress, Report
@@ -20,6 +21,8 @@ Ask = tuple[tuple[int, ...], Path | None]
 # (model, asks, max_new_tokens, done) → greedy output ids in the order of the asks, all answered in
 # one mixed batch; `done` is told how many have ended.
 Answer = Callable[[BaseModel, Sequence[Ask], int, Callable[[int], None]], list[list[int]]]
+
+NEAR_PART, CLEAN_PART = "near_duplicate", "clean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,23 @@ class Evaluation:
     name: str
     items: tuple[Item, ...]
     score: Score
+    parts: dict[str, Score]  # of the items with a near-duplicate in training, and of the rest
+
+    @property
+    def values(self) -> list[float]:
+        return [float(item.verdict.value) for item in self.items]
+
+
+def near_duplicates(data: Data) -> list[bool]:
+    """Tell which held-out prompts have a training prompt that is nearly the same text."""
+    alike = nearest([e.text for e in data.held_out], [e.text for e in data.train])
+    return [similarity >= NEAR for similarity in alike]
 
 
 def evaluate(
     recipe: Recipe,
     held_out: Sequence[Example],
+    near: Sequence[bool],
     variants: Sequence[Variant],
     prompter: Prompter,
     answer: Answer,
@@ -71,8 +86,10 @@ def evaluate(
 ) -> list[Evaluation]:
     """Ask every variant every held-out example and judge the answers; in the variants' order.
 
-    All variants of one model are asked in one mixed batch.
+    All variants of one model are asked in one mixed batch. `near` is what `near_duplicates` says of
+    the held-out examples.
     """
+    judged = judge(recipe)
     prompts = [
         replace(prompter, system=variant.system).prompt_ids(variant.turns(example))
         for variant in variants
@@ -87,18 +104,31 @@ def evaluate(
         progress=progress,
         text=text if len(text) <= 40 else f"{len(variants)} variants",
     )
-    judged = judge(recipe.task.metric)
     results: list[Evaluation] = []
     for number, variant in enumerate(variants):
         here = slice(number * len(held_out), (number + 1) * len(held_out))
         items = tuple(
-            Item(example, said, judged(said, example.completion), len(prompt))
+            Item(example, said, judged(example, said), len(prompt))
             for example, said, prompt in zip(
                 held_out, map(prompter.answer, outputs[here]), prompts[here], strict=True
             )
         )
-        results.append(Evaluation(variant.name, items, score([i.verdict for i in items])))
+        results.append(summed_up(variant.name, items, near))
     return results
+
+
+def summed_up(name: str, items: Sequence[Item], near: Sequence[bool]) -> Evaluation:
+    """Score all items, and apart those with a near-duplicate in training and the others."""
+    parts: dict[str, Score] = {}
+    for part, wanted in ((NEAR_PART, True), (CLEAN_PART, False)):
+        chosen = [item for item, alike in zip(items, near, strict=True) if alike == wanted]
+        if chosen:
+            parts[part] = _score(chosen)
+    return Evaluation(name, tuple(items), _score(items), parts)
+
+
+def _score(items: Sequence[Item]) -> Score:
+    return score([item.verdict for item in items], [item.example.group for item in items])
 
 
 def ask_all(

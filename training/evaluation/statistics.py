@@ -89,7 +89,7 @@ def clustered_error(values: Sequence[float], groups: Sequence[Hashable]) -> floa
     The square root of G/(G − 1) · Σ_groups (Σ_items (v − mean))² / n²: Miller's equation with the
     correction for G groups. With groups of one it is the usual s / √n.
     """
-    away = np.asarray(values, dtype=float) - np.mean(values)
+    away = np.asarray(values, dtype=np.float64) - float(np.mean(values))
     sums = group_sums(away[:, None], groups)[:, 0]
     return math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) / len(away)
 
