@@ -166,7 +166,7 @@ def evaluated(
 ) -> "TrainedAdapter":
     """Answer the held-out examples with and without the adapter, in one mixed batch."""
     from serving.offline import OfflineEngines
-    from training.evaluation.evaluate import Variant, evaluate
+    from training.evaluation.evaluate import Variant, evaluate, near_duplicates
     from training.evaluation.gate import complete_card
     from training.evaluation.memory import remembered
     from training.prompt import load_prompter
@@ -182,7 +182,13 @@ def evaluated(
     with closing(OfflineEngines()) as engines:
         answer = remembered(runs / "base-answers", base, engines.answer)
         with_adapter, without = evaluate(
-            recipe, data.held_out, variants, prompter, answer, progress=report
+            recipe,
+            data.held_out,
+            variants,
+            prompter,
+            answer,
+            progress=report,
+            near=near_duplicates(data),
         )
     return complete_card(trained, recipe, with_adapter, without)
 

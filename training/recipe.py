@@ -104,7 +104,9 @@ class Task:
 
     system: Annotated[str, Meta(min_length=1, max_length=4000)]
     metric: Literal["exact", "label", "json", "rouge-l", "chrf", "function"]
-    function: Annotated[str, Meta(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$")] | None = None  # FILE.py:NAME
+    function: Annotated[str, Meta(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$")] | None = (
+        None  # FILE.py:NAME
+    )
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -20,10 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 from training.batches import MaskedSample
+from training.evaluation.evaluate import CLEAN_PART, NEAR_PART
+from training.evaluation.gate import ITEMS_FILE
 from training.evaluation.statistics import Interval
 from training.progress import Progress, Report
 from training.recipe import Recipe
 from training.train import TrainedAdapter
+
+PARTS = {NEAR_PART: "near-duplicate of a training prompt", CLEAN_PART: "clean"}
 
 
 class _Loss(ProgressColumn):
@@ -46,15 +51,23 @@ def score_table(recipe: Recipe, trained: TrainedAdapter) -> Table:
     """Return what the card says of the held-out examples: the metric with its 95 % interval."""
     metrics, gate = trained.card["metrics"], trained.card["gate"]
     table = Table(title=f"{recipe.name}: {metrics['metric']} on held-out groups")
-    for column in ("", "correct", "share (95 % interval)"):
+    for column in ("", "right", "value (95 % interval)"):
         table.add_column(column)
     for row in ("base", "adapter"):
         facts = metrics[row]
-        share = Interval(facts["value"], facts["low"], facts["high"])
-        table.add_row(row, f"{facts['correct']}/{facts['total']}", str(share))
+        table.add_row(row, *_score_cells(facts))
+        for part, of_part in facts.get("parts", {}).items():
+            table.add_row(f"  {PARTS[part]}", *_score_cells(of_part), style="dim")
+    if failed := metrics["adapter"].get("errors"):
+        table.add_row("", "", f"[red]task.function failed on {failed} answers, see {ITEMS_FILE}[/]")
     verdict = "[green]passed[/]" if gate["passed"] else f"[red]{'; '.join(gate['failures'])}[/]"
     table.add_row("gate", "", verdict)
     return table
+
+
+def _score_cells(facts: dict[str, Any]) -> tuple[str, str]:
+    share = Interval(facts["value"], facts["low"], facts["high"])
+    return f"{facts['correct']}/{facts['total']}", str(share)
 
 
 @contextmanager

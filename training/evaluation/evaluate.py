@@ -77,17 +77,17 @@ def near_duplicates(data: Data) -> list[bool]:
 def evaluate(
     recipe: Recipe,
     held_out: Sequence[Example],
-    near: Sequence[bool],
     variants: Sequence[Variant],
     prompter: Prompter,
     answer: Answer,
     *,
     progress: Report,
+    near: Sequence[bool] = (),
 ) -> list[Evaluation]:
     """Ask every variant every held-out example and judge the answers; in the variants' order.
 
-    All variants of one model are asked in one mixed batch. `near` is what `near_duplicates` says of
-    the held-out examples.
+    All variants of one model are asked in one mixed batch. Given what `near_duplicates` says of
+    the examples, the score is broken down by it, too.
     """
     judged = judge(recipe)
     prompts = [
@@ -119,11 +119,10 @@ def evaluate(
 
 def summed_up(name: str, items: Sequence[Item], near: Sequence[bool]) -> Evaluation:
     """Score all items, and apart those with a near-duplicate in training and the others."""
-    parts: dict[str, Score] = {}
-    for part, wanted in ((NEAR_PART, True), (CLEAN_PART, False)):
-        chosen = [item for item, alike in zip(items, near, strict=True) if alike == wanted]
-        if chosen:
-            parts[part] = _score(chosen)
+    by_part: dict[str, list[Item]] = {}
+    for item, alike in zip(items, near, strict=True) if near else ():
+        by_part.setdefault(NEAR_PART if alike else CLEAN_PART, []).append(item)
+    parts = {part: _score(chosen) for part, chosen in sorted(by_part.items())}
     return Evaluation(name, tuple(items), _score(items), parts)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from training.card import write_card
 from training.evaluation.evaluate import Evaluation, Item
 from training.evaluation.metrics import Score
+from training.evaluation.statistics import paired
 from training.recipe import Gate, Recipe
 from training.run import replace_file
 from training.train import TrainedAdapter
@@ -48,10 +49,12 @@ def complete_card(
 ) -> TrainedAdapter:
     """Write metrics and gate into the adapter's card, and the answers beside its folder."""
     decision = decide(recipe.gate, adapter.score, base.score if base else None)
-    metrics: dict[str, Any] = {"metric": recipe.task.metric, "adapter": _facts(adapter.score)}
+    metrics: dict[str, Any] = {"metric": recipe.task.metric, "adapter": facts_of(adapter)}
     if base is not None:
-        metrics["base"] = _facts(base.score)
+        groups = [item.example.group for item in adapter.items]
+        metrics["base"] = facts_of(base)
         metrics["gain"] = round(adapter.score.share.value - base.score.share.value, 4)
+        metrics["difference"] = rounded(asdict(paired(base.values, adapter.values, groups)))
     gate = {
         "passed": decision.passed,
         "failures": list(decision.failures),
@@ -80,11 +83,28 @@ def write_items(path: Path, adapter: Evaluation, base: Evaluation | None) -> Non
 
 
 def _answer(item: Item) -> dict[str, Any]:
-    return {"answer": item.answer, "correct": item.verdict.correct, **item.verdict.facts}
+    verdict = item.verdict
+    return {"answer": item.answer, "value": verdict.value, "correct": verdict.correct} | (
+        verdict.facts
+    )
 
 
-def _facts(score: Score) -> dict[str, Any]:
-    """Return a score as the card holds it: shares between 0 and 1."""
-    interval = {"value": score.share.value, "low": score.share.low, "high": score.share.high}
-    rounded = {key: round(value, 4) for key, value in (interval | score.details).items()}
-    return {"correct": score.correct, "total": score.total, **rounded}
+def facts_of(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as the card holds it; shares are between 0 and 1."""
+    tokens = sum(item.prompt_tokens for item in evaluation.items) / len(evaluation.items)
+    facts = _score_facts(evaluation.score) | {"prompt_tokens": round(tokens, 1)}
+    if evaluation.parts:
+        facts["parts"] = {name: _score_facts(part) for name, part in evaluation.parts.items()}
+    return facts
+
+
+def _score_facts(score: Score) -> dict[str, Any]:
+    facts = {"correct": score.correct, "total": score.total, "groups": score.groups}
+    facts |= rounded(asdict(score.share)) | {
+        "details": {name: rounded(asdict(detail)) for name, detail in score.details.items()}
+    }
+    return facts | ({"errors": score.errors} if score.errors else {})
+
+
+def rounded(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(v, 4) if isinstance(v, float) else v for key, v in facts.items()}

@@ -170,7 +170,7 @@ def chrf_judge() -> Judge:
         from sacrebleu.metrics.chrf import CHRF
     except ModuleNotFoundError as error:
         raise TrainingError(
-            'task.metric = "chrf" needs the package sacrebleu: pip install \'wardrobe[text]\'.'
+            "task.metric = \"chrf\" needs the package sacrebleu: pip install 'wardrobe[text]'."
         ) from error
     chrf = CHRF()
     return lambda example, answer: Verdict(

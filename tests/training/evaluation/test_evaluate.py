@@ -22,7 +22,7 @@ from training.train import train
 
 
 def of(correct: int, total: int) -> Score:
-    return score([Verdict(number < correct) for number in range(total)])
+    return score([Verdict(float(n < correct)) for n in range(total)], range(total))
 
 
 @pytest.mark.parametrize(
