@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from registry.contents import WEIGHTS_NAME
 from registry.errors import InvalidName
 
 DEFAULT_NAMESPACE = "default"
@@ -107,9 +106,9 @@ class Version:
         return AdapterRef(self.digest, f"{self.name}@v{self.number}")
 
     @property
-    def has_adapter(self) -> bool:
-        """Whether there is something for the engine to load; a prompt runs on the bare base."""
-        return WEIGHTS_NAME in self.files
+    def adapter(self) -> AdapterRef | None:
+        """What the engine wears for it; None for a prompt, which runs on the bare base."""
+        return None if self.kind == "prompt" else self.ref
 
     @property
     def examples(self) -> tuple[Shot, ...]:

@@ -152,7 +152,7 @@ class Registry:
             version = versions.find_content(connection, ref.digest)
         if version is None:
             raise VersionNotFound(f"No version has the digest {ref.digest} ({ref.label}).")
-        if not version.has_adapter:
+        if WEIGHTS_NAME not in version.files:
             text = f"{ref.label} is of the kind {version.kind!r}: it has no adapter to load."
             raise refused("no_adapter", text)
         return materialize(version, self._blobs, self.home / "versions")

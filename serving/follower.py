@@ -24,6 +24,7 @@ from registry.store import Registry
 from serving.engine.boundary import Engine, EngineBusy
 from serving.routing import AliasKey, FailedRollout, LiveTable
 from serving.selfcheck import self_check
+from serving.tokens import Tokens
 
 POLL_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
@@ -40,6 +41,7 @@ class Follower:
         self,
         registry: Registry,
         engine: Engine,
+        tokens: Tokens,
         base: BaseModel,
         live: LiveTable,
         *,
@@ -48,6 +50,7 @@ class Follower:
     ) -> None:
         self._registry = registry
         self._engine = engine
+        self._tokens = tokens
         self._base = base
         self._live = live
         self._server_id = server_id
@@ -163,8 +166,9 @@ class Follower:
     async def _warm_and_check(self, version: Version) -> None:
         while True:
             try:
-                await self._engine.warm(version.ref)
-                return await self_check(self._engine, version.ref)
+                if version.adapter is not None:
+                    await self._engine.warm(version.adapter)
+                return await self_check(self._engine, self._tokens, version)
             except EngineBusy:
                 # A full queue says nothing about the version; the rollout's deadline still holds.
                 await asyncio.sleep(BUSY_PAUSE_SECONDS)

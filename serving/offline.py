@@ -7,7 +7,7 @@ from pathlib import Path
 
 from registry.adapter import AdapterRef
 from registry.base import BaseModel
-from registry.upload import CONFIG_NAME, WEIGHTS_NAME
+from registry.contents import CONFIG_NAME, WEIGHTS_NAME
 from serving.engine.boundary import Engine, GenerateRequest, SamplingParams
 from serving.engine.engine import TorchEngine
 from serving.engine.settings import EngineSettings

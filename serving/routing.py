@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from registry.adapter import AdapterName, AdapterRef, Selector, Version
+from registry.adapter import AdapterName, AdapterRef, Selector, Shot, Version
 from registry.base import BaseModel
 from registry.errors import AdapterNotFound, BaseMismatch, InvalidName, WardrobeError
 from registry.store import Registry
@@ -39,6 +39,17 @@ class Route:
     fingerprint: str  # the version's digest, or the base's weights: 64 hex digits
     adapter: AdapterRef | None = None
     system_prompt: str = ""
+    examples: tuple[Shot, ...] = ()
+
+    @classmethod
+    def to(cls, version: Version) -> "Route":
+        prompt, examples = version.system_prompt, version.examples
+        return cls(version.ref.label, version.digest, version.adapter, prompt, examples)
+
+    @property
+    def only_prompt(self) -> bool:
+        """Whether all that makes it special stands before the messages."""
+        return self.adapter is None and bool(self.system_prompt or self.examples)
 
     @property
     def system_fingerprint(self) -> str:
@@ -95,8 +106,7 @@ class Router:
         """
         if self.is_base(model):
             return self.base_route
-        version = await self.version(model, principal)
-        return Route(version.ref.label, version.digest, version.ref, version.system_prompt)
+        return Route.to(await self.version(model, principal))
 
     async def version(self, model: str, principal: Principal) -> Version:
         """Return the version of a selector. Raises as `resolve` does."""

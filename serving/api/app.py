@@ -87,6 +87,7 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
         follower = Follower(
             services.registry,
             services.engine,
+            services.tokens,
             services.base,
             services.live,
             server_id=services.settings.server_id,

@@ -14,6 +14,7 @@ from serving.api.record import record_of
 from serving.api.schemas import ChatRequest, RequestDecoder
 from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
+from serving.prompt import put_before
 from serving.routing import Route
 from serving.tenants.keys import INFER
 from serving.tokens import ChatMessage, Tokens
@@ -37,11 +38,13 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
 
 async def _plan(services: Services, fields: ChatRequest, route: Route, request_id: str) -> Plan:
     context = services.engine.max_model_len
-    prompt = await services.tokens.encode_chat(messages_of(fields, route.system_prompt), context)
+    prompt = await services.tokens.encode_chat(messages_of(fields, route), context)
     asked = fields.max_completion_tokens or fields.max_tokens
     default = min(context - len(prompt), services.settings.default_max_tokens)
     wanted = asked or max(default, 1)
-    room_for_answer(prompt, wanted, context, "messages")
+    before = f"{route.label} puts {len(route.examples)} examples before your messages. "
+    note = before if route.examples else ""
+    room_for_answer(prompt, wanted, context, "messages", note)
     return make_plan(
         fields,
         [prompt],
@@ -52,16 +55,14 @@ async def _plan(services: Services, fields: ChatRequest, route: Route, request_i
     )
 
 
-def messages_of(fields: ChatRequest, system_prompt: str) -> list[ChatMessage]:
-    """Return the messages, the version's own system prompt first where the client sends none.
+def messages_of(fields: ChatRequest, route: Route) -> list[ChatMessage]:
+    """Return the messages after the version's own prompt.
 
     `developer` is the newer name of `system`; base models know only the older one.
     """
     roles = {"developer": "system"}
     messages = [ChatMessage(roles.get(m.role, m.role), m.text) for m in fields.messages]
-    if system_prompt and not any(message.role == "system" for message in messages):
-        messages.insert(0, ChatMessage("system", system_prompt))
-    return messages
+    return put_before(messages, route.system_prompt, route.examples)
 
 
 class ChatShape:

@@ -41,6 +41,13 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
 async def _plan(
     services: Services, fields: CompletionRequest, route: Route, request_id: str
 ) -> Plan:
+    if route.only_prompt:
+        raise RequestError(
+            f"{route.label} is a prompt without an adapter: it goes before the messages of a chat "
+            "and has no place in a raw prompt. Use /v1/chat/completions.",
+            param="model",
+            code="prompt_version",
+        )
     prompts = fields.prompts
     choices = len(prompts) * fields.n
     if choices > services.settings.max_choices:

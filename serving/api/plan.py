@@ -86,12 +86,14 @@ def seed_of_choice(seed: int, choice: int) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-def room_for_answer(prompt: Sequence[int], wanted: int, max_model_len: int, param: str) -> None:
+def room_for_answer(
+    prompt: Sequence[int], wanted: int, max_model_len: int, param: str, note: str = ""
+) -> None:
     """Raise PromptTooLong when prompt and answer do not fit into the context."""
     if len(prompt) + wanted > max_model_len:
         raise PromptTooLong(
             f"This model's context is {max_model_len} tokens. The prompt has {len(prompt)} "
             f"and the answer may have {wanted}, together {len(prompt) + wanted}. "
-            "Shorten the prompt or ask for fewer tokens.",
+            f"{note}Shorten the prompt or ask for fewer tokens.",
             param,
         )

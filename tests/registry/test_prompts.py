@@ -55,7 +55,7 @@ def test_a_folder_with_only_a_card_becomes_a_prompt_version(
     assert version.examples == (("lost card", "block_card"), ("PIN?", "change_pin"))
     assert version.system_prompt == "Name the intent."
     assert version.size_bytes == len(canonical(prompt_card()["prompt"]))
-    assert not version.has_adapter
+    assert version.adapter is None
     assert registry.resolve(Selector.parse("acme/support@v1")) == version
     assert registry.verify().ok
     assert not push(prompt_card(metrics={"accuracy": 0.5})).created
@@ -103,7 +103,7 @@ def test_an_adapter_may_carry_examples_and_is_another_version_with_them(
     plain = registry.push(adapter(), NAME, actor="tester").version
     prompt = {"examples": SHOTS}
     both = registry.push(adapter(card={"prompt": prompt}), NAME, actor="tester").version
-    assert (both.kind, both.has_adapter, len(both.examples)) == ("lora", True, 2)
+    assert (both.kind, both.adapter, len(both.examples)) == ("lora", both.ref, 2)
     assert both.digest != plain.digest
     assert both.files == plain.files
     assert (registry.fetch(both.ref) / "adapter_model.safetensors").is_file()

@@ -17,6 +17,7 @@ from safetensors.torch import save_file as save_torch_file
 
 from registry.base import BaseModel, Bases
 from registry.errors import BaseMismatch, BaseNotFound, Refused
+from registry.lora import AdapterConfig
 from registry.tensors import ADAPTER_BOUNDS, read_header
 from registry.upload import check_files, copy_upload
 from registry.validate import Checked, largest_magnitude, validate
@@ -32,6 +33,11 @@ def gate(folder: Path, bases: Bases, tmp_path: Path, base: str | None = None) ->
     staging.mkdir()
     copy_upload(folder, staging)
     return validate(staging, bases, base=base)
+
+
+def config_of(checked: Checked) -> AdapterConfig:
+    assert checked.config is not None
+    return checked.config
 
 
 def codes(error: pytest.ExceptionInfo[Refused]) -> set[str]:
@@ -52,7 +58,7 @@ def test_a_good_adapter_passes_without_a_warning(
     assert checked.warnings == ()
     assert checked.rank == 4
     assert checked.base == base
-    assert checked.config.base_id == BASE_ID
+    assert config_of(checked).base_id == BASE_ID
 
 
 # Configs that name what cannot be served, or that could run code or open a file.
@@ -469,10 +475,10 @@ def test_the_base_comes_from_the_caller_the_card_or_the_config(
 ) -> None:
     local = {"base_model_name_or_path": "/home/me/base"}
     by_card = adapter(config=local, card={"base": {"id": BASE_ID}})
-    assert gate(by_card, bases, tmp_path).config.base_id == BASE_ID
+    assert config_of(gate(by_card, bases, tmp_path)).base_id == BASE_ID
     (tmp_path / "caller").mkdir()
     checked = gate(adapter(config=local), bases, tmp_path / "caller", base=BASE_ID)
-    assert checked.config.to_json()["base_model_name_or_path"] == BASE_ID
+    assert config_of(checked).to_json()["base_model_name_or_path"] == BASE_ID
 
 
 def test_a_caller_who_names_another_base_than_the_card_is_told_so(
@@ -538,7 +544,7 @@ def test_targeted_modules_without_tensors_are_a_warning(
     folder = adapter(tensors=only_q, config={"target_modules": "(a+)+$"})
     checked = gate(folder, bases, tmp_path / "b")
     assert [code for code, _ in checked.warnings] == ["targets_written_out"]
-    assert checked.config.to_json()["target_modules"] == [Q]
+    assert config_of(checked).to_json()["target_modules"] == [Q]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

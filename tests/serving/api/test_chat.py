@@ -1,11 +1,15 @@
 from serving.api.chat import messages_of
 from serving.api.plan import seed_of_choice
 from serving.api.schemas import ChatRequest, Message, TextPart
+from serving.routing import Route
 
 
-def said(*messages: Message, system_prompt: str = "be brief") -> list[tuple[str, str]]:
+def said(
+    *messages: Message, system_prompt: str = "be brief", examples: tuple[tuple[str, str], ...] = ()
+) -> list[tuple[str, str]]:
     request = ChatRequest(model="m", messages=list(messages))
-    return [(m.role, m.content) for m in messages_of(request, system_prompt)]
+    route = Route("acme/support@v1", "0" * 64, system_prompt=system_prompt, examples=examples)
+    return [(m.role, m.content) for m in messages_of(request, route)]
 
 
 def test_a_version_s_system_prompt_comes_first_where_the_request_has_none() -> None:
@@ -17,6 +21,23 @@ def test_a_request_s_own_system_prompt_wins_under_either_name() -> None:
     for role in ("system", "developer"):
         messages = (Message(role, "mine"), Message("user", "hi"))
         assert said(*messages) == [("system", "mine"), ("user", "hi")]
+
+
+def test_a_version_s_examples_are_turns_between_the_system_text_and_the_messages() -> None:
+    shots = (("lost card", "block_card"), ("PIN?", "change_pin"))
+    turns = [
+        ("user", "lost card"),
+        ("assistant", "block_card"),
+        ("user", "PIN?"),
+        ("assistant", "change_pin"),
+    ]
+    assert said(Message("user", "hi"), examples=shots) == [
+        ("system", "be brief"),
+        *turns,
+        ("user", "hi"),
+    ]
+    own = (Message("developer", "mine"), Message("user", "hi"))
+    assert said(*own, examples=shots) == [("system", "mine"), *turns, ("user", "hi")]
 
 
 def test_text_parts_are_one_text() -> None:
