@@ -13,15 +13,13 @@ from rich.table import Table
 
 from registry import commands as registry_commands
 from registry.adapter import AdapterName
-from registry.base import BaseModel
+from registry.base import BaseModel, Bases
 from registry.commands import Home, Json, actor, clear_errors, open_registry
-from registry.errors import WardrobeError
-from registry.home import default_home
+from registry.errors import BaseNotFound, WardrobeError
+from registry.home import default_cache, default_home
 from registry.screen import print_json
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app
-from training import commands as training_commands
-from training.commands import find_base, known_bases, pull
 
 if TYPE_CHECKING:
     from training.batches import MaskedSample
@@ -40,7 +38,6 @@ app = typer.Typer(
     help="One frozen base model, a wardrobe of adapters: train, version, serve, hot-swap.",
 )
 app.add_typer(registry_commands.app)
-app.add_typer(training_commands.app)
 app.add_typer(tenants_app)
 base_app = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(base_app, name="base")
@@ -48,6 +45,26 @@ app.add_typer(key_app, name="key")
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 out = Console(soft_wrap=True)
+
+
+def known_bases() -> Bases:
+    return Bases(default_cache() / "bases")
+
+
+def find_base(spec: str) -> BaseModel:
+    """Return a base by its id; pull it when it is not on this machine yet."""
+    try:
+        return known_bases().get(spec)
+    except BaseNotFound:
+        return pull(spec)
+
+
+def pull(spec: str, base_id: str | None = None) -> BaseModel:
+    from training.base import pull_base
+    from training.screen import progress_bars
+
+    with progress_bars() as report:
+        return pull_base(spec, known_bases(), progress=report, base_id=base_id)
 
 
 @base_app.command("pull")
@@ -108,13 +125,18 @@ def train(
 ) -> None:
     """Train an adapter, judge it on held-out examples, and push it. Goes on where it stopped."""
     from training.data.load import load_data
+    from training.model import check_runnable, detect_hardware
     from training.recipe import apply_overrides, load_recipe
+    from training.results import check_pushable
     from training.screen import progress_bars, sample_panel, score_table
     from training.train import train as fit
 
     if copy_to and copy_to.exists():
         raise WardrobeError(f"--out {copy_to} is there already. Name a folder that is not.")
     chosen = apply_overrides(load_recipe(recipe), overrides or [])
+    check_runnable(chosen.method, detect_hardware())
+    if push or promote:
+        check_pushable(chosen.method)
     runs = (home or default_home()) / "runs"
     base = find_base(chosen.base)
     data = load_data(chosen)
@@ -152,18 +174,19 @@ def evaluated(
     from training.evaluation.evaluate import Variant, evaluate, near_duplicates
     from training.evaluation.gate import complete_card
     from training.evaluation.memory import remembered
+    from training.evaluation.peft_answers import with_peft
     from training.prompt import load_prompter
 
     if trained.card["metrics"]:
         return trained  # a finished run was found again, with its verdict
     system = recipe.task.system
     variants = [
-        Variant("adapter", base, system, trained.folder),
+        Variant.trained("adapter", base, system, trained.folder),
         Variant("base", base, system),
     ]
     prompter = load_prompter(base.path, system)
     with closing(OfflineEngines()) as engines:
-        answer = remembered(runs / "base-answers", base, engines.answer)
+        answer = remembered(runs / "base-answers", base, with_peft(engines.answer))
         with_adapter, without = evaluate(
             recipe,
             data.held_out,

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from registry.contents import MODEL_NAME
 from registry.errors import InvalidName
 
 DEFAULT_NAMESPACE = "default"
@@ -109,6 +110,11 @@ class Version:
     def adapter(self) -> AdapterRef | None:
         """What the engine wears for it; None for a prompt, which runs on the bare base."""
         return None if self.kind == "prompt" else self.ref
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a model of its own, which nothing can wear: see registry/whole.py."""
+        return MODEL_NAME in self.files
 
     @property
     def examples(self) -> tuple[Shot, ...]:

@@ -10,6 +10,7 @@ from registry.errors import AliasNotFound, Conflict
 from registry.records import Action, Alias, AliasMove, Event
 from registry.tables import alias_stack, aliases, events, versions
 from registry.versions import resolve
+from registry.whole import refuse_whole
 
 
 def promote(
@@ -31,6 +32,7 @@ def promote(
         raise Conflict(_moved_meanwhile(name, alias, current, expected_generation))
     if current and current.number == number:
         return AliasMove(current, number, moved=False)
+    refuse_whole(version)
     if version.gate_failures and not force:
         raise Conflict(
             f"{name}@v{number} did not pass its gate: {'; '.join(version.gate_failures)} "

@@ -211,8 +211,17 @@ def _short_text(value: object) -> str | None:
     return None if fits else "must be null or a text of at most 1024 characters"
 
 
+def _peft_type(value: object) -> str | None:
+    if value == "LORA":
+        return None
+    return (
+        "only low-rank adapters (LORA) can be worn over a shared base. Load it with peft, or "
+        "train LoRA; loha and lokr become one with peft.convert_to_lora"
+    )
+
+
 CHECKS: dict[str, Callable[[object], str | None]] = {
-    "peft_type": _one_of("LORA"),
+    "peft_type": _peft_type,
     "task_type": _one_of(None, "CAUSAL_LM"),
     "base_model_name_or_path": _short_text,
     "revision": _short_text,

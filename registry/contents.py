@@ -6,21 +6,38 @@ from registry.errors import Problem
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MODEL_NAME = "model.safetensors"
 
 ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
+WHOLE = (MODEL_NAME,)  # a full fine-tune as it is; registry/whole.py
 NO_FILES = ()  # what the card says goes before the messages is all there is
 
 # kind → the sets of files that a version of it may consist of, the usual one first
 CONTENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "lora": (ADAPTER,),
-    "full": (ADAPTER,),
+    "full": (ADAPTER, WHOLE),
     "prompt": (NO_FILES,),
+}
+
+# Files of a base model beside its weights → the most bytes of each. A whole model may bring them
+# along; they must be the base's own and are not stored again.
+COMPANIONS = {
+    "config.json": 1 << 20,
+    "generation_config.json": 1 << 20,
+    "tokenizer.json": 256 << 20,
+    "tokenizer.model": 64 << 20,
+    "tokenizer_config.json": 16 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "added_tokens.json": 16 << 20,
+    "vocab.json": 64 << 20,
+    "merges.txt": 64 << 20,
+    "chat_template.jinja": 1 << 20,
 }
 
 
 def identity_files(names: Collection[str]) -> tuple[str, ...]:
     """Return those of the names that belong to a version's identity; a README does not."""
-    return tuple(name for name in ADAPTER if name in names)
+    return tuple(name for name in (*ADAPTER, *WHOLE) if name in names)
 
 
 def check_contents(kind: str, names: Collection[str]) -> list[Problem]:

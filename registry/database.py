@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 
+from registry import tables
 from registry.errors import IntegrityError, StoreUnavailable
-from registry.schema import Schema
+from registry.migrations import upgrade
 
 BUSY_SECONDS = 5  # how long a writer waits for another process
 
@@ -17,9 +18,8 @@ BUSY_SECONDS = 5  # how long a writer waits for another process
 class Database:
     """Transactions. Safe for threads; several processes may have one SQLite file open."""
 
-    def __init__(self, url: str, schema: Schema) -> None:
+    def __init__(self, url: str) -> None:
         self.engine = _engine(url)
-        self._schema = schema
 
     def prepare(self) -> None:
         """Make the tables in a new database, upgrade an older one, refuse a newer one.
@@ -27,15 +27,21 @@ class Database:
         The caller sees to it that one process at a time does this. Waits for no writer.
         """
         with self.read() as connection:
-            found = self._schema.found(connection)
-        if found > self._schema.version:
+            new = not inspect(connection).has_table("schema")
+        if new:
+            with self.write() as connection:
+                tables.metadata.create_all(connection)
+                connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
+        with self.read() as connection:
+            found = connection.execute(select(tables.schema.c.version)).scalar_one()
+        if found < tables.SCHEMA_VERSION:
+            with self.write() as connection:
+                upgrade(connection)
+        if found > tables.SCHEMA_VERSION:
             raise StoreUnavailable(
                 f"This store has schema {found}, made by a newer wardrobe; this one knows "
-                f"{self._schema.version}. Upgrade wardrobe, or use another --home."
+                f"{tables.SCHEMA_VERSION}. Upgrade wardrobe, or use another --home."
             )
-        if found < self._schema.version:
-            with self.write() as connection:
-                self._schema.bring_up(connection)
 
     @contextmanager
     def read(self) -> Generator[Connection, None, None]:

@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 
 from registry.adapter import Shot, Version
-from registry.contents import CONFIG_NAME, WEIGHTS_NAME
+from registry.contents import CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
 from registry.jsonfile import canonical
 from registry.lora import AdapterConfig
 
-_FILE_KEYS = {CONFIG_NAME: "config", WEIGHTS_NAME: "weights"}
+_FILE_KEYS = {CONFIG_NAME: "config", WEIGHTS_NAME: "weights", MODEL_NAME: "model"}
 
 
 def config_bytes(config: AdapterConfig) -> bytes:

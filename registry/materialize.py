@@ -5,6 +5,7 @@ import hashlib
 import json
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from registry.adapter import Version
@@ -29,9 +30,10 @@ def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
     return folder
 
 
-def export(version: Version, blobs: Blobs, destination: Path) -> None:
+def export(version: Version, blobs: Blobs, destination: Path, beside: Sequence[Path] = ()) -> None:
     """Write a version to a new folder that PEFT loads and that can be pushed again.
 
+    `beside` are files of the base that go with it.
     The files get their places when all of them are written and checked.
     """
     _check_record(version)
@@ -43,6 +45,8 @@ def export(version: Version, blobs: Blobs, destination: Path) -> None:
         partial.mkdir(parents=True)
         try:
             _write_all(version, blobs, partial)
+            for path in beside:
+                shutil.copyfile(path, partial / path.name)
             for path in list(partial.iterdir()):
                 path.rename(destination / path.name)
         finally:

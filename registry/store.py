@@ -24,7 +24,7 @@ from registry.adapter import (
 from registry.base import Bases
 from registry.blobs import Blobs
 from registry.card import CARD_NAME, kind_of, system_prompt
-from registry.contents import CONFIG_NAME, WEIGHTS_NAME
+from registry.contents import COMPANIONS, CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
 from registry.database import Database, now
 from registry.errors import StoreUnavailable, VersionNotFound, refused
 from registry.jsonfile import canonical
@@ -32,7 +32,6 @@ from registry.leftovers import sweep
 from registry.lora import AdapterConfig
 from registry.manifest import config_bytes, digest_of
 from registry.materialize import export, materialize, sha256_of
-from registry.migrations import SCHEMA
 from registry.records import (
     Alias,
     AliasMove,
@@ -48,6 +47,7 @@ from registry.records import (
 from registry.upload import UploadedFile, copy_upload
 from registry.validate import Checked, validate
 from registry.verify import Progress, verify
+from registry.whole import companions, refuse_whole
 
 
 class Registry:
@@ -67,7 +67,7 @@ class Registry:
             blobs = Blobs.in_folder(home / "blobs")
             # Two processes that make the same database at once would disturb each other.
             with FileLock(home / ".open.lock"):
-                database = Database(f"sqlite:///{home / 'registry.sqlite'}", SCHEMA)
+                database = Database(f"sqlite:///{home / 'registry.sqlite'}")
                 database.prepare()
         except OSError as error:
             raise StoreUnavailable(
@@ -153,15 +153,20 @@ class Registry:
             version = versions.find_content(connection, ref.digest)
         if version is None:
             raise VersionNotFound(f"No version has the digest {ref.digest} ({ref.label}).")
+        refuse_whole(version)
         if WEIGHTS_NAME not in version.files:
             text = f"{ref.label} is of the kind {version.kind!r}: it has no adapter to load."
             raise refused("no_adapter", text)
         return materialize(version, self._blobs, self.home / "versions")
 
     def pull(self, selector: Selector, destination: Path) -> Version:
-        """Write a version to a new folder, with its card and README."""
+        """Write a version to a new folder, with its card and README.
+
+        A whole model gets the base's configuration and tokenizer beside it, so that it runs.
+        """
         version = self.resolve(selector)
-        export(version, self._blobs, destination)
+        beside = companions(self.bases.get(version.base_id)) if version.is_whole else []
+        export(version, self._blobs, destination, beside)
         return version
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
@@ -355,7 +360,8 @@ def _write_config(staging: Path, config: AdapterConfig) -> UploadedFile:
 
 
 def _describe(name: AdapterName, checked: Checked, files: dict[str, UploadedFile]) -> Version:
-    stored = {file_name: file for file_name, file in files.items() if file_name != CARD_NAME}
+    beside = (CARD_NAME, *COMPANIONS)
+    stored = {file_name: file for file_name, file in files.items() if file_name not in beside}
     version = Version(
         name=name,
         number=0,  # given when the row is written
@@ -375,8 +381,9 @@ def _describe(name: AdapterName, checked: Checked, files: dict[str, UploadedFile
 
 def _size(checked: Checked, files: dict[str, UploadedFile]) -> int:
     """Return the bytes that make the version special: its weights, else its prompt."""
-    if WEIGHTS_NAME in files:
-        return files[WEIGHTS_NAME].size
+    for file_name in (WEIGHTS_NAME, MODEL_NAME):
+        if file_name in files:
+            return files[file_name].size
     return len(canonical(checked.card["prompt"]))
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from registry.errors import Refused, refused
 from registry.jsonfile import parse_object, read_object
 
@@ -110,6 +112,24 @@ def read_chunks(tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes]:
                 raise refused("offsets_invalid", f"{tensor.path} ends inside {tensor.name!r}.")
             left -= len(data)
             yield data
+
+
+def largest_magnitude(tensor: Tensor) -> float:
+    """Return the largest absolute value, infinity when any value is NaN or infinite.
+
+    Works on the bits: without the sign bit, IEEE 754 numbers are ordered like integers.
+    """
+    kind = np.dtype("<u4" if tensor.dtype == "F32" else "<u2")
+    largest = 0
+    for chunk in read_chunks(tensor):
+        bits = np.frombuffer(chunk, kind) & kind.type((1 << (8 * kind.itemsize - 1)) - 1)
+        largest = max(largest, int(bits.max(initial=0)))
+    if tensor.dtype == "F16":
+        value = float(np.array(largest, np.uint16).view(np.float16))
+    else:
+        shift = 16 if tensor.dtype == "BF16" else 0
+        value = float(np.array(largest << shift, np.uint32).view(np.float32))
+    return value if np.isfinite(value) else float("inf")
 
 
 def _read_header_json(path: Path, bounds: Bounds) -> tuple[dict[str, Any], int, int]:

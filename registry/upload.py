@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.contents import CONFIG_NAME, WEIGHTS_NAME
+from registry.contents import COMPANIONS, CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
 from registry.errors import NotFound, Problem, Refused, StoreUnavailable, refused
 
 MAX_FILES = 1000
@@ -17,6 +17,8 @@ ALLOWED = {
     WEIGHTS_NAME: 2 << 30,
     "wardrobe.json": 1 << 20,
     "README.md": 1 << 20,
+    MODEL_NAME: 16 << 30,
+    **COMPANIONS,
 }
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".zip", ".gguf")
 # First bytes of formats that run code when they are opened, or that hide other files.
@@ -104,7 +106,7 @@ def _check_head(path: Path) -> list[Problem]:
         head = file.read(8)
     found = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
     # A safetensors length whose low bytes look like a magic number is told apart by what follows.
-    if found is None or (head[2:] == b"\0" * 6 and path.name == WEIGHTS_NAME):
+    if found is None or (head[2:] == b"\0" * 6 and path.suffix == ".safetensors"):
         return []
     return [("pickle_refused", f"{path.name} is {found}: convert the adapter to safetensors.")]
 

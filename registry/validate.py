@@ -14,12 +14,21 @@ import numpy as np
 from registry.base import BaseModel, Bases
 from registry.card import CARD_NAME, MAX_CARD_BYTES, check_card, kind_of
 from registry.config import MAX_RANK
-from registry.contents import ADAPTER, CONFIG_NAME, WEIGHTS_NAME, check_contents, identity_files
+from registry.contents import (
+    ADAPTER,
+    COMPANIONS,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    WHOLE,
+    check_contents,
+    identity_files,
+)
 from registry.errors import BaseMismatch, Problem, Refused, refused
 from registry.jsonfile import read_object
 from registry.lora import TENSOR_NAME, AdapterConfig, lora_modules
-from registry.tensors import ADAPTER_BOUNDS, Tensor, read_chunks, read_header
+from registry.tensors import ADAPTER_BOUNDS, Tensor, largest_magnitude, read_header
 from registry.upload import ALLOWED
+from registry.whole import check_whole
 
 T = TypeVar("T")
 _MISFITS = ("shape_mismatch", "module_not_in_base", "base_mismatch")
@@ -44,16 +53,25 @@ def validate(folder: Path, bases: Bases, *, base: str | None = None) -> Checked:
     problem found; BaseNotFound when the base model it names is not on this machine.
     """
     problems: list[Problem] = []
-    found = identity_files([path.name for path in folder.iterdir()])
+    names = [path.name for path in folder.iterdir()]
+    found = identity_files(names)
     card = _collect(problems, lambda: _read_card(folder))
     if card is not None and (wrong := check_contents(kind_of(card), found)):
         raise _refusal(wrong)
+    if found != WHOLE:
+        problems += [
+            ("file_unexpected", f"{name} belongs to a whole model, not to an adapter: take it out.")
+            for name in sorted(COMPANIONS.keys() & set(names))
+        ]
     if found == ADAPTER:
         return _validate_adapter(folder, card, problems, bases, base)
-    if card is None:
+    if card is None or problems:
         raise _refusal(problems)
     model = bases.get(_base_id(None, card, base))
-    if problems := _check_structure(card, model):
+    problems += _check_structure(card, model)
+    if found == WHOLE:
+        problems += check_whole(folder, model)
+    if problems:
         raise _refusal(problems)
     return Checked(None, card, model, 0, tuple(_weights_warning(card, model)))
 
@@ -224,24 +242,6 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[list[Problem], list[Probl
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
         warnings.append(("mixed_dtypes", "The tensors have different dtypes."))
     return problems, warnings
-
-
-def largest_magnitude(tensor: Tensor) -> float:
-    """Return the largest absolute value, infinity when any value is NaN or infinite.
-
-    Works on the bits: without the sign bit, IEEE 754 numbers are ordered like integers.
-    """
-    kind = np.dtype("<u4" if tensor.dtype == "F32" else "<u2")
-    largest = 0
-    for chunk in read_chunks(tensor):
-        bits = np.frombuffer(chunk, kind) & kind.type((1 << (8 * kind.itemsize - 1)) - 1)
-        largest = max(largest, int(bits.max(initial=0)))
-    if tensor.dtype == "F16":
-        value = float(np.array(largest, np.uint16).view(np.float16))
-    else:
-        shift = 16 if tensor.dtype == "BF16" else 0
-        value = float(np.array(largest << shift, np.uint32).view(np.float32))
-    return value if np.isfinite(value) else float("inf")
 
 
 def _weights_warning(card: dict[str, Any], model: BaseModel) -> list[Problem]:

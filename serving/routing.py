@@ -13,6 +13,7 @@ from registry.adapter import AdapterName, AdapterRef, Selector, Shot, Version
 from registry.base import BaseModel
 from registry.errors import AdapterNotFound, BaseMismatch, InvalidName, WardrobeError
 from registry.store import Registry
+from registry.whole import refuse_whole
 from serving.tenants.access import Access
 from serving.tenants.keys import Principal
 
@@ -101,8 +102,7 @@ class Router:
     async def resolve(self, model: str, principal: Principal) -> Route:
         """Return what `model` means now, for this caller.
 
-        Raises NotFound, BaseMismatch, ModelNotLive, StoreUnavailable; never falls back to the
-        base.
+        Raises NotFound, Refused, ModelNotLive, StoreUnavailable; never falls back to the base.
         """
         if self.is_base(model):
             return self.base_route
@@ -118,6 +118,7 @@ class Router:
         else:
             version = self._pinned.get(selector) or await self._pin(selector)
         self._check_base(version)
+        refuse_whole(version)
         return version
 
     async def _pin(self, selector: Selector) -> Version:

@@ -23,6 +23,7 @@ def new_card(
     hardware: Hardware,
     seconds: float,
     loss: float,
+    conversion: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the card of an adapter that is trained and not judged yet."""
     return {
@@ -43,6 +44,7 @@ def new_card(
             "device": hardware.device,
             "dtype": hardware.dtype,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+            **({"conversion": conversion} if conversion else {}),
         },
         "recipe": {
             "name": recipe.name,

@@ -52,7 +52,7 @@ def load_prompter(base: Path, system: str) -> Prompter:
             f"The base model in {base} has no chat template, so nothing says where an answer "
             "ends. Put its chat_template.jinja into the folder, or take an instruct model."
         )
-    return Prompter(tokenizer, system, _end_of_turn(tokenizer, _stop_ids(base, tokenizer), base))
+    return Prompter(tokenizer, system, _end_of_turn(tokenizer, stop_ids(base, tokenizer), base))
 
 
 def _render(tokenizer: Any, system: str, turns: Sequence[Turn]) -> list[int]:
@@ -63,7 +63,7 @@ def _render(tokenizer: Any, system: str, turns: Sequence[Turn]) -> list[int]:
     )
 
 
-def _stop_ids(base: Path, tokenizer: Any) -> set[int]:
+def stop_ids(base: Path, tokenizer: Any) -> set[int]:
     """Return the ids that end a generation: of the generation config and of the tokenizer."""
     stops: set[int] = set()
     if tokenizer.eos_token_id is not None:

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from registry.adapter import AdapterName
+from registry.config import MAX_RANK
 from registry.errors import InvalidName
 from registry.jsonfile import canonical
 from training.errors import RecipeError
@@ -44,12 +45,12 @@ _LORA_KEYS = ("r", "alpha", "dropout", "targets")
 METHOD_KEYS: dict[MethodKind, tuple[str, ...]] = {  # what a kind does not use is refused by name
     "lora": _LORA_KEYS,
     "rslora": _LORA_KEYS,
-    "dora": _LORA_KEYS,
+    "dora": (*_LORA_KEYS, "max_rank"),
     "pissa": _LORA_KEYS,
     "olora": _LORA_KEYS,
     "eva": _LORA_KEYS,
-    "loha": ("r", "alpha", "targets"),
-    "lokr": ("r", "alpha", "targets"),
+    "loha": ("r", "alpha", "targets", "max_rank"),
+    "lokr": ("r", "alpha", "targets", "max_rank"),
     "ia3": (),
     "prompt-tuning": ("tokens",),
     "prefix-tuning": ("tokens",),
@@ -115,10 +116,11 @@ class Method:
     """How the model is made to answer differently. Each kind uses some of the keys: METHOD_KEYS."""
 
     kind: MethodKind = "lora"
-    r: Annotated[int, Meta(ge=1, le=256)] = 16
+    r: Annotated[int, Meta(ge=1, le=MAX_RANK)] = 16
     alpha: Annotated[int, Meta(ge=1, le=1024)] = 32
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | tuple[Name, ...] = "all-linear"
+    max_rank: Annotated[int, Meta(ge=1, le=MAX_RANK)] = 64  # of the LoRA that is made of it
     tokens: Annotated[int, Meta(ge=1, le=1024)] = 20
 
     @property
@@ -292,6 +294,12 @@ def _check_method(given: Mapping[str, Any], method: Method) -> None:
         raise RecipeError(
             f"method.{unused[0]} does nothing for method.kind = {method.kind!r}, which uses "
             f"{', '.join(used) or 'no other key'}. Take it out."
+        )
+    if method.kind in ("pissa", "olora", "eva") and 2 * method.r > MAX_RANK:
+        raise RecipeError(
+            f"method.r = {method.r} is too large for method.kind = {method.kind!r}: its adapter "
+            f"has up to twice that rank, and {MAX_RANK} is the highest. Give {MAX_RANK // 2} or "
+            "less."
         )
 
 

@@ -16,16 +16,19 @@ from transformers import (
 )
 
 from registry.base import BaseModel
-from training.adapter_files import write_adapter
 from training.batches import MaskedSample, Schedule, collate, encode_examples, masked_sample
 from training.card import new_card, read_card, write_card
+from training.conversion import starting_weights
 from training.data.examples import Data
-from training.model import Hardware, detect_hardware, load_lora_model
+from training.model import Batch, Hardware, check_runnable, detect_hardware, load_model
 from training.progress import Report, own_progress_only
 from training.prompt import load_prompter
 from training.recipe import Recipe
+from training.results import write_result
 from training.run import Run, open_run
 from training.steps import StepLog
+
+FIRST_ROWS = 128  # that EVA looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +59,23 @@ def train(
     Raises DataError, RunFailed, BaseUnavailable.
     """
     hardware = hardware or detect_hardware()
+    check_runnable(recipe.method, hardware)
     prompter = load_prompter(base.path, recipe.task.system)
     samples, dropped = encode_examples(data.train, prompter, recipe.train)
     show(masked_sample(samples, prompter))
     with open_run(runs, run_facts(recipe, data, base, hardware)) as run:
         reused = run.finished
         if not reused:
-            model = load_lora_model(base.path, recipe.method, hardware, recipe.seed)
             rows = Schedule(samples, recipe.train.steps * recipe.train.batch_size, recipe.seed)
+            first = _first_batches(rows, prompter.end_of_turn)
+            model = load_model(base.path, recipe.method, hardware, recipe.seed, first)
+            start = starting_weights(model, recipe.method)
             seconds, loss = _fit(recipe, model, rows, prompter.end_of_turn, run, hardware, progress)
             prepared = run.folder / "adapter.partial"
             shutil.rmtree(prepared, ignore_errors=True)
-            write_adapter(model, recipe.method, base.id, prepared)
-            write_card(prepared, new_card(recipe, data, base, hardware, seconds, loss))
+            conversion = write_result(model, recipe.method, start, base, prepared)
+            card = new_card(recipe, data, base, hardware, seconds, loss, conversion)
+            write_card(prepared, card)
             run.publish(prepared)
         card = _card_of(run.adapter, recipe, data, base, hardware)
         return TrainedAdapter(run.adapter, card, dropped, reused)
@@ -85,7 +92,8 @@ def _card_of(
     lineage = card["lineage"]
     if lineage["recipe_sha256"] != recipe.digest:
         seconds, loss = lineage["seconds"], lineage["final_loss"]
-        card = new_card(recipe, data, base, hardware, seconds, loss)
+        conversion = lineage.get("conversion")
+        card = new_card(recipe, data, base, hardware, seconds, loss, conversion)
         write_card(folder, card)
     return card
 
@@ -102,6 +110,12 @@ def run_facts(recipe: Recipe, data: Data, base: BaseModel, hardware: Hardware) -
         "hardware": asdict(hardware),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
+
+
+def _first_batches(rows: Schedule, pad_id: int) -> list[Batch]:
+    """Return rows of the schedule in batches, for what looks at data before the first step."""
+    chosen = [rows[i] for i in range(min(len(rows), FIRST_ROWS))]
+    return [collate(chosen[i : i + 32], pad_id) for i in range(0, len(chosen), 32)]
 
 
 def _fit(
@@ -145,7 +159,7 @@ def training_arguments(recipe: Recipe, folder: Path, hardware: Hardware) -> Trai
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
-        bf16=hardware.bf16,
+        bf16=hardware.autocast(recipe.method.kind),
         use_cpu=hardware.device == "cpu",
         full_determinism=hardware.device == "cuda",
         seed=recipe.seed,

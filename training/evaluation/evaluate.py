@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from registry.base import BaseModel
+from registry.contents import MODEL_NAME
 from training.data.duplicates import NEAR, nearest
 from training.data.examples import Data, Example, Turn
 from training.errors import TrainingError
@@ -13,6 +14,7 @@ from training.evaluation.metrics import Score, Verdict, judge, score
 from training.progress import Progress, Report
 from training.prompt import Prompter
 from training.recipe import Recipe
+from training.whole import as_model
 
 # What is asked of a model: prompt ids, and the adapter folder to wear or None for the model as it
 # is.
@@ -34,6 +36,13 @@ class Variant:
     system: str
     adapter: Path | None = None  # a folder in PEFT's format
     examples: tuple[tuple[str, str], ...] = ()  # (user, assistant) turns before the question
+
+    @classmethod
+    def trained(cls, name: str, base: BaseModel, system: str, folder: Path) -> "Variant":
+        """Return what a run left in `folder`: an adapter of the base, or a model of its own."""
+        if (folder / MODEL_NAME).is_file():
+            return cls(name, as_model(base, folder), system)
+        return cls(name, base, system, folder)
 
     def turns(self, example: Example) -> tuple[Turn, ...]:
         shots = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from training.card import write_card
+from training.conversion import Conversion
 from training.evaluation.evaluate import Evaluation, Item
 from training.evaluation.metrics import Score
 from training.evaluation.statistics import paired
@@ -55,9 +56,11 @@ def complete_card(
         metrics["base"] = facts_of(base)
         metrics["gain"] = round(adapter.score.share.value - base.score.share.value, 4)
         metrics["difference"] = rounded(asdict(paired(base.values, adapter.values, groups)))
+    lost = trained.card["lineage"].get("conversion")
+    failures = [*(Conversion(**lost).failures if lost else ()), *decision.failures]
     gate = {
-        "passed": decision.passed,
-        "failures": list(decision.failures),
+        "passed": not failures,
+        "failures": failures,
         "rules": asdict(recipe.gate),
     }
     card = trained.card | {"metrics": metrics, "gate": gate}

@@ -1,0 +1,102 @@
+"""Answers of adapters that the serving engine cannot wear, by PEFT's own generate.
+
+Slower than the engine, one adapter after the other; with the same greedy rule and the same ends.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from registry.base import BaseModel
+from registry.contents import CONFIG_NAME
+from training.evaluation.evaluate import Answer, Ask
+from training.model import detect_hardware, load_base, peft_without_advice
+from training.progress import own_progress_only
+from training.prompt import stop_ids
+
+BATCH = 16
+
+
+def with_peft(engine: Answer) -> Answer:
+    """Return an `Answer` that leaves to `engine` all it can wear, and asks PEFT for the rest."""
+
+    def run(
+        model: BaseModel, asks: Sequence[Ask], max_new_tokens: int, done: Callable[[int], None]
+    ) -> list[list[int]]:
+        slow = [place for place, (_, folder) in enumerate(asks) if folder and not is_lora(folder)]
+        if not slow:
+            return engine(model, asks, max_new_tokens, done)
+        fast = [place for place in range(len(asks)) if place not in set(slow)]
+        answers: dict[int, list[int]] = {}
+        for places, answer in ((fast, engine), (slow, answer_by_peft)):
+            before = len(answers)
+            told = [asks[place] for place in places]
+            said = answer(model, told, max_new_tokens, lambda n, before=before: done(before + n))
+            answers |= dict(zip(places, said, strict=True))
+        return [answers[place] for place in range(len(asks))]
+
+    return run
+
+
+def is_lora(folder: Path) -> bool:
+    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["peft_type"] == "LORA"
+
+
+def answer_by_peft(
+    model: BaseModel, asks: Sequence[Ask], max_new_tokens: int, done: Callable[[int], None]
+) -> list[list[int]]:
+    """Return the greedy output ids of each ask, in order; `done` hears how many have ended."""
+    tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
+    stops = sorted(stop_ids(model.path, tokenizer))
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(asks)), key=lambda place: str(asks[place][1]))
+    for folder, group in groupby(order, key=lambda place: asks[place][1]):
+        # Prompts of like length together, so that little is padding.
+        places = sorted(group, key=lambda place: len(asks[place][0]))
+        with _wearing(model, folder) as worn:
+            for start in range(0, len(places), BATCH):
+                batch = places[start : start + BATCH]
+                said = _generate(worn, [asks[place][0] for place in batch], max_new_tokens, stops)
+                answers |= dict(zip(batch, said, strict=True))
+                done(len(answers))
+    return [answers[place] for place in range(len(asks))]
+
+
+@contextmanager
+def _wearing(base: BaseModel, folder: Path | None) -> Iterator[Any]:
+    hardware = detect_hardware()
+    with own_progress_only(), peft_without_advice():
+        model = load_base(base.path, hardware.dtype).to(hardware.device)
+        yield (PeftModel.from_pretrained(model, str(folder)) if folder else model).eval()
+
+
+def _generate(
+    model: Any, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stops: list[int]
+) -> list[list[int]]:
+    """Continue a batch, padded on the left; each answer ends with its first stop token."""
+    length = max(len(prompt) for prompt in prompts)
+    padding = [length - len(prompt) for prompt in prompts]
+    ids = [[stops[0]] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * pad + [1] * (length - pad) for pad in padding]
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )
+    return [_ended(row, stops) for row in output[:, length:].tolist()]
+
+
+def _ended(ids: list[int], stops: list[int]) -> list[int]:
+    end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:end]

@@ -1,0 +1,42 @@
+"""Write what a run has trained, in the form in which it is kept."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from registry.base import BaseModel
+from training.adapter_files import write_as_peft, write_lora
+from training.conversion import Weights, plain_lora
+from training.errors import RecipeError
+from training.recipe import Method
+from training.whole import write_whole
+
+NOT_LOW_RANK = ("ia3", "prompt-tuning", "prefix-tuning")  # kinds that no LoRA can stand for
+
+
+def check_pushable(method: Method) -> None:
+    """Raise RecipeError where the registry will not take what the method makes."""
+    if method.kind in NOT_LOW_RANK:
+        raise RecipeError(
+            f"method.kind = {method.kind!r} makes no low-rank adapter, and the serving engine "
+            "wears no other yet. Train it without --push: it is judged all the same, and PEFT "
+            "loads the folder. To serve, use method.kind = 'lora'."
+        )
+
+
+def write_result(
+    model: Any, method: Method, start: Weights, base: BaseModel, folder: Path
+) -> dict[str, Any] | None:
+    """Write the model's adapter, or the model itself for `full`, into a new folder.
+
+    Returns what the card says of a conversion that is not exact, else None.
+    """
+    if method.kind == "full":
+        write_whole(model, base, folder)
+        return None
+    if method.kind in NOT_LOW_RANK:
+        write_as_peft(model, base.id, folder)
+        return None
+    lora, conversion = plain_lora(model, method, start)
+    write_lora(lora, base.id, folder)
+    return asdict(conversion) if conversion else None
