@@ -13,13 +13,15 @@ from rich.table import Table
 
 from registry import commands as registry_commands
 from registry.adapter import AdapterName
-from registry.base import BaseModel, Bases
+from registry.base import BaseModel
 from registry.commands import Home, Json, actor, clear_errors, open_registry
-from registry.errors import BaseNotFound, WardrobeError
-from registry.home import default_cache, default_home
+from registry.errors import WardrobeError
+from registry.home import default_home
 from registry.screen import print_json
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app
+from training import commands as training_commands
+from training.commands import find_base, known_bases, pull
 
 if TYPE_CHECKING:
     from training.batches import MaskedSample
@@ -38,6 +40,7 @@ app = typer.Typer(
     help="One frozen base model, a wardrobe of adapters: train, version, serve, hot-swap.",
 )
 app.add_typer(registry_commands.app)
+app.add_typer(training_commands.app)
 app.add_typer(tenants_app)
 base_app = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(base_app, name="base")
@@ -45,26 +48,6 @@ app.add_typer(key_app, name="key")
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 out = Console(soft_wrap=True)
-
-
-def known_bases() -> Bases:
-    return Bases(default_cache() / "bases")
-
-
-def find_base(spec: str) -> BaseModel:
-    """Return a base by its id; pull it when it is not on this machine yet."""
-    try:
-        return known_bases().get(spec)
-    except BaseNotFound:
-        return pull(spec)
-
-
-def pull(spec: str, base_id: str | None = None) -> BaseModel:
-    from training.base import pull_base
-    from training.screen import progress_bars
-
-    with progress_bars() as report:
-        return pull_base(spec, known_bases(), progress=report, base_id=base_id)
 
 
 @base_app.command("pull")

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 
-from registry import tables
 from registry.errors import IntegrityError, StoreUnavailable
-from registry.migrations import upgrade
+from registry.schema import Schema
 
 BUSY_SECONDS = 5  # how long a writer waits for another process
 
@@ -18,8 +17,9 @@ BUSY_SECONDS = 5  # how long a writer waits for another process
 class Database:
     """Transactions. Safe for threads; several processes may have one SQLite file open."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, schema: Schema) -> None:
         self.engine = _engine(url)
+        self._schema = schema
 
     def prepare(self) -> None:
         """Make the tables in a new database, upgrade an older one, refuse a newer one.
@@ -27,21 +27,15 @@ class Database:
         The caller sees to it that one process at a time does this. Waits for no writer.
         """
         with self.read() as connection:
-            new = not inspect(connection).has_table("schema")
-        if new:
-            with self.write() as connection:
-                tables.metadata.create_all(connection)
-                connection.execute(insert(tables.schema).values(version=tables.SCHEMA_VERSION))
-        with self.read() as connection:
-            found = connection.execute(select(tables.schema.c.version)).scalar_one()
-        if found < tables.SCHEMA_VERSION:
-            with self.write() as connection:
-                upgrade(connection)
-        if found > tables.SCHEMA_VERSION:
+            found = self._schema.found(connection)
+        if found > self._schema.version:
             raise StoreUnavailable(
                 f"This store has schema {found}, made by a newer wardrobe; this one knows "
-                f"{tables.SCHEMA_VERSION}. Upgrade wardrobe, or use another --home."
+                f"{self._schema.version}. Upgrade wardrobe, or use another --home."
             )
+        if found < self._schema.version:
+            with self.write() as connection:
+                self._schema.bring_up(connection)
 
     @contextmanager
     def read(self) -> Generator[Connection, None, None]:

@@ -1,15 +1,10 @@
-"""How a store of an older schema becomes one of today's: one step a version, all or nothing.
+"""What changed from one schema of the registry's database to the next."""
 
-A step says what it changes in its own words, never through `registry.tables`: those move on.
-"""
-
-from collections.abc import Callable
-
-from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import Column, Connection, String, select, update
+from sqlalchemy import Column, String
 
-from registry.tables import schema
+from registry import tables
+from registry.schema import Schema
 
 
 def _keys_expire_and_adapters_are_shared(op: Operations) -> None:
@@ -23,14 +18,4 @@ def _keys_expire_and_adapters_are_shared(op: Operations) -> None:
     )
 
 
-# version → the step from the one before it
-STEPS: dict[int, Callable[[Operations], None]] = {2: _keys_expire_and_adapters_are_shared}
-
-
-def upgrade(connection: Connection) -> None:
-    """Run the steps that are missing, in the caller's transaction."""
-    found = connection.execute(select(schema.c.version)).scalar_one()
-    operations = Operations(MigrationContext.configure(connection))
-    for version in range(found + 1, max(STEPS) + 1):
-        STEPS[version](operations)
-        connection.execute(update(schema).values(version=version))
+SCHEMA = Schema(tables.metadata, {2: _keys_expire_and_adapters_are_shared})

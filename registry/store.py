@@ -32,6 +32,7 @@ from registry.leftovers import sweep
 from registry.lora import AdapterConfig
 from registry.manifest import config_bytes, digest_of
 from registry.materialize import export, materialize, sha256_of
+from registry.migrations import SCHEMA
 from registry.records import (
     Alias,
     AliasMove,
@@ -67,7 +68,7 @@ class Registry:
             blobs = Blobs.in_folder(home / "blobs")
             # Two processes that make the same database at once would disturb each other.
             with FileLock(home / ".open.lock"):
-                database = Database(f"sqlite:///{home / 'registry.sqlite'}")
+                database = Database(f"sqlite:///{home / 'registry.sqlite'}", SCHEMA)
                 database.prepare()
         except OSError as error:
             raise StoreUnavailable(

@@ -14,11 +14,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION = 2
-
 metadata = MetaData()
-
-schema = Table("schema", metadata, Column("version", Integer, nullable=False))
 
 versions = Table(
     "versions",

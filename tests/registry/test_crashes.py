@@ -42,12 +42,22 @@ def kill_campaign(root: Path, bases: Bases, kills: int, rng: random.Random) -> i
         for seed in range(kills):
             zygote.stdin.write(f"{seed}\n")
             zygote.stdin.flush()
+            before = log.stat().st_size if log.exists() else 0
             worker = int(zygote.stdout.readline())
+            if seed % 2:  # every second one gets something acknowledged, however slow the machine
+                wait_for_growth(log, before)
             time.sleep(rng.uniform(0.02, 0.25))
             os.kill(worker, signal.SIGKILL)
             if seed % 20 == 19:
                 check_store(root, bases, log)
     return check_store(root, bases, log)
+
+
+def wait_for_growth(log: Path, before: int) -> None:
+    deadline = time.monotonic() + 30
+    while not log.exists() or log.stat().st_size <= before:
+        assert time.monotonic() < deadline, "nothing was acknowledged for 30 seconds"
+        time.sleep(0.005)
 
 
 def check_store(root: Path, bases: Bases, log: Path) -> int:
@@ -75,14 +85,14 @@ def check_store(root: Path, bases: Bases, log: Path) -> int:
 def test_kill_9_at_100_random_points_loses_nothing_acknowledged(
     tmp_path: Path, bases: Bases
 ) -> None:
-    assert kill_campaign(tmp_path, bases, 100, random.Random(1)) > 100
+    assert kill_campaign(tmp_path, bases, 100, random.Random(1)) >= 50
 
 
 @pytest.mark.long
 def test_kill_9_at_1000_random_points_loses_nothing_acknowledged(
     tmp_path: Path, bases: Bases
 ) -> None:
-    assert kill_campaign(tmp_path, bases, 1000, random.Random(2)) > 1000
+    assert kill_campaign(tmp_path, bases, 1000, random.Random(2)) >= 500
 
 
 def test_processes_that_push_at_once_agree_on_every_number(tmp_path: Path, bases: Bases) -> None:
