@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,8 +25,11 @@ from training import commands as training_commands
 from training.commands import find_base, known_bases, pull
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from training.batches import MaskedSample
     from training.data.examples import Data
+    from training.evaluation.evaluate import Answer, Ask
     from training.progress import Report
     from training.recipe import Recipe
     from training.train import TrainedAdapter
@@ -104,11 +108,17 @@ def train(
     copy_to: Annotated[
         Path | None, typer.Option("--out", help="Also write the adapter to this new folder.")
     ] = None,
+    accelerate_config: Annotated[
+        Path | None,
+        typer.Option(help="Train in the processes of this file, written by `accelerate config`."),
+    ] = None,
     home: Home = None,
 ) -> None:
     """Train an adapter, judge it on held-out examples, and push it. Goes on where it stopped."""
     from training.data.load import load_data
+    from training.evaluation.memory import remembered
     from training.model import check_runnable, detect_hardware
+    from training.processes import first_alone, is_first_process, is_launched, launch
     from training.recipe import apply_overrides, load_recipe
     from training.results import check_pushable
     from training.screen import progress_bars, sample_panel, score_table
@@ -120,9 +130,15 @@ def train(
     check_runnable(chosen.method, detect_hardware())
     if push or promote:
         check_pushable(chosen.method)
+    if accelerate_config and not is_launched():
+        return launch(accelerate_config, sys.argv[1:])
     runs = (home or default_home()) / "runs"
-    base = find_base(chosen.base)
-    data = load_data(chosen)
+    base = first_alone(lambda: find_base(chosen.base))
+    data = first_alone(lambda: load_data(chosen))
+    answer = remembered(runs / "base-answers", base, answer_offline)
+    if not is_first_process():
+        fit(chosen, data, base, runs, progress=lambda _: None, show=lambda _: None, answer=answer)
+        return None
     out.print(f"{len(data.train)} examples to train on, {len(data.held_out)} held out by group")
     if data.duplicates:
         out.print(f"[yellow]{data.duplicates} examples left out: held out too, or repeated[/]")
@@ -131,17 +147,37 @@ def train(
         def show(sample: "MaskedSample") -> None:
             out.print(sample_panel(sample), soft_wrap=False)
 
-        trained = fit(chosen, data, base, runs, progress=report, show=show)
+        trained = fit(chosen, data, base, runs, progress=report, show=show, answer=answer)
         if trained.dropped:
             limit = chosen.train.max_length
             out.print(f"[yellow]{trained.dropped} examples dropped: over {limit} tokens[/]")
-        trained = evaluated(chosen, data, base, trained, runs, report)
+        trained = evaluated(chosen, data, base, trained, answer, report)
     out.print(score_table(chosen, trained), soft_wrap=False)
     out.print(f"adapter in {escape(str(trained.folder))}")
+    out.print(
+        f"loss curve in {escape(str(trained.curve))}"
+        if trained.curve
+        else "no loss curve: pip install 'wardrobe\\[report]' draws one"
+    )
     if copy_to:
         shutil.copytree(trained.folder, copy_to)
     if push or promote:
         push_trained(chosen, base, trained, home, promote)
+    return None
+
+
+def answer_offline(
+    model: BaseModel,
+    asks: "Sequence[Ask]",
+    max_new_tokens: int,
+    done: "Callable[[int], None]",
+) -> list[list[int]]:
+    """Answer on the serving engine, which is gone afterwards: its memory is free for training."""
+    from serving.offline import OfflineEngines
+    from training.evaluation.peft_answers import with_peft
+
+    with closing(OfflineEngines()) as engines:
+        return with_peft(engines.answer)(model, asks, max_new_tokens, done)
 
 
 def evaluated(
@@ -149,15 +185,12 @@ def evaluated(
     data: "Data",
     base: BaseModel,
     trained: "TrainedAdapter",
-    runs: Path,
+    answer: "Answer",
     report: "Report",
 ) -> "TrainedAdapter":
     """Answer the held-out examples with and without the adapter, in one mixed batch."""
-    from serving.offline import OfflineEngines
     from training.evaluation.evaluate import Variant, evaluate, near_duplicates
     from training.evaluation.gate import complete_card
-    from training.evaluation.memory import remembered
-    from training.evaluation.peft_answers import with_peft
     from training.prompt import load_prompter
 
     if trained.card["metrics"]:
@@ -168,17 +201,15 @@ def evaluated(
         Variant("base", base, system),
     ]
     prompter = load_prompter(base.path, system)
-    with closing(OfflineEngines()) as engines:
-        answer = remembered(runs / "base-answers", base, with_peft(engines.answer))
-        with_adapter, without = evaluate(
-            recipe,
-            data.held_out,
-            variants,
-            prompter,
-            answer,
-            progress=report,
-            near=near_duplicates(data),
-        )
+    with_adapter, without = evaluate(
+        recipe,
+        data.held_out,
+        variants,
+        prompter,
+        answer,
+        progress=report,
+        near=near_duplicates(data),
+    )
     return complete_card(trained, recipe, with_adapter, without)
 
 

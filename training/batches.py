@@ -5,8 +5,9 @@ uses one token for it and for padding, and the model would never learn to stop.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -40,24 +41,43 @@ class MaskedSample:
     learned: str
 
 
-class Schedule(Dataset[Sample]):
-    """Every row of the whole run in the order it is used, so that a resumed run continues it."""
+Row = TypeVar("Row")
 
-    def __init__(self, samples: Sequence[Sample], rows: int, seed: int) -> None:
-        self._samples = samples
-        rng = random.Random(seed)  # noqa: S311  # an order, not a secret
-        self._order: list[int] = []
-        while len(self._order) < rows:
-            epoch = list(range(len(samples)))
-            rng.shuffle(epoch)
-            self._order += epoch
-        del self._order[rows:]
+
+class Schedule(Dataset[Row], Generic[Row]):
+    """Every row of the whole run in the order it is used, so that a resumed run continues it.
+
+    `rows` of `items`, each once before any comes twice. A `share` of the rows, evenly spread, are
+    `others` instead.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Row],
+        rows: int,
+        seed: int,
+        others: Sequence[Row] = (),
+        share: float = 0.0,
+    ) -> None:
+        mine, theirs = _endless(items, seed), _endless(others, seed)
+        self._rows = [
+            next(theirs if int((row + 1) * share) > int(row * share) else mine)
+            for row in range(rows)
+        ]
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._samples[self._order[index]]
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+
+def _endless(items: Sequence[Row], seed: int) -> Iterator[Row]:
+    rng = random.Random(seed)  # noqa: S311  # an order, not a secret
+    while True:
+        epoch = list(items)
+        rng.shuffle(epoch)
+        yield from epoch
 
 
 def encode_examples(

@@ -1,7 +1,8 @@
 """The card `wardrobe.json`: what a version says about how it was made and how good it is."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,52 @@ CARD_FILE = "wardrobe.json"
 NOT_EVALUATED = "The adapter was not evaluated on held-out examples yet."
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a whole run took and reached, as its card's lineage says it."""
+
+    steps: int
+    seconds: float
+    final_loss: float
+    best_step: int | None  # where the weights are from, with early stopping
+    validation_loss: float | None  # of these weights, where a share of the data validates
+
+    @classmethod
+    def of(cls, lineage: Mapping[str, Any]) -> "Fitted":
+        return cls(**{field.name: lineage[field.name] for field in fields(cls)})
+
+
+def fitted_of(lines: Sequence[Mapping[str, Any]], *, best: bool) -> Fitted:
+    """Sum up the lines of metrics.jsonl. The Trainer keeps the `best` weights, or else the last.
+
+    The first of equal validation losses is the best, as the Trainer has it.
+    """
+    trained = [line for line in lines if "loss" in line]
+    looks = [line for line in lines if "validation_loss" in line]
+    if best:
+        looks = [min(looks, key=lambda line: line["validation_loss"])]
+    return Fitted(
+        steps=trained[-1]["step"],
+        seconds=round(lines[-1]["seconds"], 1),
+        final_loss=trained[-1]["loss"],
+        best_step=looks[-1]["step"] if best else None,
+        validation_loss=looks[-1]["validation_loss"] if looks else None,
+    )
+
+
 def new_card(
     recipe: Recipe,
     data: Data,
     base: BaseModel,
     hardware: Hardware,
-    seconds: float,
-    loss: float,
+    fitted: Fitted,
+    rows: Mapping[str, Any],
     conversion: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the card of an adapter that is trained and not judged yet."""
+    """Return the card of an adapter that is trained and not judged yet.
+
+    `rows` is the lineage of rows that are not in the data: the base's own answers, or pairs.
+    """
     return {
         "kind": "full" if recipe.method.kind == "full" else "lora",
         "base": {"id": base.id, "fingerprint": base.fingerprint, "structure": base.structure},
@@ -38,9 +75,8 @@ def new_card(
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
             "seed": recipe.seed,
-            "steps": recipe.train.steps,
-            "seconds": round(seconds, 1),
-            "final_loss": loss,
+            **asdict(fitted),
+            **rows,
             "device": hardware.device,
             "dtype": hardware.dtype,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},

@@ -12,7 +12,7 @@ from huggingface_hub.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
-Stage = Literal["download", "convert", "check", "generate", "train", "evaluate"]
+Stage = Literal["download", "convert", "check", "generate", "replay", "train", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)

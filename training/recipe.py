@@ -23,6 +23,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
 
 MethodKind = Literal[
     "lora",
@@ -59,6 +60,8 @@ METHOD_KEYS: dict[MethodKind, tuple[str, ...]] = {  # what a kind does not use i
     "fewshot": (),
     "base": (),
 }
+# Turned off, these are the base: the reference of preference training.
+PREFERENCE_KINDS: tuple[MethodKind, ...] = ("lora", "rslora", "dora", "eva", "qlora")
 
 
 DataFormat = Literal["prompt-completion", "messages", "alpaca"]
@@ -143,6 +146,27 @@ class Train:
     max_length: Annotated[int, Meta(ge=8, le=131_072)] = 256  # tokens of prompt and completion
     too_long: Literal["error", "drop"] = "error"  # never cut
     save_every: Count = 25  # steps between checkpoints
+    eval_every: Count | None = None  # steps between two looks at the validation loss
+    patience: Count | None = None  # looks without a better loss, then stop; the best is kept
+    neftune_alpha: Positive | None = None  # noise on the embeddings (arXiv 2310.05914)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """General questions with the base's own answers among the rows, against forgetting."""
+
+    share: Annotated[float, Meta(gt=0, lt=1)] = 0.125  # of the rows
+    source: Name = "general"  # our own questions, or a .txt or .jsonl relative to the recipe
+    system: Annotated[str, Meta(max_length=4000)] = ""  # "": what the chat template says itself
+    max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64  # of an answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """Direct preference optimisation (arXiv 2305.18290): pairs instead of answers."""
+
+    path: Name  # .jsonl of {prompt, chosen, rejected}, relative to the recipe
+    beta: Positive = 0.1  # how dear it is to move away from the base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,17 +188,23 @@ class Recipe:
     task: Task
     method: Method = Method()
     train: Train
+    replay: Replay | None = None
+    preference: Preference | None = None
     gate: Gate = Gate()
+    report_to: tuple[Tracker, ...] = ()  # who is told each step; changes no byte of the adapter
     folder: Path = Path()  # where recipe.toml was; no key of it
 
     @property
     def digest(self) -> str:
-        """Hash every key but the paths of files: their content is in the data's digest."""
+        """Hash every key but report_to and the paths of files, whose content has a digest."""
         value = _as_toml(self)
         for key in FILE_KEYS:
             del value["data"][key]
         if self.task.function is not None:  # another function judges otherwise
             value["task"]["function_sha256"] = _file_digest(self.folder, self.task.function)
+        if self.preference is not None:
+            del value["preference"]["path"]
+        del value["report_to"]
         return hashlib.sha256(canonical(value)).hexdigest()
 
 
@@ -202,6 +232,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path) -> Recipe:
     _check_source(recipe.data)
     _check_method(value.get("method", {}), recipe.method)
     _check_task(recipe.task)
+    _check_training(recipe)
     try:
         AdapterName.parse(recipe.name)
     except InvalidName as error:
@@ -216,7 +247,7 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     the working directory, as the shell completes them. Another `method.kind` keeps the keys of the
     recipe that it uses too, and leaves out the others.
     """
-    value = _as_toml(recipe)
+    value = _without_none(_as_toml(recipe))
     # The kind comes first: the other overrides are then checked against its keys.
     for override in sorted(overrides, key=lambda text: not text.startswith("method.kind=")):
         key, equals, text = override.partition("=")
@@ -225,9 +256,10 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         _set(value, key.strip(), _toml_value(text.strip()))
         if key.strip() == "method.kind":
             value["method"] = _usable(value["method"])
-        if key.strip().removeprefix("data.") in FILE_KEYS:
+        place = key.strip()
+        if place == "preference.path" or place.removeprefix("data.") in FILE_KEYS:
             _set(value, key.strip(), str(Path(text.strip()).absolute()))
-    return parse_recipe(_without_none(value), recipe.folder)
+    return parse_recipe(value, recipe.folder)
 
 
 def _as_toml(recipe: Recipe) -> dict[str, Any]:
@@ -307,6 +339,28 @@ def _usable(method: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that the kind uses; all of them when there is no such kind."""
     used = METHOD_KEYS.get(method["kind"], tuple(method))
     return {key: item for key, item in method.items() if key == "kind" or key in used}
+
+
+def _check_training(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.patience is not None and train.eval_every is None:
+        raise RecipeError(
+            "train.patience counts looks at the validation loss: set train.eval_every, too."
+        )
+    if recipe.preference is None:
+        return
+    for key, value in (
+        ("train.eval_every", train.eval_every),
+        ("train.neftune_alpha", train.neftune_alpha),
+        ("[replay]", recipe.replay),
+    ):
+        if value is not None:
+            raise RecipeError(f"{key} does nothing for [preference] pairs. Take one of them out.")
+    if recipe.method.kind not in PREFERENCE_KINDS:
+        raise RecipeError(
+            f"[preference] compares an adapter with the base under it, and method.kind = "
+            f"{recipe.method.kind!r} leaves none. Take one of {', '.join(PREFERENCE_KINDS)}."
+        )
 
 
 def _refuse_unknown_keys(value: Any, shape: type, where: str) -> None:

@@ -1,7 +1,8 @@
 """One training run in one folder: what it is, how far it got, and whether it is finished.
 
     <runs>/<key>/run.json            what the run depends on; the key is its hash
-                 metrics.jsonl       one line a step
+                 metrics.jsonl       one line a step, one a look at the validation loss
+                 loss.svg            the same as a picture
                  checkpoints/        only while it is unfinished
                  adapter/            only when it is finished: it appears in one rename
 
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from registry.jsonfile import canonical
 from training.errors import RunFailed
+from training.processes import is_first_process, wait_for_all
 
 COMPLETE = "complete"  # written into a checkpoint after everything else
 
@@ -41,6 +43,15 @@ class Run:
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def curve(self) -> Path:
+        return self.folder / "loss.svg"
+
+    @property
+    def trackers(self) -> Path:
+        """Where TensorBoard's events go; the other trackers have places of their own."""
+        return self.folder / "tensorboard"
 
     @property
     def adapter(self) -> Path:
@@ -84,9 +95,16 @@ class Run:
 
 @contextmanager
 def open_run(runs: Path, facts: Mapping[str, Any]) -> Iterator[Run]:
-    """Open, and hold, the run of these facts. Raises RunFailed when another process holds it."""
+    """Open, and hold, the run of these facts. Raises RunFailed when another run holds it.
+
+    Of several processes of one run the first holds it, and the others wait until it does.
+    """
     key = hashlib.sha256(canonical(facts)).hexdigest()[:16]
     run = Run(runs / key, facts)
+    if not is_first_process():
+        wait_for_all()
+        yield run
+        return
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.folder / "lock")
     try:
@@ -97,6 +115,7 @@ def open_run(runs: Path, facts: Mapping[str, Any]) -> Iterator[Run]:
         ) from None
     try:
         replace_file(run.folder / "run.json", json.dumps(facts, indent=2).encode())
+        wait_for_all()
         yield run
     finally:
         lock.release()

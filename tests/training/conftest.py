@@ -1,6 +1,8 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from registry.base import BaseModel, Bases
 from tests.tiny import make_base
@@ -12,6 +14,15 @@ from training.recipe import Recipe, parse_recipe
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = tmp_path_factory.mktemp("tiny")
     return Bases(folder / "bases").add("local/tiny", make_base(folder / "made"), origin="made")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Equal bytes are promised for an equal number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +13,13 @@ from registry.base import BaseModel, Bases
 from registry.validate import validate
 from training.batches import MaskedSample
 from training.data.examples import Data
-from training.data.load import load_data
 from training.errors import DataError, RunFailed
 from training.model import Hardware
 from training.progress import Progress
 from training.prompt import load_prompter
-from training.recipe import Recipe, apply_overrides, load_recipe
+from training.recipe import Recipe, apply_overrides
+from training.replay import Replayed
+from training.rows import make_rows
 from training.run import COMPLETE, open_run
 from training.train import TrainedAdapter, run_facts, train
 
@@ -44,12 +41,9 @@ def run(recipe: Recipe, data: Data, base: BaseModel, runs: Path, **more: Any) ->
     return train(recipe, data, base, runs, progress=progress, show=quiet, hardware=FP32)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def facts_of(recipe: Recipe, data: Data, base: BaseModel) -> dict[str, Any]:
+    rows = make_rows(recipe, data, load_prompter(base.path, recipe.task.system), Replayed((), {}))
+    return run_facts(recipe, data, base, FP32, rows)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,72 +83,10 @@ def test_a_run_that_dies_in_the_middle_continues_to_the_same_bytes(
     assert not (resumed.folder.parent / "checkpoints").exists()
 
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path[:0] = [{root!r}]
-from registry.base import Bases
-from tests.training.test_train import FP32, quiet
-from training.data.load import load_data
-from training.recipe import load_recipe
-from training.train import train
-recipe = load_recipe(Path({recipe!r}))
-base = Bases(Path({bases!r})).get("local/tiny")
-say = lambda p: print(p.done, flush=True)
-runs = Path({runs!r})
-train(recipe, load_data(recipe), base, runs, progress=say, show=quiet, hardware=FP32)
-"""
-
-
-def test_a_run_killed_with_sigkill_continues_to_the_same_bytes(
-    data: Data, tiny_base: BaseModel, tmp_path: Path
-) -> None:
-    rows = "".join(f"{e.text},{e.completion}\n" for e in (*data.train, *data.held_out))
-    (tmp_path / "rows.csv").write_text("prompt,completion\n" + rows)
-    (tmp_path / "recipe.toml").write_text(
-        'name = "acme/c"\nbase = "local/tiny"\n[data]\npath = "rows.csv"\n'
-        '[task]\nsystem = "x"\nmetric = "label"\n[method]\nr = 4\n'
-        "[train]\nsteps = 30\nbatch_size = 2\nsave_every = 3\n"
-    )
-
-    def start(runs: Path) -> subprocess.Popen[str]:
-        code = KILLED.format(
-            root=str(Path(__file__).parents[2]),
-            recipe=str(tmp_path),
-            bases=str(tiny_base.path.parent),
-            runs=str(runs),
-        )
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    process = start(tmp_path / "killed")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) == 17:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
-    out, _ = start(tmp_path / "killed").communicate(timeout=120)
-    assert int(out.split()[0]) in (12, 15), "it must continue from a checkpoint"
-    from_file = load_recipe(tmp_path)
-    run(from_file, load_data(from_file), tiny_base, tmp_path / "unbroken")
-    killed, unbroken = (
-        next((tmp_path / name).glob("*/adapter/adapter_model.safetensors")).read_bytes()
-        for name in ("killed", "unbroken")
-    )
-    assert killed == unbroken
-
-
 def test_a_half_written_checkpoint_is_not_resumed_from(
     recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
-    with open_run(tmp_path, run_facts(recipe, data, tiny_base, FP32)) as opened:
+    with open_run(tmp_path, facts_of(recipe, data, tiny_base)) as opened:
         for step, whole in ((4, True), (8, False)):
             folder = opened.checkpoints / f"checkpoint-{step}"
             folder.mkdir()
@@ -186,7 +118,7 @@ def test_a_run_in_use_by_another_process_is_refused(
     recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     with (
-        open_run(tmp_path, run_facts(recipe, data, tiny_base, FP32)),
+        open_run(tmp_path, facts_of(recipe, data, tiny_base)),
         pytest.raises(RunFailed, match="Another process"),
     ):
         run(recipe, data, tiny_base, tmp_path)

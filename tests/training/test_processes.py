@@ -1,0 +1,98 @@
+"""One run in several processes: gloo on the CPU stands for what NCCL does between GPUs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from registry.base import BaseModel
+from tests.live import Shop, free_port
+from training.arguments import trainer_arguments
+from training.errors import RecipeError, RunFailed
+from training.model import Hardware
+from training.processes import launch
+from training.recipe import Recipe, apply_overrides
+from training.run import Run
+
+RECIPE = """
+name = "acme/colours"
+base = "local/tiny"
+[data]
+path = "rows.csv"
+held_out = 0.1
+[task]
+system = "Say the colour."
+metric = "label"
+max_new_tokens = 8
+[method]
+r = 4
+[train]
+steps = 8
+batch_size = 4
+learning_rate = 1e-3
+save_every = 3
+[replay]
+share = 0.25
+source = "general.txt"
+max_new_tokens = 4
+"""
+
+
+def write_config(path: Path, kind: str) -> Path:
+    path.write_text(
+        "compute_environment: LOCAL_MACHINE\n"
+        f"distributed_type: {kind}\n"
+        "use_cpu: true\n"
+        "mixed_precision: 'no'\n"
+        "num_machines: 1\n"
+        "num_processes: 2\n"
+        "machine_rank: 0\n"
+        f"main_process_port: {free_port()}\n"
+    )
+    return path
+
+
+@pytest.mark.long
+def test_two_processes_train_what_one_does_and_one_of_them_writes(
+    tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    rows = [f"grass {n},{'green' if n % 2 else 'blue'}" for n in range(20)]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion", *rows]))
+    (tmp_path / "general.txt").write_text("How are you?\nWhat is tea?\n")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    config = write_config(tmp_path / "two.yaml", "MULTI_GPU")  # the launcher's word for torchrun
+    cache = tiny_base.path.parents[1]
+    one, two = (Shop(tmp_path / name, cache) for name in ("one", "two"))
+    alone = one.run("train", str(tmp_path), "--push")
+    together = two.run("train", str(tmp_path), "--push", "--accelerate-config", str(config))
+    for said in (alone, together):
+        assert said.count("pushed acme/colours@v1") == 1, said
+        assert said.count("loss curve in") == 1
+    runs = [next(shop.home.glob("runs/*/adapter")) for shop in (one, two)]
+    ours, theirs = (load_file(run / "adapter_model.safetensors") for run in runs)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert abs(weight - theirs[name]).max() < 1e-4, name
+    texts = [(run.parent / "metrics.jsonl").read_text() for run in runs]
+    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in texts]
+    assert steps == [list(range(1, 9))] * 2
+    assert json.loads((runs[1].parent / "run.json").read_text())["processes"] == 2
+
+
+def test_a_configuration_that_shards_or_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="FSDP, which shards"):
+        launch(write_config(tmp_path / "fsdp.yaml", "FSDP"), ["train"])
+    with pytest.raises(RunFailed, match=r"no accelerate configuration at .*absent"):
+        launch(tmp_path / "absent.yaml", ["train"])
+
+
+def test_a_batch_is_shared_out_evenly_or_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run, hardware = Run(tmp_path, {}), Hardware("cpu", "float32", 1)
+    arguments = trainer_arguments(apply_overrides(recipe, ["train.batch_size=8"]), run, hardware)
+    assert arguments["per_device_train_batch_size"] == 4
+    with pytest.raises(RecipeError, match=r"train\.batch_size = 9 .* 2 processes"):
+        trainer_arguments(apply_overrides(recipe, ["train.batch_size=9"]), run, hardware)
