@@ -10,7 +10,7 @@ from registry.base import BaseModel, Bases
 from registry.commands import Json, clear_errors
 from registry.errors import BaseNotFound
 from registry.home import default_cache
-from registry.screen import print_json
+from registry.screen import print_json, shown
 
 # torch and transformers are imported where a command needs them, so that `--help` answers at once.
 
@@ -69,7 +69,7 @@ def data_check(
     chosen = apply_overrides(load_recipe(recipe), overrides or [])
     base = find_base(chosen.base)
     with progress_bars() as report:
-        inspection = inspect_data(chosen, base.path, report)
+        inspection, _ = inspect_data(chosen, base.path, report)
     if as_json:
         print_json(inspection)
     else:
@@ -77,3 +77,35 @@ def data_check(
             out.print(line, highlight=False)
     if inspection.errors or (strict and inspection.findings):
         raise typer.Exit(1)
+
+
+@data_app.command("split")
+@clear_errors()
+def data_split(
+    recipe: RecipeFolder,
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write the sides of a recipe's data, as selected and checked, with a data card."""
+    from training.data.folder import write_folder
+    from training.data.inspection import inspect_data
+    from training.data.screen import inspection_lines
+    from training.recipe import apply_overrides, load_recipe
+    from training.screen import progress_bars
+
+    chosen = apply_overrides(load_recipe(recipe), overrides or [])
+    base = find_base(chosen.base)
+    with progress_bars() as report:
+        inspection, data = inspect_data(chosen, base.path, report)
+    if data is None or inspection.errors:
+        for line in inspection_lines(inspection):
+            out.print(line, highlight=False)
+        raise typer.Exit(1)
+    card = write_folder(folder, chosen, base, data, inspection)
+    if as_json:
+        return print_json(card)
+    for name, facts in card["files"].items():
+        out.print(f"{shown(str(folder / name))}: {facts['rows']:,} rows", highlight=False)
+    out.print(f"{shown(str(folder / 'README.md'))} says what they are", highlight=False)
+    return None

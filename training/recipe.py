@@ -80,6 +80,15 @@ class HubSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which examples of the training side are used."""
+
+    near_duplicates: Annotated[float, Meta(gt=0, le=1)] | None = None  # this alike are left out
+    rows: Count | None = None  # at most so many, chosen by the rule
+    by: Literal["diverse", "balanced", "hard", "easy"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
     """Where examples come from: a builder, files, or the Hub. `path` wins over `hub`."""
 
@@ -100,6 +109,7 @@ class DataSource:
     train_limit: Count | None = None  # examples, drawn by the seed
     validation_limit: Count | None = None
     held_out_limit: Count | None = None
+    selection: Selection = Selection()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +313,11 @@ def _check_source(data: DataSource) -> None:
     for key in ("validation_path", "held_out_path"):
         if getattr(data, key) is not None and data.path is None:
             raise RecipeError(f"data.{key} needs data.path: the file to train on.")
+    if (data.selection.rows is None) != (data.selection.by is None):
+        raise RecipeError(
+            "data.selection.rows and data.selection.by need each other: how many, and by which "
+            "rule. data.train_limit draws by chance."
+        )
 
 
 def _check_task(task: Task) -> None:

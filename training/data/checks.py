@@ -70,7 +70,7 @@ def check_repetitions(source: Source) -> Iterator[Finding]:
             before, other = first.setdefault(normalise(example.prompt), (side, example))
             if other is example:
                 continue
-            shown = f"{show(example)} = {other.where or side_name(before)}"
+            shown = f"{show(example)} = {other.where or f'another {side_name(before)} row'}"
             (repeated if before == side else leaked).append(shown)
             if normalise(other.completion) != normalise(example.completion):
                 answers = f"{_short(other.completion)} and {_short(example.completion)}"

@@ -18,6 +18,7 @@ from training.data.checks import (
 from training.data.examples import Data, Example
 from training.data.load import divide
 from training.data.rows import Row, measure, template_problems
+from training.data.selection import Difficulty
 from training.data.source import Source, read_source
 from training.errors import BaseUnavailable, DataError
 from training.progress import Progress, Report
@@ -55,11 +56,13 @@ class Inspection:
         return sum(finding.severity == "error" for finding in self.findings)
 
 
-def inspect_data(recipe: Recipe, base: Path, report: Report) -> Inspection:
+def inspect_data(
+    recipe: Recipe, base: Path, report: Report, difficulty: Difficulty | None = None
+) -> tuple[Inspection, Data | None]:
     """Read a recipe's data and look for everything that is wrong with it.
 
-    `base` is the folder of the base model: its tokenizer and chat template decide. Raises
-    DataError for a source that cannot be read at all.
+    `base` is the folder of the base model: its tokenizer and chat template decide. The data is
+    None when there are no two sides of it. Raises DataError for a source that cannot be read.
     """
     source = read_source(recipe)
     findings = [*check_reading(source.bad), *check_repetitions(source)]
@@ -67,7 +70,7 @@ def inspect_data(recipe: Recipe, base: Path, report: Report) -> Inspection:
         findings += check_groups(source)
     data: Data | None = None
     try:
-        data = divide(source, recipe)
+        data = divide(source, recipe, difficulty)
     except DataError as error:
         findings.append(Finding("split", "error", error.message))
     rows: list[Row] = []
@@ -83,7 +86,7 @@ def inspect_data(recipe: Recipe, base: Path, report: Report) -> Inspection:
             findings += check_rows(rows, recipe.train.max_length, recipe.train.too_long)
     if data is not None:
         findings += _side_findings(data, recipe, report)
-    return _inspection(recipe, data, rows, findings)
+    return _inspection(recipe, data, rows, findings), data
 
 
 def _side_findings(data: Data, recipe: Recipe, report: Report) -> Iterator[Finding]:

@@ -6,25 +6,27 @@ from collections.abc import Sequence
 
 from training.data.duplicates import normalise
 from training.data.examples import Data, Example, digest_examples
+from training.data.selection import Difficulty, select
 from training.data.source import Source, read_source
 from training.errors import DataError
 from training.recipe import Recipe
 
 
-def load_data(recipe: Recipe) -> Data:
+def load_data(recipe: Recipe, difficulty: Difficulty | None = None) -> Data:
     """Return the sides of the recipe's data. Same recipe and sources, same order and digest.
 
     Raises DataError for the first row that cannot be used; `wardrobe data check` lists them all.
+    `difficulty` is what a selection of the hardest or easiest rows asks.
     """
     source = read_source(recipe)
     if source.bad:
         raise source.bad[0]
     _refuse_empty(source.examples)
-    return divide(source, recipe)
+    return divide(source, recipe, difficulty)
 
 
-def divide(source: Source, recipe: Recipe) -> Data:
-    """Split by group what the source does not split itself, and take every repetition out."""
+def divide(source: Source, recipe: Recipe, difficulty: Difficulty | None = None) -> Data:
+    """Split by group what the source does not split itself, take repetitions out, and select."""
     data, seed = recipe.data, recipe.seed
     train, validation, held_out = (
         list(side or ()) for side in (source.train, source.validation, source.held_out)
@@ -40,6 +42,7 @@ def divide(source: Source, recipe: Recipe) -> Data:
     if source.validation is None and data.validation:
         kept, validation = split_by_group(kept, data.validation, seed)
     validation = _draw(validation, data.validation_limit, seed)
+    kept = select(kept, [*validation, *held_out], data.selection, seed, difficulty)
     kept = _draw(kept, data.train_limit, seed)
     if not kept or not held_out:
         raise DataError(

@@ -43,7 +43,8 @@ def check(folder: Path, base: Path, **changes: Any) -> Inspection:
         "task": {"system": "Answer.", "metric": "exact"} | changes.pop("task", {}),
         "train": {"steps": 1} | changes,
     }
-    return inspect_data(parse_recipe(tables, folder), base, lambda _: None)
+    inspection, _ = inspect_data(parse_recipe(tables, folder), base, lambda _: None)
+    return inspection
 
 
 def found(inspection: Inspection, code: str) -> Finding:
