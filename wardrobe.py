@@ -13,12 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from registry import commands as registry_commands
-from registry.adapter import AdapterName
+from registry.adapter import AdapterName, Selector
 from registry.base import BaseModel
 from registry.commands import Home, Json, actor, clear_errors, open_registry
+from registry.contents import MODEL_NAME
 from registry.errors import WardrobeError
 from registry.home import default_home
 from registry.screen import print_json
+from registry.store import Registry
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app
 from training import commands as training_commands
@@ -129,7 +131,7 @@ def train(
     chosen = apply_overrides(load_recipe(recipe), overrides or [])
     check_runnable(chosen.method, detect_hardware())
     if push or promote:
-        check_pushable(chosen.method)
+        check_pushable(chosen.method, promote)
     if accelerate_config and not is_launched():
         return launch(accelerate_config, sys.argv[1:])
     runs = (home or default_home()) / "runs"
@@ -162,7 +164,7 @@ def train(
     if copy_to:
         shutil.copytree(trained.folder, copy_to)
     if push or promote:
-        push_trained(chosen, base, trained, home, promote)
+        push_trained(AdapterName.parse(chosen.name), base, trained, home, promote)
     return None
 
 
@@ -178,6 +180,80 @@ def answer_offline(
 
     with closing(OfflineEngines()) as engines:
         return with_peft(engines.answer)(model, asks, max_new_tokens, done)
+
+
+@app.command()
+@clear_errors()
+def extract(
+    source: Annotated[
+        str, typer.Argument(help="A run folder of a full fine-tune, or NAMESPACE/NAME@vN of one.")
+    ],
+    rank: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Of every module, at most. Default: 64.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1.0, help="Share of a module's change to keep; sets its rank."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Judge the adapter as this recipe says.")
+    ] = None,
+    push: Annotated[bool, typer.Option("--push", help="Store the adapter as a version.")] = False,
+    copy_to: Annotated[
+        Path | None, typer.Option("--out", help="Also write the adapter to this new folder.")
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Make a LoRA adapter of a full fine-tune by SVD, so that it is worn over the frozen base."""
+    from training.card import read_card
+    from training.data.load import load_data
+    from training.evaluation.memory import remembered
+    from training.extract import Extraction
+    from training.extract import extract as make_adapter
+    from training.recipe import load_recipe
+    from training.screen import extraction_table, progress_bars, score_table
+
+    if copy_to and copy_to.exists():
+        raise WardrobeError(f"--out {copy_to} is there already. Name a folder that is not.")
+    chosen = load_recipe(recipe) if recipe else None
+    runs = (home or default_home()) / "runs"
+    with open_registry(home) as registry, registry.staging() as staging, progress_bars() as report:
+        folder, name, origin = whole_model(source, registry, staging)
+        base = find_base(read_card(folder)["base"]["id"])
+        made = make_adapter(
+            folder, base, origin, runs, Extraction.of(rank, energy), progress=report
+        )
+        if chosen:
+            answer = remembered(runs / "base-answers", base, answer_offline)
+            made = evaluated(chosen, load_data(chosen), base, made, answer, report)
+    out.print(extraction_table(made.card), soft_wrap=False)
+    if chosen:
+        out.print(score_table(chosen, made), soft_wrap=False)
+    out.print(f"adapter in {escape(str(made.folder))}")
+    if copy_to:
+        shutil.copytree(made.folder, copy_to)
+    if push:
+        push_trained(name, base, made, home, promote=False)
+
+
+def whole_model(
+    source: str, registry: Registry, staging: Path
+) -> tuple[Path, AdapterName, dict[str, str]]:
+    """Return a full fine-tune's folder, the name to push its adapter to, and its version if any."""
+    from training.card import read_card
+
+    for folder in (Path(source), Path(source) / "adapter"):
+        if (folder / MODEL_NAME).is_file():
+            return folder, AdapterName.parse(read_card(folder)["recipe"]["name"]), {}
+    version = registry.resolve(Selector.parse(source))
+    if not version.is_whole:
+        raise WardrobeError(f"{version.ref.label} is no whole model: it is an adapter already.")
+    registry.pull(Selector(version.name, number=version.number), staging / "model")
+    return (
+        staging / "model",
+        version.name,
+        {"version": version.ref.label, "digest": version.digest},
+    )
 
 
 def evaluated(
@@ -214,9 +290,12 @@ def evaluated(
 
 
 def push_trained(
-    recipe: "Recipe", base: BaseModel, trained: "TrainedAdapter", home: Path | None, promote: bool
+    name: AdapterName,
+    base: BaseModel,
+    trained: "TrainedAdapter",
+    home: Path | None,
+    promote: bool,
 ) -> None:
-    name = AdapterName.parse(recipe.name)
     with open_registry(home) as registry:
         pushed = registry.push(trained.folder, name, base=base.id, actor=actor())
     said = "pushed" if pushed.created else "is there already:"

@@ -93,7 +93,7 @@ def _differences(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         magnitudes = getattr(layer, "lora_magnitude_vector", {})
         if "default" in magnitudes:
             # DoRA (arXiv 2402.09353, equation 5): every row is scaled to its trained length.
-            weight = layer.get_base_layer().weight.float()  # type: ignore[union-attr]  # a linear
+            weight: torch.Tensor = layer.get_base_layer().weight.float()  # type: ignore[union-attr]  # a linear
             length = (weight + delta).norm(dim=1)
             scaled = (magnitudes["default"].weight.float() / length)[:, None] * (weight + delta)
             delta = scaled - weight

@@ -12,7 +12,9 @@ from huggingface_hub.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
-Stage = Literal["download", "convert", "check", "generate", "replay", "train", "evaluate"]
+Stage = Literal[
+    "download", "convert", "check", "generate", "replay", "train", "extract", "evaluate"
+]
 
 
 @dataclass(frozen=True, slots=True)

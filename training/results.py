@@ -14,8 +14,13 @@ from training.whole import write_whole
 NOT_LOW_RANK = ("ia3", "prompt-tuning", "prefix-tuning")  # kinds that no LoRA can stand for
 
 
-def check_pushable(method: Method) -> None:
-    """Raise RecipeError where the registry will not take what the method makes."""
+def check_pushable(method: Method, promote: bool) -> None:
+    """Raise RecipeError where the registry will not take, or not promote, what the method makes."""
+    if method.kind == "full" and promote:
+        raise RecipeError(
+            "A full fine-tune is kept whole and cannot be promoted. Train it with --push, then "
+            "make an adapter of it: wardrobe extract NAMESPACE/NAME@vN --push"
+        )
     if method.kind in NOT_LOW_RANK:
         raise RecipeError(
             f"method.kind = {method.kind!r} makes no low-rank adapter, and the serving engine "

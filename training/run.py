@@ -84,6 +84,13 @@ class Run:
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def prepare(self) -> Path:
+        """Return an empty folder for what is to be published."""
+        prepared = self.folder / "adapter.partial"
+        shutil.rmtree(prepared, ignore_errors=True)
+        prepared.mkdir()
+        return prepared
+
     def publish(self, prepared: Path) -> None:
         """Let the finished adapter appear, then drop what only resuming needed."""
         for path in prepared.iterdir():

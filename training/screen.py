@@ -70,6 +70,21 @@ def _score_cells(facts: dict[str, Any]) -> tuple[str, str]:
     return f"{facts['correct']}/{facts['total']}", str(share)
 
 
+def extraction_table(card: dict[str, Any]) -> Table:
+    """Return how much of the fine-tune's change each kind of linear layer kept."""
+    facts = card["lineage"]["extracted"]
+    table = Table(title="what is kept of the change, as a share of its energy")
+    for column in ("", "kept", "highest rank"):
+        table.add_column(column)
+    for kind, kept in facts["modules"].items():
+        table.add_row(kind, f"{100 * kept['kept']:.1f} %", str(kept["highest_rank"]))
+    table.add_row("all linears", f"{100 * facts['kept']:.1f} %", "")
+    left = facts["left_out"]
+    text = f"left out: {left['tensors']} embeddings, norms and heads"
+    table.add_row(text, f"{100 * left['share']:.1f} % of all", "")
+    return table
+
+
 @contextmanager
 def progress_bars() -> Generator[Report, None, None]:
     """Yield a report function; each stage and text gets a bar of its own."""

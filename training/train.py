@@ -1,6 +1,5 @@
 """The training run: a recipe and its data in, an adapter folder out."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -78,8 +77,7 @@ def train(
             start = starting_weights(model, recipe.method)
             _fit(recipe, model, rows, prompter, run, hardware, progress)
             if is_first_process():
-                prepared = run.folder / "adapter.partial"
-                shutil.rmtree(prepared, ignore_errors=True)
+                prepared = run.prepare()
                 conversion = write_result(model, recipe.method, start, base, prepared)
                 fitted = fitted_of(run.read_metrics(), best=recipe.train.patience is not None)
                 card = new_card(recipe, data, base, hardware, fitted, rows.lineage, conversion)

@@ -1,0 +1,143 @@
+"""Make a LoRA of a full fine-tune: what changed in each linear layer, at low rank.
+
+The difference of the fine-tuned and the base's weights is taken in fp32, module by module, and
+factorised by SVD. What changed elsewhere (embeddings, norms, the head) cannot be worn and is left
+out; its share of the whole change is told.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from registry.base import BaseModel
+from registry.config import MAX_RANK
+from registry.tensors import Tensor, read_folder
+from training.adapter_files import PlainLora, write_lora
+from training.card import NOT_EVALUATED, read_card, write_card
+from training.errors import RunFailed
+from training.lowrank import LowRank, factorise
+from training.progress import Progress, Report
+from training.run import open_run
+from training.train import TrainedAdapter
+from training.whole import as_model
+
+DEFAULT_RANK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What is taken of each module: the smallest rank that keeps `energy`, `rank` at most."""
+
+    rank: int
+    energy: float = 1.0
+
+    @classmethod
+    def of(cls, rank: int | None, energy: float | None) -> "Extraction":
+        """Fill in what is not given: without any, rank 64; an energy alone may need any rank."""
+        if rank is None:
+            rank = DEFAULT_RANK if energy is None else MAX_RANK
+        return cls(rank, energy or 1.0)
+
+
+def extract(
+    source: Path,
+    base: BaseModel,
+    origin: Mapping[str, str],
+    runs: Path,
+    wanted: Extraction,
+    *,
+    progress: Report,
+) -> TrainedAdapter:
+    """Make, or find again, the adapter of the fine-tuned model in `source`, in a run of its own.
+
+    `origin` says in the card which version it was made of, where it was one. Raises RunFailed
+    where nothing has changed.
+    """
+    model_sha256 = as_model(base, source).fingerprint
+    facts = {
+        "extract": model_sha256,
+        "base": base.fingerprint,
+        "rank": wanted.rank,
+        "energy": wanted.energy,
+        "versions": {"torch": version("torch")},
+    }
+    with open_run(runs, facts) as run:
+        reused = run.finished
+        if not reused:
+            factors, left_out = _factorise_all(source, base, wanted, progress)
+            prepared = run.prepare()
+            write_lora(PlainLora.of_factors(factors), base.id, prepared)
+            made_of = {"model_sha256": model_sha256, **origin}
+            summary = _summary(factors, left_out, wanted) | {"of": made_of}
+            write_card(prepared, _card(read_card(source), summary))
+            run.publish(prepared)
+        return TrainedAdapter(run.adapter, read_card(run.adapter), 0, reused, None)
+
+
+def _factorise_all(
+    source: Path, base: BaseModel, wanted: Extraction, progress: Report
+) -> tuple[dict[str, LowRank], dict[str, float]]:
+    """Return the factors of every linear that changed, and the energy of all that is left out."""
+    before, after = read_folder(base.path), read_folder(source)
+    factors: dict[str, LowRank] = {}
+    left_out: dict[str, float] = {}
+    for done, name in enumerate(sorted(before)):
+        progress(Progress("extract", done, len(before), name))
+        module = name.removesuffix(".weight")
+        change = _read(after[name]) - _read(before[name])
+        if module not in base.linears or module.endswith("lm_head"):
+            left_out[name] = float(change.double().square().sum())
+        elif change.any():
+            factors[module] = factorise(change, wanted.rank, wanted.energy)
+    progress(Progress("extract", len(before), len(before)))
+    if not factors:
+        raise RunFailed(f"No linear layer of {source} differs from {base.id}: there is no adapter.")
+    return factors, left_out
+
+
+def _read(tensor: Tensor) -> torch.Tensor:
+    with safe_open(tensor.path, framework="pt") as file:
+        return file.get_tensor(tensor.name).float()
+
+
+def _summary(
+    factors: Mapping[str, LowRank], left_out: Mapping[str, float], wanted: Extraction
+) -> dict[str, Any]:
+    """Return what the card says of an extraction; every energy as a share."""
+    linear = math.fsum(part.energy for part in factors.values())
+    other = math.fsum(left_out.values())
+    kinds: dict[str, list[LowRank]] = defaultdict(list)
+    for module, part in factors.items():
+        kinds[module.rsplit(".", 1)[-1]].append(part)
+    return {
+        "rank": wanted.rank,
+        "energy": wanted.energy,
+        "kept": _kept(factors.values()),
+        "modules": {
+            kind: {"kept": _kept(parts), "highest_rank": max(part.rank for part in parts)}
+            for kind, parts in sorted(kinds.items())
+        },
+        "left_out": {
+            "share": round(other / (linear + other), 4),
+            "tensors": sum(energy > 0 for energy in left_out.values()),
+        },
+    }
+
+
+def _kept(parts: Iterable[LowRank]) -> float:
+    parts = list(parts)
+    return round(math.fsum(p.kept for p in parts) / math.fsum(p.energy for p in parts), 4)
+
+
+def _card(source: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the card of the adapter: the fine-tune's own lineage, and what became of it."""
+    gate = source.get("gate", {}) | {"passed": False, "failures": [NOT_EVALUATED]}
+    lineage = source.get("lineage", {}) | {"extracted": summary}
+    return source | {"metrics": {}, "gate": gate, "lineage": lineage}
