@@ -18,8 +18,8 @@ from training.adapter_files import PlainLora
 from training.lowrank import factorise, relative_error
 from training.recipe import Method
 
-MAX_ERROR = 0.1  # of a conversion, relative, above which it is another adapter than was trained
-ENERGY = 0.9999  # of a difference, that its factors are to keep: a relative error of 0.01
+ENERGY = 0.999  # share of a layer's change that its factors are to keep: an error of 0.03
+MAX_ERROR = 0.2  # relative, of all layers: above it another adapter is served than was trained
 
 Weights = dict[str, torch.Tensor]
 

@@ -177,5 +177,6 @@ def peft_without_advice() -> Iterator[None]:
     with warnings.catch_warnings():
         # It asks for a property that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Position ids are not supported")
         warnings.filterwarnings("ignore", "lora with eva initialization used with low_cpu_mem")
         yield

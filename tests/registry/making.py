@@ -1,15 +1,20 @@
 """Good adapter folders and their parts, made with numpy; tests spoil them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+
+from registry.base import BaseModel
+from registry.whole import companions
 
 LAYER = "model.layers.0"
 Q, UP = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.up_proj"
 BASE_ID = "acme/tiny-base"
+Weights = dict[str, np.ndarray]
 
 
 def make_base(folder: Path) -> Path:
@@ -72,3 +77,21 @@ def adapter_tensors(seed: int = 0, rank: int = 4) -> dict[str, np.ndarray]:
         key(UP, "B"): (12, rank),
     }
     return {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+
+
+def same(weights: Weights) -> Weights:
+    return weights
+
+
+def make_whole(
+    folder: Path, base: BaseModel, change: Callable[[Weights], Weights] = same, **card: object
+) -> Path:
+    """Write what a full fine-tune leaves: every weight a little different, in fp32."""
+    folder.mkdir()
+    weights = load_file(base.path / "model.safetensors")
+    save_file(change({name: w + 0.01 for name, w in weights.items()}), folder / "model.safetensors")
+    for path in companions(base):
+        (folder / path.name).write_bytes(path.read_bytes())
+    facts = {"kind": "full", "base": {"id": BASE_ID, "fingerprint": base.fingerprint}} | card
+    (folder / "wardrobe.json").write_text(json.dumps(facts))
+    return folder

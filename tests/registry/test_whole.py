@@ -1,41 +1,19 @@
 """A full fine-tune as a version of its own: taken whole, given back whole, never worn."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from registry.adapter import AdapterName, Selector
 from registry.base import BaseModel
 from registry.errors import BaseMismatch, Refused
 from registry.store import Registry
-from registry.whole import companions
-from tests.registry.making import BASE_ID, UP
+from tests.registry.making import UP, Weights, make_whole
 
 NAME = AdapterName.parse("acme/whole")
 MODEL = "model.safetensors"
-Weights = dict[str, np.ndarray]
-
-
-def same(weights: Weights) -> Weights:
-    return weights
-
-
-def make_whole(
-    folder: Path, base: BaseModel, change: Callable[[Weights], Weights] = same, **card: object
-) -> Path:
-    """Write what a full fine-tune leaves: every weight a little different, in fp32."""
-    folder.mkdir()
-    weights = load_file(base.path / MODEL)
-    save_file(change({name: w + 0.01 for name, w in weights.items()}), folder / MODEL)
-    for path in companions(base):
-        (folder / path.name).write_bytes(path.read_bytes())
-    facts = {"kind": "full", "base": {"id": BASE_ID, "fingerprint": base.fingerprint}} | card
-    (folder / "wardrobe.json").write_text(json.dumps(facts))
-    return folder
 
 
 def without(name: str) -> Callable[[Weights], Weights]:

@@ -172,7 +172,7 @@ def test_what_a_conversion_loses_is_measured_and_named_above_the_bound(
     poor = run(of_kind(recipe, kind, "method.max_rank=1"), data, tiny_base, tmp_path)
     kept, lost = (Conversion(**r.card["lineage"]["conversion"]) for r in (good, poor))
     assert (kept.failures, lost.highest_rank) == ([], 1)
-    assert kept.relative_error <= 0.0101
+    assert kept.relative_error <= 0.032
     assert "method.max_rank" in lost.failures[0]
     trained = change(trained_models[1], tiny_base)
     error = (change(with_adapter(poor.folder, tiny_base), tiny_base) - trained).norm()

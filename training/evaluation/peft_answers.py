@@ -58,15 +58,23 @@ def answer_by_peft(
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(asks)), key=lambda place: str(asks[place][1]))
     for folder, group in groupby(order, key=lambda place: asks[place][1]):
-        # Prompts of like length together, so that little is padding.
-        places = sorted(group, key=lambda place: len(asks[place][0]))
         with _wearing(model, folder) as worn:
-            for start in range(0, len(places), BATCH):
-                batch = places[start : start + BATCH]
+            for batch in _batches(asks, list(group)):
                 said = _generate(worn, [asks[place][0] for place in batch], max_new_tokens, stops)
                 answers |= dict(zip(batch, said, strict=True))
                 done(len(answers))
     return [answers[place] for place in range(len(asks))]
+
+
+def _batches(asks: Sequence[Ask], places: list[int]) -> Iterator[list[int]]:
+    """Yield places whose prompts have one length, so that nothing is padded.
+
+    Padding on the left would come to stand between PEFT's virtual tokens and the prompt.
+    """
+    places.sort(key=lambda place: len(asks[place][0]))
+    for _, same in groupby(places, key=lambda place: len(asks[place][0])):
+        alike = list(same)
+        yield from (alike[start : start + BATCH] for start in range(0, len(alike), BATCH))
 
 
 @contextmanager
@@ -80,21 +88,18 @@ def _wearing(base: BaseModel, folder: Path | None) -> Iterator[Any]:
 def _generate(
     model: Any, prompts: Sequence[tuple[int, ...]], max_new_tokens: int, stops: list[int]
 ) -> list[list[int]]:
-    """Continue a batch, padded on the left; each answer ends with its first stop token."""
-    length = max(len(prompt) for prompt in prompts)
-    padding = [length - len(prompt) for prompt in prompts]
-    ids = [[stops[0]] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * pad + [1] * (length - pad) for pad in padding]
+    """Continue prompts of one length; each answer ends with its first stop token."""
+    ids = torch.tensor(prompts, device=model.device)
     with torch.inference_mode():
         output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=stops,
             pad_token_id=stops[0],
         )
-    return [_ended(row, stops) for row in output[:, length:].tolist()]
+    return [_ended(row, stops) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def _ended(ids: list[int], stops: list[int]) -> list[int]:
