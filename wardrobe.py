@@ -121,9 +121,8 @@ def train(
     from training.evaluation.memory import remembered
     from training.model import check_runnable, detect_hardware
     from training.processes import first_alone, is_first_process, is_launched, launch
-    from training.recipe import apply_overrides, load_recipe
+    from training.recipe import PROMPT_KINDS, apply_overrides, load_recipe
     from training.results import check_pushable
-    from training.screen import progress_bars, sample_panel, score_table
     from training.train import train as fit
 
     if copy_to and copy_to.exists():
@@ -131,7 +130,9 @@ def train(
     chosen = apply_overrides(load_recipe(recipe), overrides or [])
     check_runnable(chosen.method, detect_hardware())
     if push or promote:
-        check_pushable(chosen.method, promote)
+        check_pushable(chosen, promote)
+    if accelerate_config and chosen.method.kind in PROMPT_KINDS:
+        raise WardrobeError("--accelerate-config is for training, and a prompt is not trained.")
     if accelerate_config and not is_launched():
         return launch(accelerate_config, sys.argv[1:])
     runs = (home or default_home()) / "runs"
@@ -141,6 +142,22 @@ def train(
     if not is_first_process():
         fit(chosen, data, base, runs, progress=lambda _: None, show=lambda _: None, answer=answer)
         return None
+    trained = specialised(chosen, data, base, runs, answer)
+    if copy_to:
+        shutil.copytree(trained.folder, copy_to)
+    if push or promote:
+        push_trained(AdapterName.parse(chosen.name), base, trained, home, promote)
+    return None
+
+
+def specialised(
+    recipe: "Recipe", data: "Data", base: BaseModel, runs: Path, answer: "Answer"
+) -> "TrainedAdapter":
+    """Train, or find a prompt, and judge it; tell on the terminal how it went."""
+    from training.recipe import PROMPT_KINDS
+    from training.screen import progress_bars, sample_panel, score_table
+    from training.train import train as fit
+
     out.print(f"{len(data.train)} examples to train on, {len(data.held_out)} held out by group")
     if data.duplicates:
         out.print(f"[yellow]{data.duplicates} examples left out: held out too, or repeated[/]")
@@ -149,23 +166,21 @@ def train(
         def show(sample: "MaskedSample") -> None:
             out.print(sample_panel(sample), soft_wrap=False)
 
-        trained = fit(chosen, data, base, runs, progress=report, show=show, answer=answer)
+        if recipe.method.kind in PROMPT_KINDS:
+            trained = prompted(recipe, data, base, runs, answer, report)
+        else:
+            trained = fit(recipe, data, base, runs, progress=report, show=show, answer=answer)
         if trained.dropped:
-            limit = chosen.train.max_length
+            limit = recipe.train.max_length
             out.print(f"[yellow]{trained.dropped} examples dropped: over {limit} tokens[/]")
-        trained = evaluated(chosen, data, base, trained, answer, report)
-    out.print(score_table(chosen, trained), soft_wrap=False)
-    out.print(f"adapter in {escape(str(trained.folder))}")
-    out.print(
-        f"loss curve in {escape(str(trained.curve))}"
-        if trained.curve
-        else "no loss curve: pip install 'wardrobe\\[report]' draws one"
-    )
-    if copy_to:
-        shutil.copytree(trained.folder, copy_to)
-    if push or promote:
-        push_trained(AdapterName.parse(chosen.name), base, trained, home, promote)
-    return None
+        trained = evaluated(recipe, data, base, trained, answer, report)
+    out.print(score_table(recipe, trained), soft_wrap=False)
+    out.print(f"{trained.card['kind']} in {escape(str(trained.folder))}")
+    if trained.curve:
+        out.print(f"loss curve in {escape(str(trained.curve))}")
+    elif trained.card["kind"] != "prompt":
+        out.print("no loss curve: pip install 'wardrobe\\[report]' draws one")
+    return trained
 
 
 def answer_offline(
@@ -180,6 +195,30 @@ def answer_offline(
 
     with closing(OfflineEngines()) as engines:
         return with_peft(engines.answer)(model, asks, max_new_tokens, done)
+
+
+def prompted(
+    recipe: "Recipe",
+    data: "Data",
+    base: BaseModel,
+    runs: Path,
+    answer: "Answer",
+    report: "Report",
+) -> "TrainedAdapter":
+    """Find a prompt instead of training; show what was measured on the way."""
+    from training.fewshot.measure import measure
+    from training.fewshot.screen import measured_table
+    from training.fewshot.version import facts_of, make_prompt
+
+    if recipe.method.kind == "fewshot" and recipe.fewshot.choose == "nearest":
+        measured = measure(recipe, data, base, answer=answer, progress=report)
+        out.print(measured_table(facts_of(measured)), soft_wrap=False)
+        out.print("measured only: examples that depend on the request are no fixed version")
+        raise typer.Exit
+    trained = make_prompt(recipe, data, base, runs, answer=answer, progress=report)
+    if recipe.method.kind == "fewshot":
+        out.print(measured_table(trained.card["lineage"]), soft_wrap=False)
+    return trained
 
 
 @app.command()

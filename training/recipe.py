@@ -22,6 +22,7 @@ FILE_KEYS = ("path", "validation_path", "held_out_path")  # of [data]: relative 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Shots = Annotated[int, Meta(ge=0, le=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
 
@@ -65,6 +66,7 @@ PREFERENCE_KINDS: tuple[MethodKind, ...] = ("lora", "rslora", "dora", "eva", "ql
 
 
 DataFormat = Literal["prompt-completion", "messages", "alpaca"]
+PROMPT_KINDS = ("fewshot", "base")  # nothing is trained: the version is a prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +182,18 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FewShot:
+    """How a prompt with examples is found, for method.kind = "fewshot"."""
+
+    k: Annotated[tuple[Shots, ...], Meta(min_length=1, max_length=16)] = (0, 1, 4, 8)
+    choose: Literal["fixed", "random", "class-covering", "nearest"] = "class-covering"
+    draws: Annotated[int, Meta(ge=1, le=20)] = 3  # where the choice is drawn
+    labels: Literal["auto"] | bool = "auto"  # list labels or JSON forms; auto: measure both
+    text: Annotated[str, Meta(min_length=1, max_length=16_000)] | None = None  # instead of the list
+    items: Count = 48  # at most so many questions are asked, drawn by the seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
     """What the held-out metric must reach before the version may be promoted."""
 
@@ -200,6 +214,7 @@ class Recipe:
     train: Train
     replay: Replay | None = None
     preference: Preference | None = None
+    fewshot: FewShot = FewShot()
     gate: Gate = Gate()
     report_to: tuple[Tracker, ...] = ()  # who is told each step; changes no byte of the adapter
     folder: Path = Path()  # where recipe.toml was; no key of it
@@ -234,6 +249,8 @@ def load_recipe(place: Path) -> Recipe:
 
 def parse_recipe(value: Mapping[str, Any], folder: Path) -> Recipe:
     """Check keys, types and bounds, then the rules between them."""
+    if value.get("method", {}).get("kind") in PROMPT_KINDS:
+        value = {"train": {"steps": 1}, **value}  # nothing is trained
     _refuse_unknown_keys(value, Recipe, "")
     try:
         recipe = msgspec.convert(value, Recipe)

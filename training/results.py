@@ -8,24 +8,30 @@ from registry.base import BaseModel
 from training.adapter_files import write_as_peft, write_lora
 from training.conversion import Weights, plain_lora
 from training.errors import RecipeError
-from training.recipe import Method
+from training.recipe import Method, Recipe
 from training.whole import write_whole
 
 NOT_LOW_RANK = ("ia3", "prompt-tuning", "prefix-tuning")  # kinds that no LoRA can stand for
 
 
-def check_pushable(method: Method, promote: bool) -> None:
+def check_pushable(recipe: Recipe, promote: bool) -> None:
     """Raise RecipeError where the registry will not take, or not promote, what the method makes."""
-    if method.kind == "full" and promote:
+    if recipe.method.kind == "full" and promote:
         raise RecipeError(
             "A full fine-tune is kept whole and cannot be promoted. Train it with --push, then "
             "make an adapter of it: wardrobe extract NAMESPACE/NAME@vN --push"
         )
-    if method.kind in NOT_LOW_RANK:
+    if recipe.method.kind == "fewshot" and recipe.fewshot.choose == "nearest":
         raise RecipeError(
-            f"method.kind = {method.kind!r} makes no low-rank adapter, and the serving engine "
-            "wears no other yet. Train it without --push: it is judged all the same, and PEFT "
-            "loads the folder. To serve, use method.kind = 'lora'."
+            'fewshot.choose = "nearest" takes other examples for every request, and a version is '
+            "one fixed prompt. Measure it without --push; for a version use another "
+            'fewshot.choose, for example "class-covering".'
+        )
+    if recipe.method.kind in NOT_LOW_RANK:
+        raise RecipeError(
+            f"method.kind = {recipe.method.kind!r} makes no low-rank adapter, and the serving "
+            "engine wears no other yet. Train it without --push: it is judged all the same, and "
+            "PEFT loads the folder. To serve, use method.kind = 'lora'."
         )
 
 

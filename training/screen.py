@@ -55,7 +55,8 @@ def score_table(recipe: Recipe, trained: TrainedAdapter) -> Table:
         table.add_column(column)
     for row in ("base", "adapter"):
         facts = metrics[row]
-        table.add_row(row, *_score_cells(facts))
+        name = "prompt" if row == "adapter" and trained.card["kind"] == "prompt" else row
+        table.add_row(name, *_score_cells(facts))
         for part, of_part in facts.get("parts", {}).items():
             table.add_row(f"  {PARTS[part]}", *_score_cells(of_part), style="dim")
     if failed := metrics["adapter"].get("errors"):

@@ -6,7 +6,8 @@ from itertools import groupby
 from pathlib import Path
 
 from registry.base import BaseModel
-from registry.contents import MODEL_NAME
+from registry.contents import CONFIG_NAME, MODEL_NAME
+from training.card import read_card
 from training.data.duplicates import NEAR, nearest
 from training.data.examples import Data, Example, Turn
 from training.errors import TrainingError
@@ -39,9 +40,13 @@ class Variant:
 
     @classmethod
     def trained(cls, name: str, base: BaseModel, system: str, folder: Path) -> "Variant":
-        """Return what a run left in `folder`: an adapter of the base, or a model of its own."""
+        """Return what a run left in `folder`: an adapter of the base, a model, or a prompt."""
         if (folder / MODEL_NAME).is_file():
             return cls(name, as_model(base, folder), system)
+        if not (folder / CONFIG_NAME).is_file():
+            prompt = read_card(folder)["prompt"]
+            shots = tuple((user, assistant) for user, assistant in prompt.get("examples", []))
+            return cls(name, base, prompt["system"], None, shots)
         return cls(name, base, system, folder)
 
     def turns(self, example: Example) -> tuple[Turn, ...]:

@@ -1,0 +1,1 @@
+"""Prompts instead of training: which examples go before a question, measured and chosen."""
