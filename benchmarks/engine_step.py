@@ -167,8 +167,8 @@ def main() -> None:
     with torch.inference_mode():
         models = bodies(spec, dtype, device)
         engines = [assemble(model, _no_fetch, EngineSettings()) for model in models]
-        for parts in engines:
-            refs = load_adapters(parts, spec, max(1, *options.adapters), dtype)
+        most = max(1, *options.adapters)
+        refs = [load_adapters(parts, spec, most, dtype) for parts in engines][0]
         print(f"{device} {dtype} threads={torch.get_num_threads()} context={options.context}")
         print(
             "columns: median and minimum, ms, of " + ", then of ".join(m.operators for m in models)
