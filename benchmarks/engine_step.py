@@ -168,7 +168,7 @@ def main() -> None:
         models = bodies(spec, dtype, device)
         engines = [assemble(model, _no_fetch, EngineSettings()) for model in models]
         most = max(1, *options.adapters)
-        refs = [load_adapters(parts, spec, most, dtype) for parts in engines][0]
+        named = [load_adapters(parts, spec, most, dtype) for parts in engines]
         print(f"{device} {dtype} threads={torch.get_num_threads()} context={options.context}")
         print(
             "columns: median and minimum, ms, of " + ", then of ".join(m.operators for m in models)
@@ -177,10 +177,10 @@ def main() -> None:
         for batch in options.batch:
             for adapters in options.adapters:
                 if adapters <= batch:
-                    rows = decoding(refs, batch, adapters, options.context)
+                    rows = decoding(named[0], batch, adapters, options.context)
                     print(f"{batch:5} {adapters:8} {measure(engines, rows, options.steps)}")
         for tokens in (128, 512):
-            for ref in (None, refs[0]):
+            for ref in (None, named[0][0]):
                 steps = max(3, options.steps // 4)
                 result = measure(engines, reading(tokens, ref), steps)
                 print(f"prompt of {tokens}, {'one adapter' if ref else 'base':11} {result}")
