@@ -7,6 +7,7 @@ WardrobeError
     │   └── BadRow        one row of it, by its line
     ├── BaseUnavailable   a base model cannot be fetched or prepared
     ├── HubUnreachable    the Hub does not answer, or says no
+    ├── EndpointFailed    a model that rows are generated with does not answer
     └── RunFailed         training stopped: the loss is not finite, or the run is in use
 """
 
@@ -41,6 +42,10 @@ class BaseUnavailable(TrainingError):
 
 class HubUnreachable(TrainingError):
     code = "hub_unreachable"
+
+
+class EndpointFailed(TrainingError):
+    code = "endpoint_failed"
 
 
 class RunFailed(TrainingError):

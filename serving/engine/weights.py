@@ -1,41 +1,39 @@
 """Read a base model's safetensors, sharded or not, into the tensors the forward pass needs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from registry.tensors import tensor_files
 from serving.engine.boundary import EngineUnavailable
+from serving.engine.linear import Linear
 from serving.engine.spec import LinearGroup, ModelSpec
-
-L = TypeVar("L")  # the kind of linear: Linear or PackedLinear
-MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], L]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights(Generic[L]):
+class LayerWeights:
     """One decoder layer; `linears` has the names of `ModelSpec.groups`."""
 
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    linears: Mapping[str, L]
+    linears: Mapping[str, Linear]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelWeights(Generic[L]):
+class ModelWeights:
     """A base model. Nothing here is ever written after it was read."""
 
     embedding: torch.Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights[L], ...]
+    layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    head: L
+    head: Linear
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -45,12 +43,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def read_weights(
-    folder: Path,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    linear: MakeLinear[L],
-) -> ModelWeights[L]:
+    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> ModelWeights:
     """Read, cast and fuse. Raises EngineUnavailable when a tensor is missing or misshapen."""
     with ExitStack() as stack:
         read = _Reader(folder, device, dtype, stack)
@@ -58,11 +52,9 @@ def read_weights(
         head = embedding if spec.tied else read("lm_head.weight", (spec.vocab, spec.hidden))
         return ModelWeights(
             embedding=embedding,
-            layers=tuple(
-                _read_layer(read, spec, f"model.layers.{i}.", linear) for i in range(spec.layers)
-            ),
+            layers=tuple(_read_layer(read, spec, f"model.layers.{i}.") for i in range(spec.layers)),
             norm=read("model.norm.weight", (spec.hidden,)),
-            head=linear(head, None),
+            head=Linear(head, None),
         )
 
 
@@ -92,22 +84,18 @@ class _Reader:
         return tensor.to(self.device, self.dtype)
 
 
-def _read_layer(
-    read: _Reader, spec: ModelSpec, prefix: str, linear: MakeLinear[L]
-) -> LayerWeights[L]:
+def _read_layer(read: _Reader, spec: ModelSpec, prefix: str) -> LayerWeights:
     head = (spec.head_dim,)
     return LayerWeights(
         attention_norm=read(f"{prefix}input_layernorm.weight", (spec.hidden,)),
         mlp_norm=read(f"{prefix}post_attention_layernorm.weight", (spec.hidden,)),
         query_norm=read(f"{prefix}self_attn.q_norm.weight", head) if spec.head_norm else None,
         key_norm=read(f"{prefix}self_attn.k_norm.weight", head) if spec.head_norm else None,
-        linears={g.name: linear(*_read_group(read, prefix, g)) for g in spec.groups},
+        linears={group.name: _read_group(read, prefix, group) for group in spec.groups},
     )
 
 
-def _read_group(
-    read: _Reader, prefix: str, group: LinearGroup
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _read_group(read: _Reader, prefix: str, group: LinearGroup) -> Linear:
     """Stack the linears of a group; a bias that only some of them have is zero for the others."""
     weights = [
         read(f"{prefix}{module}.weight", (out, group.inputs))
@@ -119,4 +107,4 @@ def _read_group(
         for name, weight in zip(names, weights, strict=True)
     ]
     biased = any(name in read for name in names)
-    return torch.cat(weights), torch.cat(biases) if biased else None
+    return Linear(torch.cat(weights), torch.cat(biases) if biased else None)

@@ -8,7 +8,7 @@ README.md                                        the card for people
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def write_folder(
     for side in ("train", "validation", "held_out"):
         examples: tuple[Example, ...] = getattr(data, side)
         if examples:
-            content = jsonl(examples)
+            content = jsonl(map(row_of, examples))
             (partial / f"{side}.jsonl").write_bytes(content)
             groups = len({example.group for example in examples})
             digest = hashlib.sha256(content).hexdigest()
@@ -48,15 +48,16 @@ def write_folder(
     return card
 
 
-def jsonl(examples: Sequence[Example]) -> bytes:
-    """Write examples a line each; the system prompt is the recipe's and in none of them."""
-    lines: list[str] = []
-    for example in examples:
-        messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
-        messages.append({"role": "assistant", "content": example.completion})
-        row = {"messages": messages, "group": example.group}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
+def row_of(example: Example) -> dict[str, Any]:
+    """Return an example as a row; the system prompt is the recipe's and in none of them."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+    messages.append({"role": "assistant", "content": example.completion})
+    return {"messages": messages, "group": example.group}
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Write rows a line each."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _card(

@@ -5,8 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from registry.card import MAX_CARD_BYTES, check_card
+from registry.jsonfile import read_object
 from training.data.checks import (
     Finding,
+    check_examples_in_prompt,
     check_groups,
     check_labels,
     check_near_duplicates,
@@ -15,7 +18,7 @@ from training.data.checks import (
     check_repetitions,
     check_rows,
 )
-from training.data.examples import Data, Example
+from training.data.examples import Data, Example, ask
 from training.data.load import divide
 from training.data.rows import Row, measure, template_problems
 from training.data.selection import Difficulty
@@ -57,12 +60,17 @@ class Inspection:
 
 
 def inspect_data(
-    recipe: Recipe, base: Path, report: Report, difficulty: Difficulty | None = None
+    recipe: Recipe,
+    base: Path,
+    report: Report,
+    difficulty: Difficulty | None = None,
+    shots: Sequence[Example] = (),
 ) -> tuple[Inspection, Data | None]:
     """Read a recipe's data and look for everything that is wrong with it.
 
-    `base` is the folder of the base model: its tokenizer and chat template decide. The data is
-    None when there are no two sides of it. Raises DataError for a source that cannot be read.
+    `base` is the folder of the base model: its tokenizer and chat template decide. `shots` are
+    the examples of a prompt. The data is None when there are no two sides of it. Raises DataError
+    for a source that cannot be read.
     """
     source = read_source(recipe)
     findings = [*check_reading(source.bad), *check_repetitions(source)]
@@ -86,7 +94,14 @@ def inspect_data(
             findings += check_rows(rows, recipe.train.max_length, recipe.train.too_long)
     if data is not None:
         findings += _side_findings(data, recipe, report)
+        findings += check_examples_in_prompt(shots, data)
     return _inspection(recipe, data, rows, findings), data
+
+
+def read_shots(card: Path) -> list[Example]:
+    """Return the examples that a version's card puts into its prompt."""
+    prompt = check_card(read_object(card, MAX_CARD_BYTES)).get("prompt", {})
+    return [ask(user, answer, "prompt") for user, answer in prompt.get("examples", [])]
 
 
 def _side_findings(data: Data, recipe: Recipe, report: Report) -> Iterator[Finding]:

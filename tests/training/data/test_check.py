@@ -236,3 +236,13 @@ def test_the_command_exits_with_1_on_errors_and_on_warnings_if_told_so(
     status, said = run("--json")
     assert status == 1
     assert [finding["code"] for finding in json.loads(said)["findings"]] == ["empty_completion"]
+
+    write_csv(tmp_path / "train.csv", SOUND)
+    write_csv(tmp_path / "held_out.csv", [("a clean question", "x")])
+    card = {"kind": "prompt", "prompt": {"examples": [["A clean question!", "x"]]}}
+    (tmp_path / "wardrobe.json").write_text(json.dumps(card))
+    held_out = ["--set", f"data.held_out_path={tmp_path / 'held_out.csv'}"]
+    assert run(*held_out)[0] == 0
+    status, said = run(*held_out, "--card", str(tmp_path / "wardrobe.json"))
+    assert status == 1
+    assert "prompt_leak" in said

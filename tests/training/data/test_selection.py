@@ -4,11 +4,16 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from registry.base import BaseModel
+from training.data.difficulty import difficulty_of
 from training.data.duplicates import similarity
 from training.data.examples import Example, ask
 from training.data.selection import select
 from training.errors import DataError, RecipeError
+from training.prompt import load_prompter
 from training.recipe import Selection, apply_overrides, parse_recipe
 
 THINGS = ("lamp", "radio", "heater", "curtain", "oven")
@@ -83,3 +88,20 @@ def test_a_number_of_rows_and_a_rule_need_each_other() -> None:
         apply_overrides(recipe, ["data.selection.rows=5"])
     both = apply_overrides(recipe, ["data.selection={rows = 5, by = 'diverse'}"])
     assert both.data.selection == Selection(rows=5, by="diverse")
+
+
+def test_difficulty_is_the_mean_loss_that_transformers_itself_computes(
+    tiny_base: BaseModel,
+) -> None:
+    prompter = load_prompter(tiny_base.path, "Sort.")
+    told: list[int] = []
+    examples = EXAMPLES[:3]
+    found = difficulty_of(tiny_base, "Sort.", lambda p: told.append(p.done))(examples)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32)
+    for example, loss in zip(examples, found, strict=True):
+        prompt, completion = prompter.encode(example)
+        labels = torch.tensor([(-100,) * len(prompt) + completion])
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([prompt + completion]), labels=labels).loss
+        assert loss == pytest.approx(float(expected), rel=0.02)  # the base may be read in bf16
+    assert told == [1, 2, 3]

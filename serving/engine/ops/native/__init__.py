@@ -1,1 +1,0 @@
-"""The operators and the forward pass in C++: built where they run, called through ctypes."""
