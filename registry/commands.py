@@ -71,13 +71,15 @@ def open_registry(home: Path | None) -> Generator[Registry, None, None]:
 @app.command()
 @clear_errors()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A folder as PEFT's save_pretrained writes it.")],
+    folder: Annotated[
+        Path, typer.Argument(help="As PEFT writes it; of a prompt, only wardrobe.json.")
+    ],
     name: Annotated[str, typer.Argument(help="NAMESPACE/NAME")],
     base: Annotated[str | None, typer.Option("--base", help="Logical id of the base.")] = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Check an adapter and store it as the next version of NAME."""
+    """Check an adapter or a prompt and store it as the next version of NAME."""
     console = Console(stderr=True)
     with open_registry(home) as registry, console.status("Checking and storing …"):
         result = registry.push(folder, AdapterName.parse(name), base=base, actor=actor())

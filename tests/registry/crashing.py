@@ -12,15 +12,17 @@ from registry.adapter import AdapterName
 from registry.base import Bases
 from registry.errors import WardrobeError
 from registry.store import Registry
-from tests.registry.making import adapter_tensors, make_adapter
+from tests.registry.making import BASE_ID, adapter_tensors, make_adapter
 
 NAME = AdapterName.parse("acme/support")
 ACK = "pushed and acknowledged"
 
 
 def work(root: Path, log: Path, seed: int) -> None:
-    """Push and move the alias for ever; note what was acknowledged in `log`, synced."""
+    """Push adapters and prompts and move the alias for ever; note each acknowledged one."""
     folder, rng = make_adapter(root / f"work-{seed}"), np.random.default_rng(seed)
+    prompt = root / f"prompt-{seed}"
+    prompt.mkdir()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def acknowledge(what: str, number: int, key: str) -> None:
@@ -29,9 +31,18 @@ def work(root: Path, log: Path, seed: int) -> None:
 
     with Registry.open(root / "home", Bases(root / "bases")) as registry:
         while True:
-            tensors = adapter_tensors(int(rng.integers(1 << 40)))
-            save_file(tensors, folder / "adapter_model.safetensors")
-            version = registry.push(folder, NAME, actor="test").version
+            content = int(rng.integers(1 << 40))
+            if content % 2:
+                save_file(adapter_tensors(content), folder / "adapter_model.safetensors")
+            else:
+                card = {
+                    "kind": "prompt",
+                    "base": {"id": BASE_ID},
+                    "prompt": {"system": f"{content}"},
+                }
+                (prompt / "wardrobe.json").write_text(json.dumps(card))
+            source = folder if content % 2 else prompt
+            version = registry.push(source, NAME, actor="test").version
             acknowledge("push", version.number, version.digest)
             move = registry.promote(NAME, version.number, reason="test", actor="test")
             acknowledge("promote", move.alias.number, str(move.alias.generation))

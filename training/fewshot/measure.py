@@ -72,10 +72,11 @@ class Measured:
 def measure(
     recipe: Recipe, data: Data, base: BaseModel, *, answer: Answer, progress: Report
 ) -> Measured:
-    """Measure every cell of the recipe in one mixed batch and choose.
+    """Measure every cell of the recipe and choose.
 
-    The answers come in portions, so that an `answer` that remembers goes on where it was
-    interrupted. Raises RecipeError, DataError, BaseUnavailable.
+    The questions of all cells are asked together, in portions of one mixed batch each, so that an
+    `answer` that remembers goes on where it was interrupted. Raises RecipeError, DataError,
+    BaseUnavailable.
     """
     settings = recipe.fewshot
     train, items = _sides(data, settings, recipe.seed)
@@ -123,19 +124,15 @@ def in_portions(answer: Answer, size: int = PORTION) -> Answer:
         model: BaseModel, asks: Sequence[Ask], max_new_tokens: int, done: Callable[[int], None]
     ) -> list[list[int]]:
         said: list[list[int]] = []
+
+        def told(count: int) -> None:
+            done(len(said) + count)
+
         for start in range(0, len(asks), size):
-            there = len(said)
-            portion = asks[start : start + size]
-            said += answer(
-                model, portion, max_new_tokens, lambda count, there=there: done(there + count)
-            )
+            said += answer(model, asks[start : start + size], max_new_tokens, told)
         return said
 
     return run
-
-
-def _further(done: Callable[[int], None], there: int, count: int) -> None:
-    done(there + count)
 
 
 def _sides(data: Data, settings: FewShot, seed: int) -> tuple[list[Example], list[Example]]:

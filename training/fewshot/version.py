@@ -74,7 +74,11 @@ def facts_of(measured: Measured) -> dict[str, Any]:
         "measured_examples": measured.items,
         "measurements": [_line(measurement) for measurement in measured.measurements],
         "chosen": asdict(choice.cell)
-        | {"mean": choice.mean, "worst_draw": choice.worst, "best_draw": choice.best},
+        | {
+            "mean": round(choice.mean, 4),
+            "worst_draw": round(choice.worst, 4),
+            "best_draw": round(choice.best, 4),
+        },
     }
 
 

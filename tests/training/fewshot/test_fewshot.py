@@ -21,7 +21,7 @@ from training.fewshot.measure import Cell, Measurement, cells_of, choose, in_por
 from training.fewshot.version import make_prompt
 from training.progress import Progress
 from training.prompt import load_prompter
-from training.recipe import FewShot, Recipe, apply_overrides
+from training.recipe import FewShot, Recipe, apply_overrides, parse_recipe
 
 ANSWERS = ("green", "blue")
 
@@ -254,3 +254,19 @@ def test_a_prompt_that_is_too_long_for_the_base_says_which_number_to_take_out(
 def test_few_shot_keys_that_cannot_be_are_refused(few: Recipe, override: str) -> None:
     with pytest.raises(RecipeError, match="fewshot"):
         apply_overrides(few, [override])
+
+
+@pytest.mark.parametrize("kind", ["fewshot", "base", "lora"])
+def test_a_recipe_that_trains_nothing_needs_no_train_table(kind: str) -> None:
+    value = {
+        "name": "acme/colours",
+        "base": "local/tiny",
+        "data": {"path": "unused.csv"},
+        "task": {"system": "Say the colour.", "metric": "label"},
+        "method": {"kind": kind},
+    }
+    if kind == "lora":
+        with pytest.raises(RecipeError, match="train"):
+            parse_recipe(value, Path())
+    else:
+        assert parse_recipe(value, Path()).method.kind == kind
