@@ -359,6 +359,13 @@ def serve(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="auto takes bfloat16 where the hardware has it."),
     ] = "auto",
+    operators: Annotated[
+        Literal["auto", "torch"],
+        typer.Option(
+            envvar="WARDROBE_OPERATORS",
+            help="auto compiles the CPU's forward pass on first use; torch never does.",
+        ),
+    ] = "auto",
     auth: Annotated[
         bool, typer.Option("--auth/--no-auth", help="--no-auth only works on loopback.")
     ] = True,
@@ -394,6 +401,7 @@ def serve(
         engine_settings = EngineSettings(
             device=device,
             dtype=dtype,
+            operators=operators,
             max_running=max_running,
             max_waiting=max_waiting,
             max_model_len=max_model_len,

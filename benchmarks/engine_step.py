@@ -1,10 +1,11 @@
-"""Milliseconds of one decode step, on random weights of a real size.
+"""Milliseconds of one decode step, torch beside C++, on random weights of a real size.
 
     python -m benchmarks.engine_step [--dtype bfloat16] [--batch 1 8 32] [--adapters 0 1 8 32]
 
 The shape is SmolLM2-135M's; adapters have rank 16 on all seven linears. Every row has
-`--context` tokens behind it. Prints the median and the fastest of `--steps` steps, and the time of
-reading one prompt of 128 tokens and one chunk of 512.
+`--context` tokens behind it. Both bodies run in turn, step by step, so that another load on the
+machine meets both: the ratio of the medians is to be trusted before the milliseconds. The last
+lines are the time of reading one prompt of 128 tokens and one chunk of 512.
 """
 
 import argparse
@@ -16,20 +17,25 @@ from typing import NoReturn
 import torch
 
 from registry.adapter import AdapterRef
+from registry.home import default_cache
 from serving.engine.boundary import GenerateRequest, SamplingParams
 from serving.engine.build import Parts, assemble
+from serving.engine.compiled_model import CompiledModel
 from serving.engine.hardware import choose_device, choose_dtype
-from serving.engine.linear import Linear
+from serving.engine.linear import Linear, PackedLinear
 from serving.engine.lora import HostAdapter, LoraLayout, bucket_of
 from serving.engine.model import Model
-from serving.engine.ops import operators_for
+from serving.engine.model_runner import Forward
+from serving.engine.ops import Operators
+from serving.engine.ops.native.library import load_library
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
 from serving.engine.spec import ModelSpec
-from serving.engine.weights import LayerWeights, ModelWeights
+from serving.engine.weights import L, LayerWeights, MakeLinear, ModelWeights
 
 RANK = 16
+LENGTH = 1024  # tokens of a KV slot
 SMOLLM2_135M = ModelSpec(
     architecture="llama",
     vocab=49152,
@@ -49,7 +55,10 @@ SMOLLM2_135M = ModelSpec(
 )
 
 
-def random_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Model:
+def random_weights(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, linear: MakeLinear[L]
+) -> ModelWeights[L]:
+    """Return the same weights whatever the kind of linear."""
     generator = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> torch.Tensor:
@@ -63,13 +72,22 @@ def random_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> M
             ones,
             None,
             None,
-            {g.name: Linear(weight(sum(g.outputs), g.inputs), None) for g in spec.groups},
+            {g.name: linear(weight(sum(g.outputs), g.inputs), None) for g in spec.groups},
         )
         for _ in range(spec.layers)
     )
     embedding = weight(spec.vocab, spec.hidden)
-    weights = ModelWeights(embedding, layers, ones, Linear(embedding, None))
-    return Model(spec, weights, operators_for(device), 1024)
+    return ModelWeights(embedding, layers, ones, linear(embedding, None))
+
+
+def bodies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> list[Forward]:
+    """Return the torch model and, on a CPU that can, the compiled one."""
+    torch_model = Model(spec, random_weights(spec, dtype, device, Linear), Operators(), LENGTH)
+    if device.type != "cpu":
+        return [torch_model]
+    library = load_library(dtype, default_cache() / "operators")
+    weights = random_weights(spec, dtype, device, PackedLinear)
+    return [torch_model, CompiledModel(spec, weights, library, LENGTH)]
 
 
 def load_adapters(
@@ -118,15 +136,18 @@ def reading(tokens: int, ref: AdapterRef | None) -> list[Row]:
     return [Row(request, 0, tokens)]
 
 
-def measure(parts: Parts, rows: Sequence[Row], steps: int) -> str:
-    times = []
-    for step in range(steps + 3):
-        started = time.perf_counter()
-        logits, sequences = parts.core.runner.run(rows)
-        parts.core.sampler.choose(logits, sequences)
-        if step >= 3:
-            times.append(1e3 * (time.perf_counter() - started))
-    return f"{statistics.median(times):7.2f} {min(times):7.2f}"
+def measure(engines: Sequence[Parts], rows: Sequence[Row], steps: int) -> str:
+    """Return the medians of each engine and how many times faster the last one is."""
+    times: list[list[float]] = [[] for _ in engines]
+    for _ in range(steps + 3):
+        for parts, taken in zip(engines, times, strict=True):
+            started = time.perf_counter()
+            logits, sequences = parts.core.runner.run(rows)
+            parts.core.sampler.choose(logits, sequences)
+            taken.append(1e3 * (time.perf_counter() - started))
+    medians = [statistics.median(taken[3:]) for taken in times]
+    columns = [f"{median:8.2f} {min(t[3:]):8.2f}" for median, t in zip(medians, times, strict=True)]
+    return " ".join(columns) + f"   {medians[0] / medians[-1]:5.2f}"
 
 
 def main() -> None:
@@ -144,20 +165,25 @@ def main() -> None:
     spec, device = SMOLLM2_135M, choose_device(options.device)
     dtype = choose_dtype(options.dtype, device, torch.bfloat16)
     with torch.inference_mode():
-        parts = assemble(random_model(spec, dtype, device), _no_fetch, EngineSettings())
-        refs = load_adapters(parts, spec, max(1, *options.adapters), dtype)
+        models = bodies(spec, dtype, device)
+        engines = [assemble(model, _no_fetch, EngineSettings()) for model in models]
+        most = max(1, *options.adapters)
+        named = [load_adapters(parts, spec, most, dtype) for parts in engines]
         print(f"{device} {dtype} threads={torch.get_num_threads()} context={options.context}")
-        print("batch adapters  median     min  ms a decode step")
+        print(
+            "columns: median and minimum, ms, of " + ", then of ".join(m.operators for m in models)
+        )
+        print("batch adapters  " + "  median      min " * len(models) + "  ratio")
         for batch in options.batch:
             for adapters in options.adapters:
                 if adapters <= batch:
-                    rows = decoding(refs, batch, adapters, options.context)
-                    print(f"{batch:5} {adapters:8} {measure(parts, rows, options.steps)}")
+                    rows = decoding(named[0], batch, adapters, options.context)
+                    print(f"{batch:5} {adapters:8} {measure(engines, rows, options.steps)}")
         for tokens in (128, 512):
-            for ref in (None, refs[0]):
+            for ref in (None, named[0][0]):
                 steps = max(3, options.steps // 4)
-                result = measure(parts, reading(tokens, ref), steps)
-                print(f"prompt of {tokens}, {'one adapter' if ref else 'base':11} {result} ms")
+                result = measure(engines, reading(tokens, ref), steps)
+                print(f"prompt of {tokens}, {'one adapter' if ref else 'base':11} {result}")
 
 
 def _no_fetch(ref: AdapterRef) -> NoReturn:

@@ -89,7 +89,7 @@ def _factorise_all(
     factors: dict[str, LowRank] = {}
     left_out: dict[str, float] = {}
     for done, name in enumerate(sorted(before)):
-        progress(Progress("extract", done, len(before), name))
+        progress(Progress("extract", done, len(before)))
         module = name.removesuffix(".weight")
         change = _read(after[name]) - _read(before[name])
         if module not in base.linears or module.endswith("lm_head"):

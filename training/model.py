@@ -128,6 +128,8 @@ def peft_config(method: Method) -> PeftConfig:
             )
         case "prefix-tuning":
             return PrefixTuningConfig(num_virtual_tokens=method.tokens, task_type="CAUSAL_LM")
+        case "full" | "fewshot" | "base":
+            raise RunFailed(f"method.kind = {method.kind!r} trains no adapter.")
         case _:
             init = method.kind if method.kind in ("pissa", "olora", "eva") else True
             return LoraConfig(

@@ -33,6 +33,7 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
     }
     if usable := await _visible(services, request):
         body["reason"] = reason
+        body["operators"] = (await services.engine.stats()).operators
         body["failures"] = [
             {
                 "name": str(failure.name),

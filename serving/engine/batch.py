@@ -4,19 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from serving.engine.ops.lora import LoraPlan
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """The first `count` rows: one token each, of different sequences."""
-
-    count: int
-    slots: slice | torch.Tensor  # KV slots that attention reads, holes included
-    length: int  # positions of a slot that attention reads
-    spread: torch.Tensor | None  # row for each of those slots; None: the rows are in slot order
-    gather: torch.Tensor | None  # where each row is among those slots
-    biases: dict[int | None, torch.Tensor]  # window → [slots, 1, 1, length], 0 or -inf
+from serving.engine.slots import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +15,16 @@ class Chunk:
     stop: int
     slot: int
     position: int
-    masks: dict[
-        int | None, torch.Tensor | None
-    ]  # window → [chunk, position + chunk], who sees whom
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode rows first, then chunks of prompts."""
+    """First `singles` rows of one token each, of different sequences; then chunks of prompts."""
 
     ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
     slots: torch.Tensor  # [tokens] KV slot of each row
-    decode: DecodeRows | None
+    singles: int
     chunks: tuple[Chunk, ...]
     sampled: torch.Tensor  # rows that the head computes
-    lora: LoraPlan | None
+    worn: tuple[tuple[Slot | None, int], ...]  # adapter and number of rows, in order

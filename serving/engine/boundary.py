@@ -131,6 +131,7 @@ class EngineStats:
     adapter_load_seconds: float
     device: str
     dtype: str
+    operators: str  # what computes: "torch", or "C++" and its instructions; then why not better
 
 
 class Engine(Protocol):

@@ -1,5 +1,6 @@
 """Put an engine together: base model → weights, cache, slots, core."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +9,22 @@ import torch
 
 from registry.adapter import AdapterRef
 from registry.base import BaseModel
+from registry.home import default_cache
 from serving.engine.adapter_file import read_adapter
 from serving.engine.boundary import EngineStats, EngineUnavailable
+from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.hardware import choose_device, choose_dtype, total_memory
 from serving.engine.kv_cache import KVCache
+from serving.engine.linear import Linear, PackedLinear
 from serving.engine.loader import AdapterLoader
 from serving.engine.lora import LoraLayout, LoraStacks
 from serving.engine.model import Model
-from serving.engine.model_runner import LENGTH_STEP, Forward, ModelRunner
-from serving.engine.ops import operators_for
+from serving.engine.model_runner import Forward, ModelRunner
+from serving.engine.ops import Operators
+from serving.engine.ops.attention import LENGTH_STEP
+from serving.engine.ops.native.compile import NotCompiled
+from serving.engine.ops.native.library import Library, load_library
 from serving.engine.residency import Residency
 from serving.engine.sampler import Sampler
 from serving.engine.scheduler import Scheduler
@@ -25,6 +32,8 @@ from serving.engine.settings import EngineSettings
 from serving.engine.slots import SlotTable
 from serving.engine.spec import ModelSpec
 from serving.engine.weights import read_weights, stored_dtype
+
+logger = logging.getLogger(__name__)
 
 Fetch = Callable[[AdapterRef], Path]
 
@@ -39,15 +48,30 @@ class Parts:
     stats: EngineStats  # of an engine that has done nothing yet
 
 
-def read_model(base: BaseModel, settings: EngineSettings) -> Model:
+def read_model(base: BaseModel, settings: EngineSettings) -> Forward:
     """Read the base's weights onto the device. Raises EngineUnavailable with the reason."""
     spec = ModelSpec.read(base.path)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device, stored_dtype(base.path))
+    length = _max_model_len(spec, settings, dtype, device)
+    name = "torch"
     with torch.inference_mode():
-        weights = read_weights(base.path, spec, dtype, device)
-        length = _max_model_len(spec, settings, dtype, device)
-        return Model(spec, weights, operators_for(device), length)
+        if device.type == "cpu" and settings.operators == "auto":
+            try:
+                library = _library(spec, dtype)
+                weights = read_weights(base.path, spec, dtype, device, PackedLinear)
+                return CompiledModel(spec, weights, library, length)
+            except NotCompiled as error:
+                logger.warning("torch computes, several times slower than C++: %s", error)
+                name = f"torch ({error})"
+        weights = read_weights(base.path, spec, dtype, device, Linear)
+        return Model(spec, weights, Operators(), length, name)
+
+
+def _library(spec: ModelSpec, dtype: torch.dtype) -> Library:
+    """Return the compiled operators. Raises NotCompiled when they cannot compute this base."""
+    check_compilable(spec, dtype)
+    return load_library(dtype, default_cache() / "operators")
 
 
 def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
@@ -66,8 +90,8 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
         Scheduler(settings.max_batched_tokens),
         cache,
         Residency(table, stacks, loader),
-        ModelRunner(model, cache, table, stacks, frozenset(spec.windows)),
-        Sampler(operators_for(device), spec.eos_ids),
+        ModelRunner(model, cache, table, stacks),
+        Sampler(model.greedy, spec.eos_ids),
     )
     return Parts(core, model.length, spec.vocab, _blank_stats(settings, model))
 
@@ -110,4 +134,5 @@ def _blank_stats(settings: EngineSettings, model: Forward) -> EngineStats:
         adapter_load_seconds=0.0,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        operators=model.operators,
     )

@@ -9,7 +9,7 @@ from serving.engine.spec import ModelSpec
 
 
 class KVCache:
-    """[layers] tensors of shape [slots, kv_heads, length, head_dim].
+    """[layers] tensors of shape [slots, kv_heads, length, head_dim], one behind the other.
 
     A slot that nobody holds is zero throughout. Attention multiplies masked positions by exactly
     0, and 0 · NaN is NaN: what a poisoned sequence left behind would reach the next one.
@@ -18,11 +18,11 @@ class KVCache:
     def __init__(
         self, spec: ModelSpec, slots: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (slots, spec.kv_heads, length, spec.head_dim)
+        shape = (spec.layers, slots, spec.kv_heads, length, spec.head_dim)
         self.slots = slots
         self.length = length
-        self.keys = [lazy_zeros(shape, dtype, device) for _ in range(spec.layers)]
-        self.values = [lazy_zeros(shape, dtype, device) for _ in range(spec.layers)]
+        self._all = lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device)
+        self.keys, self.values = (whole.unbind() for whole in self._all)
         self._free = list(range(slots))
 
     @property
@@ -35,6 +35,6 @@ class KVCache:
 
     def release(self, slot: int, used: int) -> None:
         """Give a slot back; its first `used` positions were written."""
-        for layer in (*self.keys, *self.values):
-            layer[slot, :, :used].zero_()
+        for whole in self._all:
+            whole[:, slot, :, :used].zero_()
         heapq.heappush(self._free, slot)

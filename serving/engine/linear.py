@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
+PANEL = 32  # outputs that the compiled operators multiply side by side
+
 
 class Linear:
     """y = x Wᵀ + b for x of shape [tokens, in].
@@ -24,6 +26,35 @@ class Linear:
     def dense(self) -> torch.Tensor:
         """Return the weight in the usual layout, [out, in]."""
         return self.weight.to_dense() if self.packed else self.weight
+
+
+class PackedLinear:
+    """A linear of the compiled forward pass, which reads panels of 32 outputs in order."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.outputs, self.inputs = weight.shape
+        self.weight, self.bias = pack(weight), bias
+
+    def dense(self) -> torch.Tensor:
+        """Return the weight in the usual layout, [out, in]."""
+        step = _step(self.weight)
+        panels = self.weight.view(-1, self.inputs // step, PANEL, step).transpose(1, 2)
+        return panels.reshape(-1, self.inputs)[: self.outputs]
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Lay a weight [out, in] out as [panels, in / step, 32, step], as ops/native/linear.h reads it.
+
+    A step is one float32 or two bfloat16; outputs beyond the last are zero.
+    """
+    padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+    step = _step(weight)
+    panels = padded.view(-1, PANEL, weight.shape[1] // step, step)
+    return panels.transpose(1, 2).contiguous().flatten()
+
+
+def _step(weight: torch.Tensor) -> int:
+    return 4 // weight.element_size()
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

@@ -91,6 +91,10 @@ class LoraStacks:
         """Return bucket → A [rows, parts · rank, in], then each part's B [rows, rank, out]."""
         return self._by_layer[group][layer]
 
+    def whole(self, group: str) -> dict[int, Halves]:
+        """Return bucket → A and B's as `weights` has them, with all layers in front."""
+        return {bucket: stack[group] for bucket, stack in self._stacks.items()}
+
     def load(self, slot: Slot, adapter: HostAdapter) -> None:
         """Overwrite a slot whole. Only between steps."""
         if slot.row >= self._rows(slot.bucket):

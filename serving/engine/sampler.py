@@ -1,5 +1,6 @@
 """Logits → tokens: penalties, end-of-text rules, choice, log-probabilities."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 
 from serving.engine.boundary import RequestFailed, SamplingParams, TokenLogprob
-from serving.engine.ops import Operators
 from serving.engine.ops.sampling import Shape, sample
 from serving.engine.sequence import Sequence
+
+# scores [rows, vocab] → each row's most likely token, and whether all its scores are finite
+Greedy = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,35 +24,31 @@ class Sampled:
 class Sampler:
     """Chooses one token for each row of logits; no row's result depends on another row."""
 
-    def __init__(self, operators: Operators, eos_ids: frozenset[int]) -> None:
-        self.ops = operators
+    def __init__(self, greedy: Greedy, eos_ids: frozenset[int]) -> None:
+        self.greedy = greedy
         self.eos_ids = sorted(eos_ids)
 
     def choose(
         self, logits: torch.Tensor, sequences: Rows[Sequence]
     ) -> list[Sampled | RequestFailed]:
         """Return a token, or the failure of that row alone, for logits [rows, vocab]."""
-        # A sum is finite only when every term is, and it is the cheapest pass over the logits.
-        finite = logits.sum(-1, dtype=torch.float32).isfinite().tolist()
-        tokens = self._tokens(logits, sequences)
+        best, finite = self.greedy(logits)
+        tokens = self._tokens(logits, best.tolist(), sequences)
         logprobs = self._logprobs(logits, tokens, sequences)
         return [
             Sampled(token, logprob) if ok else _not_finite(sequence)
             for ok, token, logprob, sequence in zip(
-                finite, tokens, logprobs, sequences, strict=True
+                finite.tolist(), tokens, logprobs, sequences, strict=True
             )
         ]
 
-    def _tokens(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    def _tokens(
+        self, logits: torch.Tensor, tokens: list[int], sequences: Rows[Sequence]
+    ) -> list[int]:
+        """Return the most likely tokens, or others where a request wants it so."""
         special = [i for i, sequence in enumerate(sequences) if not self._plain(sequence)]
         if not special:
-            return self.ops.argmax(logits).tolist()
-        tokens: list[int] = [0] * len(sequences)
-        if len(special) < len(sequences):
-            taken = set(special)
-            plain = [i for i in range(len(sequences)) if i not in taken]
-            for i, token in zip(plain, self.ops.argmax(logits[plain]).tolist(), strict=True):
-                tokens[i] = token
+            return tokens
         scores = logits[special].float()
         chosen = self._shaped(scores, [sequences[i] for i in special])
         for i, token in zip(special, chosen, strict=True):

@@ -5,6 +5,7 @@ from typing import Literal
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+OperatorsName = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,8 @@ class EngineSettings:
     """Where the model runs; `auto` takes a GPU where there is one."""
     dtype: DtypeName = "auto"
     """Numbers of the weights; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    operators: OperatorsName = "auto"
+    """On the CPU, `auto` compiles the forward pass on first use; `torch` never does."""
     max_running: int = 32
     """Sequences that share one step."""
     max_waiting: int = 128

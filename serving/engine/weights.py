@@ -1,39 +1,41 @@
 """Read a base model's safetensors, sharded or not, into the tensors the forward pass needs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import safe_open
 
 from registry.tensors import tensor_files
 from serving.engine.boundary import EngineUnavailable
-from serving.engine.linear import Linear
 from serving.engine.spec import LinearGroup, ModelSpec
+
+L = TypeVar("L")  # the kind of linear: Linear or PackedLinear
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], L]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
+class LayerWeights(Generic[L]):
     """One decoder layer; `linears` has the names of `ModelSpec.groups`."""
 
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    linears: Mapping[str, Linear]
+    linears: Mapping[str, L]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelWeights:
+class ModelWeights(Generic[L]):
     """A base model. Nothing here is ever written after it was read."""
 
     embedding: torch.Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerWeights[L], ...]
     norm: torch.Tensor
-    head: Linear
+    head: L
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -43,8 +45,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def read_weights(
-    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
-) -> ModelWeights:
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    linear: MakeLinear[L],
+) -> ModelWeights[L]:
     """Read, cast and fuse. Raises EngineUnavailable when a tensor is missing or misshapen."""
     with ExitStack() as stack:
         read = _Reader(folder, device, dtype, stack)
@@ -52,9 +58,11 @@ def read_weights(
         head = embedding if spec.tied else read("lm_head.weight", (spec.vocab, spec.hidden))
         return ModelWeights(
             embedding=embedding,
-            layers=tuple(_read_layer(read, spec, f"model.layers.{i}.") for i in range(spec.layers)),
+            layers=tuple(
+                _read_layer(read, spec, f"model.layers.{i}.", linear) for i in range(spec.layers)
+            ),
             norm=read("model.norm.weight", (spec.hidden,)),
-            head=Linear(head, None),
+            head=linear(head, None),
         )
 
 
@@ -84,18 +92,22 @@ class _Reader:
         return tensor.to(self.device, self.dtype)
 
 
-def _read_layer(read: _Reader, spec: ModelSpec, prefix: str) -> LayerWeights:
+def _read_layer(
+    read: _Reader, spec: ModelSpec, prefix: str, linear: MakeLinear[L]
+) -> LayerWeights[L]:
     head = (spec.head_dim,)
     return LayerWeights(
         attention_norm=read(f"{prefix}input_layernorm.weight", (spec.hidden,)),
         mlp_norm=read(f"{prefix}post_attention_layernorm.weight", (spec.hidden,)),
         query_norm=read(f"{prefix}self_attn.q_norm.weight", head) if spec.head_norm else None,
         key_norm=read(f"{prefix}self_attn.k_norm.weight", head) if spec.head_norm else None,
-        linears={group.name: _read_group(read, prefix, group) for group in spec.groups},
+        linears={g.name: linear(*_read_group(read, prefix, g)) for g in spec.groups},
     )
 
 
-def _read_group(read: _Reader, prefix: str, group: LinearGroup) -> Linear:
+def _read_group(
+    read: _Reader, prefix: str, group: LinearGroup
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stack the linears of a group; a bias that only some of them have is zero for the others."""
     weights = [
         read(f"{prefix}{module}.weight", (out, group.inputs))
@@ -107,4 +119,4 @@ def _read_group(read: _Reader, prefix: str, group: LinearGroup) -> Linear:
         for name, weight in zip(names, weights, strict=True)
     ]
     biased = any(name in read for name in names)
-    return Linear(torch.cat(weights), torch.cat(biases) if biased else None)
+    return torch.cat(weights), torch.cat(biases) if biased else None

@@ -171,6 +171,7 @@ class ScriptedEngine:
             adapter_load_seconds=self.load_seconds * len(self.resident),
             device="script",
             dtype="float32",
+            operators="script",
         )
 
     async def check_health(self) -> None:

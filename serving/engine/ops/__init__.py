@@ -1,4 +1,7 @@
-"""The operators of a forward pass. Each has a plain torch body that serves as its reference."""
+"""The operators of a forward pass in plain torch: for every device, and the reference.
+
+`native` has the same operators compiled for the CPU.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from serving.engine.ops.activation import silu_mul
-from serving.engine.ops.attention import chunk_attention, decode_attention
+from serving.engine.ops.attention import AttentionPlan, Window, attend
 from serving.engine.ops.lora import LoraPlan, Weights, apply_lora
 from serving.engine.ops.norm import rms_norm
 from serving.engine.ops.rope import rope
-from serving.engine.ops.sampling import argmax
+from serving.engine.ops.sampling import greedy
 
 Tensor = torch.Tensor
 
@@ -23,11 +26,5 @@ class Operators:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor] = rope
     silu_mul: Callable[[Tensor], Tensor] = silu_mul
     lora: Callable[[Tensor, Tensor, Weights, LoraPlan], None] = apply_lora
-    decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = decode_attention
-    chunk_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = chunk_attention
-    argmax: Callable[[Tensor], Tensor] = argmax
-
-
-def operators_for(device: torch.device) -> Operators:  # noqa: ARG001  # bodies differ by device
-    """Choose the bodies for a device. The only place where that is decided."""
-    return Operators()
+    attend: Callable[[Tensor, Tensor, Tensor, AttentionPlan, Window], Tensor] = attend
+    greedy: Callable[[Tensor], tuple[Tensor, Tensor]] = greedy

@@ -15,6 +15,7 @@ import torch
 
 from serving.engine.slots import Slot
 
+Worn = Sequence[tuple[Slot | None, int]]  # slot and number of rows, in packing order
 Weights = Mapping[int, tuple[torch.Tensor, ...]]  # rank bucket → A, B's of one layer's group
 LONG_RUN = 8  # rows above which plain products beat a place in the padded batch
 
@@ -87,9 +88,9 @@ def _parts(
     return zip(y.split(outs, -1), shrunk.split(rank, -1), bs, strict=True)
 
 
-def plan_lora(worn: Sequence[tuple[Slot | None, int]], device: torch.device) -> LoraPlan | None:
+def plan_lora(worn: Worn, device: torch.device) -> LoraPlan | None:
     """Plan a batch given as (slot, rows) in packing order; None when no row wears anything."""
-    runs = _merge(worn)
+    runs = merge_runs(worn)
     if not runs:
         return None
     groups: list[list[Run]] = []
@@ -113,7 +114,8 @@ def packing_key(slot: Slot | None, rows: int) -> tuple[int, ...]:
     return (0,) if slot is None else (1, slot.bucket, rows > LONG_RUN, slot.row)
 
 
-def _merge(worn: Sequence[tuple[Slot | None, int]]) -> list[Run]:
+def merge_runs(worn: Worn) -> list[Run]:
+    """Return who wears what, without the rows that wear nothing."""
     runs: list[Run] = []
     start = 0
     for slot, rows in worn:

@@ -3,13 +3,20 @@
 import torch
 
 
+def rope_angles(
+    inverse_frequencies: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin of every position, float32 [length, head_dim / 2]."""
+    positions = torch.arange(length, dtype=torch.float32, device=inverse_frequencies.device)
+    angles = torch.outer(positions, inverse_frequencies)
+    return angles.cos(), angles.sin()
+
+
 def rope_tables(
     inverse_frequencies: torch.Tensor, length: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and sin of shape [length, 1, head_dim], sin with the rotation's sign in it."""
-    positions = torch.arange(length, dtype=torch.float32, device=inverse_frequencies.device)
-    angles = torch.outer(positions, inverse_frequencies)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = rope_angles(inverse_frequencies, length)
     signed = torch.cat((-sin, sin), dim=-1)
     return torch.cat((cos, cos), dim=-1)[:, None].to(dtype), signed[:, None].to(dtype)
 

@@ -18,9 +18,14 @@ class Shape:
     uniform: torch.Tensor  # the row's own random number in [0, 1)
 
 
-def argmax(scores: torch.Tensor) -> torch.Tensor:
-    """Return the most likely token of each row; `max` is four times as fast as argmax in bf16."""
-    return scores.max(dim=-1).indices
+def greedy(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's first most likely token, and whether all scores of the row are finite.
+
+    `max` is four times as fast as argmax in bfloat16. A sum is finite only when every term is, and
+    it is the cheapest pass over the scores.
+    """
+    finite = scores.sum(-1, dtype=torch.float32).isfinite()
+    return scores.max(dim=-1).indices, finite
 
 
 def sample(scores: torch.Tensor, shape: Shape) -> torch.Tensor:

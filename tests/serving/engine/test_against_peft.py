@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 
 from serving.engine.boundary import GenerateRequest
 from serving.engine.engine import TorchEngine
-from serving.engine.settings import EngineSettings
+from serving.engine.settings import EngineSettings, OperatorsName
 from tests import tiny
 from tests.serving.engine.driving import Folders, Oracle, Result, base_of, request, run_all
 
 BOUND = 1e-4
 LENGTH = 12
+BODIES: list[OperatorsName] = ["auto", "torch"]
+every_body = pytest.mark.parametrize("operators", BODIES)
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_model_len=256)
 
 
@@ -93,10 +96,11 @@ def check(
                 assert oracle.largest_error(each.prompt_ids, result) < BOUND, name
 
 
+@every_body
 def test_eight_different_adapters_and_the_base_in_one_batch_equal_peft_one_at_a_time(
-    base: Path, adapters: dict[str, Path]
+    base: Path, adapters: dict[str, Path], operators: OperatorsName
 ) -> None:
-    names, wanted, results = mixed(base, adapters, SETTINGS)
+    names, wanted, results = mixed(base, adapters, replace(SETTINGS, operators=operators))
     check(base, adapters, names, wanted, results)
 
 
@@ -114,9 +118,10 @@ def test_the_wrong_adapter_and_no_adapter_at_all_exceed_the_bound(
         assert Oracle(base).largest_error(each.prompt_ids, result) > 100 * BOUND, name
 
 
+@every_body
 @pytest.mark.parametrize("batched", [20, 23, 64])
 def test_prompts_read_in_chunks_give_what_whole_prompts_give(
-    base: Path, adapters: dict[str, Path], batched: int
+    base: Path, adapters: dict[str, Path], batched: int, operators: OperatorsName
 ) -> None:
     settings = EngineSettings(
         device="cpu",
@@ -124,17 +129,23 @@ def test_prompts_read_in_chunks_give_what_whole_prompts_give(
         max_model_len=256,
         max_running=18,
         max_batched_tokens=batched,
+        operators=operators,
     )
     names, wanted, results = mixed(base, adapters, settings)
     check(base, adapters, names, wanted, results)
 
 
-def test_few_slots_give_what_many_slots_give(base: Path, adapters: dict[str, Path]) -> None:
-    settings = EngineSettings(device="cpu", dtype="float32", max_model_len=256, adapter_slots=2)
+@every_body
+def test_few_slots_give_what_many_slots_give(
+    base: Path, adapters: dict[str, Path], operators: OperatorsName
+) -> None:
+    """Adapters are evicted and loaded again, into slots that others have used."""
+    settings = replace(SETTINGS, adapter_slots=2, operators=operators)
     names, wanted, results = mixed(base, adapters, settings)
     check(base, adapters, names, wanted, results)
 
 
+@every_body
 @pytest.mark.parametrize(
     ("arch", "config"),
     [
@@ -166,12 +177,30 @@ def test_few_slots_give_what_many_slots_give(base: Path, adapters: dict[str, Pat
     ],
 )
 def test_every_architecture_equals_transformers(
-    tmp_path: Path, arch: str, config: dict[str, Any]
+    tmp_path: Path, arch: str, config: dict[str, Any], operators: OperatorsName
 ) -> None:
     base = tiny.make_base(tmp_path / "base", arch=arch, **config)
     adapters = {"a": tiny.make_adapter(tmp_path / "a", base, rank=6, seed=1)}
     settings = EngineSettings(
-        device="cpu", dtype="float32", max_model_len=128, max_running=4, max_batched_tokens=11
+        device="cpu",
+        dtype="float32",
+        max_model_len=128,
+        max_running=4,
+        max_batched_tokens=11,
+        operators=operators,
     )
     names, wanted, results = mixed(base, adapters, settings)
     check(base, adapters, names, wanted, results)
+
+
+def test_a_request_gets_the_same_numbers_alone_and_in_any_batch(
+    base: Path, adapters: dict[str, Path]
+) -> None:
+    """The compiled pass adds up in an order that the row alone decides: equal to the last bit."""
+    chunked = replace(SETTINGS, max_running=18, max_batched_tokens=23)
+    _, wanted, together = mixed(base, adapters, SETTINGS)
+    assert mixed(base, adapters, chunked)[2] == together
+    folders = Folders(adapters)
+    for each, result in list(zip(wanted, together, strict=True))[:3]:
+        engine = TorchEngine.create(base_of(base), folders, SETTINGS)
+        assert run_all(engine, [each]) == [result]

@@ -5,6 +5,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 from registry.adapter import AdapterRef
 from serving.engine.build import assemble, read_model
+from serving.engine.compiled_model import CompiledModel
 from serving.engine.engine import TorchEngine
 from serving.engine.model import Model
+from serving.engine.model_runner import Forward
 from serving.engine.settings import EngineSettings
 from tests import tiny
 from tests.serving.engine.driving import Folders, base_of, request, stream, until
@@ -45,14 +48,18 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def test_ten_thousand_requests_over_four_slots_give_no_wrong_token(
     base: Path, folders: Folders
 ) -> None:
-    churn(base, folders, requests=10_000, workers=48)
+    churn(base, folders, SETTINGS, requests=10_000, workers=48)
+
+
+def test_torch_operators_give_no_wrong_token_either(base: Path, folders: Folders) -> None:
+    churn(base, folders, replace(SETTINGS, operators="torch"), requests=1000, workers=48)
 
 
 @pytest.mark.long
 def test_a_hundred_thousand_requests_over_four_slots_give_no_wrong_token(
     base: Path, folders: Folders
 ) -> None:
-    churn(base, folders, requests=100_000, workers=96)
+    churn(base, folders, SETTINGS, requests=100_000, workers=96)
 
 
 def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Folders) -> None:
@@ -75,11 +82,13 @@ def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Fol
     assert wrong["wrong"] > 10
 
 
-def churn(base: Path, folders: Folders, requests: int, workers: int) -> None:
-    model = read_model(base_of(base), SETTINGS)
+def churn(
+    base: Path, folders: Folders, settings: EngineSettings, requests: int, workers: int
+) -> None:
+    model = read_model(base_of(base), settings)
     before, file_before = weights_digest(model), file_digest(base)
-    parts = assemble(model, folders, SETTINGS)
-    counts = asyncio.run(drive(TorchEngine(parts, SETTINGS), folders, requests, workers))
+    parts = assemble(model, folders, settings)
+    counts = asyncio.run(drive(TorchEngine(parts, settings), folders, requests, workers))
     residency = parts.core.residency
     assert counts["wrong"] == 0
     assert counts["done"] > requests // 2
@@ -130,16 +139,19 @@ async def drive(engine: TorchEngine, folders: Folders, requests: int, workers: i
     return counts
 
 
-def weights_digest(model: Model) -> str:
+def weights_digest(model: Forward) -> str:
     digest = hashlib.sha256()
     for tensor in tensors_of(model):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def tensors_of(model: Model) -> Iterator[torch.Tensor]:
-    weights = model.weights
-    yield from (weights.embedding, weights.norm, weights.head.dense())
+def tensors_of(model: Forward) -> Iterator[torch.Tensor]:
+    assert isinstance(model, Model | CompiledModel)
+    weights = model.weights if isinstance(model, Model) else model
+    if weights.embedding is not None:
+        yield weights.embedding
+    yield from (weights.norm, weights.head.dense())
     for layer in weights.layers:
         yield from (layer.attention_norm, layer.mlp_norm)
         yield from (linear.dense() for linear in layer.linears.values())

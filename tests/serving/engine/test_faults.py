@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
-from serving.engine.model import Model
+from serving.engine.model_runner import Forward
 from serving.engine.sequence import Sequence
 from serving.engine.settings import EngineSettings
 from tests.serving.engine.driving import (
@@ -41,13 +42,17 @@ SETTINGS = EngineSettings(
 )
 
 
-class PoisonedModel(Model):
-    """The model, but a batch that reads the poison cannot be computed."""
+class Poisoned:
+    """A model, but a batch that reads the poison cannot be computed."""
 
-    error: type[BaseException] = RuntimeError
+    def __init__(self, model: Forward, error: type[BaseException]) -> None:
+        self.model, self.error = model, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
-        logits = super().forward(batch, cache, stacks)
+        logits = self.model.forward(batch, cache, stacks)
         ids = batch.ids.tolist()
         if POISON in zip(ids, ids[1:], ids[2:], strict=False):
             raise self.error("poison")
@@ -57,9 +62,7 @@ class PoisonedModel(Model):
 def poisoned(
     base: Path, folders: Folders, error: type[BaseException] = RuntimeError
 ) -> TorchEngine:
-    model = read_model(base_of(base), SETTINGS)
-    bad = PoisonedModel(model.spec, model.weights, model.ops, model.length)
-    bad.error = error
+    bad = cast("Forward", Poisoned(read_model(base_of(base), SETTINGS), error))
     return TorchEngine(assemble(bad, folders, SETTINGS), SETTINGS)
 
 
@@ -241,11 +244,13 @@ def test_an_abort_frees_its_place_and_its_pin_before_the_next_step(
     core = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS).core
     refs = tiny_folders.refs
     crowd = [Sequence(request("x", refs[n], max_tokens=50)) for n in "aab"]
-    for sequence in crowd:
-        core.add(sequence)
     with torch.inference_mode():
-        while len(core.scheduler.running) < 3:
-            core.step()
+        while not all(core.residency.ensure(refs[name]) for name in "ab"):
+            time.sleep(0.001)  # otherwise those that wear a may end before b is there
+        for sequence in crowd:
+            core.add(sequence)
+        core.step()
+        assert len(core.scheduler.running) == 3
         core.abort(crowd[0])
         core.abort(crowd[2])
         core.abort(crowd[2])  # a second one changes nothing

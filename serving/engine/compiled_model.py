@@ -1,0 +1,108 @@
+"""The forward pass of the Llama family in C++ (ops/native/forward.h): one call for a whole step.
+
+A row's result does not depend on the other rows, to the last bit: every sum runs in an order that
+the row alone decides. A prompt read in chunks gives what it gives in one piece.
+"""
+
+import torch
+
+from serving.engine.batch import Batch
+from serving.engine.kv_cache import KVCache
+from serving.engine.linear import PackedLinear
+from serving.engine.lora import LoraStacks
+from serving.engine.ops.lora import merge_runs
+from serving.engine.ops.native.compile import NUMBERS, NotCompiled
+from serving.engine.ops.native.library import (
+    LayerC,
+    Library,
+    LinearC,
+    ModelC,
+    StepC,
+    pointer,
+    run_table,
+    stack_table,
+)
+from serving.engine.ops.rope import rope_angles
+from serving.engine.spec import ModelSpec
+from serving.engine.weights import LayerWeights, ModelWeights
+
+
+def check_compilable(spec: ModelSpec, dtype: torch.dtype) -> None:
+    """Raise NotCompiled when the compiled forward pass cannot compute this base."""
+    if dtype not in NUMBERS:
+        raise NotCompiled(f"the C++ operators compute float32 and bfloat16, not {dtype}")
+    odd = [n for n in (spec.hidden, spec.intermediate, spec.heads * spec.head_dim) if n % 2]
+    if odd:
+        raise NotCompiled(f"a linear of the base has {odd[0]} inputs, an odd number")
+
+
+class CompiledModel:
+    """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights[PackedLinear],
+        library: Library,
+        length: int,
+    ) -> None:
+        self.spec, self.library, self.length = spec, library, length
+        self.dtype, self.device = weights.norm.dtype, weights.norm.device
+        # The embedding of a tied base is read from the packed head: it is not kept twice.
+        self.embedding = None if spec.tied else weights.embedding
+        self.layers, self.norm, self.head = weights.layers, weights.norm, weights.head
+        self.greedy = library.greedy
+        self.operators = f"C++ ({library.target.name})"
+        self._angles = rope_angles(torch.tensor(spec.inverse_frequencies), length)
+        self._model = self._describe()
+
+    def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
+        spec, rows, sampled = self.spec, len(batch.ids), len(batch.sampled)
+        logits = torch.empty(sampled, spec.vocab, dtype=self.dtype)
+        queries = spec.heads * spec.head_dim
+        widths = (
+            *(spec.hidden, spec.hidden, queries + 2 * spec.kv_heads * spec.head_dim, queries),
+            *(2 * spec.intermediate, spec.intermediate),
+        )
+        space = [torch.empty(rows * width, dtype=self.dtype) for width in widths]
+        step = StepC(
+            *(rows, sampled, batch.ids.data_ptr(), batch.positions.data_ptr()),
+            *(batch.slots.data_ptr(), batch.sampled.data_ptr(), cache.slots, cache.length),
+            *(cache.keys[0].data_ptr(), cache.values[0].data_ptr()),
+        )
+        step.x, step.h, step.qkv, step.attended, step.gate_up, step.activated = (
+            tensor.data_ptr() for tensor in space
+        )
+        step.logits = logits.data_ptr()
+        if runs := merge_runs(batch.worn):
+            whole = [stacks.whole(group.name) for group in spec.groups]
+            step.runs, step.run = len(runs), run_table(runs, whole[0])
+            step.stacks[:] = [stack_table(group) for group in whole]
+        self.library.forward(self._model, step)
+        return logits
+
+    def _describe(self) -> ModelC:
+        """Return the addresses of the weights, which `self` keeps alive."""
+        spec = self.spec
+        cos, sin = self._angles
+        layers = [
+            self._layer(layer, window)
+            for layer, window in zip(self.layers, spec.windows, strict=True)
+        ]
+        return ModelC(
+            *(spec.layers, spec.hidden, spec.heads, spec.kv_heads, spec.head_dim),
+            *(spec.intermediate, spec.vocab, spec.eps, (LayerC * len(layers))(*layers)),
+            *(pointer(self.embedding), self.norm.data_ptr(), _linear(self.head)),
+            *(cos.data_ptr(), sin.data_ptr()),
+        )
+
+    def _layer(self, layer: LayerWeights[PackedLinear], window: int | None) -> LayerC:
+        linears = (_linear(layer.linears[group.name]) for group in self.spec.groups)
+        return LayerC(
+            *(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()),
+            *(pointer(layer.query_norm), pointer(layer.key_norm), *linears, window or 0),
+        )
+
+
+def _linear(linear: PackedLinear) -> LinearC:
+    return LinearC(linear.weight.data_ptr(), pointer(linear.bias))

@@ -1,0 +1,1 @@
+"""The operators and the forward pass in C++: built where they run, called through ctypes."""

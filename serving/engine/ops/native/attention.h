@@ -1,0 +1,180 @@
+// Query tokens against the slotted cache. A token reads as many keys as it sees, never a padded
+// length, and query heads that share a KV head share every load of it. Softmax is computed as it
+// goes along (arXiv 1805.02867); a long sequence is split between threads, and its parts are put
+// together at the end.
+#pragma once
+#include <vector>
+
+#include "rope.h"
+
+constexpr int64_t SPLIT = 512;  // keys of one task
+constexpr int KEYS = 64;        // keys between two looks at the running maximum
+constexpr int GROUP = 4;        // query heads at once
+
+// What a task has seen so far for one query head.
+struct Partial {
+  float *most, *sum;  // the largest score, and the sum of e^(score - most)
+  float* total;       // [dim, rounded up to LANES] values weighted by e^(score - most)
+};
+
+// The keys and values [length, dim] of one KV head, read by G query heads [G, dim].
+template <int G>
+struct Reader {
+  const Number *q, *keys, *values;
+  int64_t dim;
+  float scale;
+  Partial* partials;
+
+  void read(int64_t from, int64_t to) const {
+    for (int64_t first = from; first < to; first += KEYS) {
+      const int64_t n = std::min<int64_t>(KEYS, to - first);
+      float weights[G][KEYS];
+      soften(first, n, weights);
+      for (int64_t d = 0; d < dim; d += LANES) weigh(first, n, d, weights);
+    }
+  }
+
+  // Turn the scores of n keys into weights; what was seen before is scaled to the new maximum.
+  void soften(int64_t first, int64_t n, float (&weights)[G][KEYS]) const {
+    Floats scores[KEYS / LANES][G];
+    const int64_t blocks = (n + LANES - 1) / LANES;
+    for (int64_t b = 0; b < blocks; b++)
+      score(first + b * LANES, std::min<int64_t>(LANES, n - b * LANES), scores[b]);
+    for (int g = 0; g < G; g++) {
+      const Partial& own = partials[g];
+      Floats most = scores[0][g], added = {};
+      for (int64_t b = 1; b < blocks; b++) most = larger(scores[b][g], most);
+      const float now = std::max(*own.most, largest(most));
+      for (int64_t b = 0; b < blocks; b++) {
+        const Floats weight = exp(scores[b][g] - now);
+        store(weights[g] + b * LANES, weight);
+        added += weight;
+      }
+      const float kept = exp(all(*own.most - now))[0];
+      *own.sum = *own.sum * kept + sum(added);
+      *own.most = now;
+      for (int64_t d = 0; d < dim; d++) own.total[d] *= kept;
+    }
+  }
+
+  // Scores of up to 16 keys; -inf beyond the n there are.
+  void score(int64_t first, int64_t n, Floats (&scores)[G]) const {
+    Floats products[G][LANES] = {};
+    for (int64_t d = 0; d < dim; d += LANES * STEP) {
+      Words own[G];
+      for (int g = 0; g < G; g++) own[g] = lanes(q + g * dim + d, dim - d);
+      for (int64_t j = 0; j < n; j++) {
+        const Words key = lanes(keys + (first + j) * dim + d, dim - d);
+        for (int g = 0; g < G; g++) products[g][j] = multiply_add(own[g], key, products[g][j]);
+      }
+    }
+    for (int g = 0; g < G; g++) {
+      scores[g] = sums(products[g]) * scale;
+      for (int64_t j = n; j < LANES; j++) scores[g][j] = -INFINITY;
+    }
+  }
+
+  // Add the values of n keys, dimensions d..d+16.
+  void weigh(int64_t first, int64_t n, int64_t d, const float (&weights)[G][KEYS]) const {
+    Floats totals[G];
+    for (int g = 0; g < G; g++) totals[g] = load(partials[g].total + d);
+    for (int64_t j = 0; j < n; j++) {
+      const Floats value = load(values + (first + j) * dim + d, dim - d);
+      for (int g = 0; g < G; g++) totals[g] += weights[g][j] * value;
+    }
+    for (int g = 0; g < G; g++) store(partials[g].total + d, totals[g]);
+  }
+};
+
+// Attention of a step's rows; the same for every layer with the same window.
+class Attention {
+ public:
+  // slots and positions [rows]. A row sees its own position and all before it, or the last `window`
+  // of them; window 0 is none.
+  Attention(int64_t rows, const int64_t* slots, const int64_t* positions, int64_t heads,
+            int64_t kv_heads, int64_t dim, int64_t window)
+      : rows(rows), heads(heads), share(heads / kv_heads), dim(dim), window(window),
+        partial_size(LANES + (dim + LANES - 1) / LANES * LANES), slots(slots),
+        positions(positions), first_part{0} {
+    for (int64_t row = 0; row < rows; row++)
+      first_part.push_back(first_part[row] +
+                           (positions[row] + 1 - start(row) + SPLIT - 1) / SPLIT);
+    scratch.resize(first_part[rows] * heads * partial_size);
+  }
+
+  // q [rows, heads, dim] with `stride` between rows, out [rows, heads, dim]. Called by every thread
+  // of a parallel region.
+  void run(const Number* q, int64_t stride, const Cache& cache, Number* out) {
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t part = 0; part < first_part[rows]; part++)
+      for (int64_t kv_head = 0; kv_head < cache.kv_heads; kv_head++)
+        read(part, kv_head, q, stride, cache);
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t head = 0; head < heads; head++) merge(row, head, out + (row * heads + head) * dim);
+  }
+
+ private:
+  int64_t rows, heads, share, dim, window, partial_size;
+  const int64_t *slots, *positions;
+  std::vector<int64_t> first_part;  // of each row; a part is a split of a row
+  std::vector<float> scratch;
+
+  int64_t start(int64_t row) const {
+    return window ? std::max<int64_t>(0, positions[row] + 1 - window) : 0;
+  }
+
+  Partial partial(int64_t part, int64_t head) {
+    float* own = scratch.data() + (part * heads + head) * partial_size;
+    return {own, own + 1, own + LANES};
+  }
+
+  // One split of one row, for the query heads of one KV head.
+  void read(int64_t part, int64_t kv_head, const Number* q, int64_t stride, const Cache& cache) {
+    const auto after = std::upper_bound(first_part.begin(), first_part.end(), part);
+    const int64_t row = after - first_part.begin() - 1;
+    const int64_t from = start(row) + (part - first_part[row]) * SPLIT;
+    const int64_t to = std::min(from + SPLIT, positions[row] + 1);
+    const int64_t place = cache.place(slots[row], kv_head, 0);
+    read_heads(part, kv_head * share, share, q + row * stride, cache.keys + place,
+               cache.values + place, from, to);
+  }
+
+  template <int G = GROUP>
+  void read_heads(int64_t part, int64_t head, int64_t count, const Number* q, const Number* keys,
+                  const Number* values, int64_t from, int64_t to) {
+    for (; count >= G; count -= G, head += G) {
+      Partial partials[G];
+      for (int g = 0; g < G; g++) {
+        partials[g] = partial(part, head + g);
+        *partials[g].most = -INFINITY;
+        *partials[g].sum = 0;
+        std::fill_n(partials[g].total, partial_size - LANES, 0.0f);
+      }
+      const float scale = 1.0f / std::sqrt((float)dim);
+      Reader<G>{q + head * dim, keys, values, dim, scale, partials}.read(from, to);
+    }
+    if constexpr (G > 1) read_heads<G - 1>(part, head, count, q, keys, values, from, to);
+  }
+
+  // Put the parts of one query head of a row together.
+  void merge(int64_t row, int64_t head, Number* out) {
+    const int64_t first = first_part[row], last = first_part[row + 1];
+    float most = -INFINITY, sum = 0;
+    for (int64_t part = first; part < last; part++)
+      most = std::max(most, *partial(part, head).most);
+    for (int64_t part = first; part < last; part++) {
+      const Partial own = partial(part, head);
+      *own.most = exp(all(*own.most - most))[0];
+      sum += *own.most * *own.sum;
+    }
+    for (int64_t d = 0; d < dim; d += LANES) {
+      Floats total = {};
+      for (int64_t part = first; part < last; part++) {
+        const Partial own = partial(part, head);
+        total += *own.most * load(own.total + d);
+      }
+      store(out + d, total / sum, dim - d);
+    }
+  }
+};

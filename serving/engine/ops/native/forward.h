@@ -1,0 +1,130 @@
+// The forward pass of the Llama family over one step's rows: one call, one parallel region.
+#pragma once
+#include <list>
+
+#include "activation.h"
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+
+struct Linear {
+  const Number *weight, *bias;  // packed; [outputs] or null
+};
+struct Layer {
+  const Number *attention_norm, *mlp_norm, *query_norm, *key_norm;
+  Linear qkv, o, gate_up, down;
+  int64_t window;  // 0: none
+};
+struct Model {
+  int64_t layers, hidden, heads, kv_heads, dim, intermediate, vocab;
+  float eps;
+  const Layer* layer;
+  const Number* embedding;  // [vocab, hidden], or null: the rows of the head
+  const Number* norm;
+  Linear head;
+  const float *cos, *sin;  // [length, dim / 2]
+};
+struct Step {
+  int64_t rows, sampled;
+  const int64_t *ids, *positions, *slots;  // [rows]
+  const int64_t* sampled_rows;             // [sampled]
+  int64_t cache_slots, cache_length;
+  Number *keys, *values;  // [layers, cache_slots, kv_heads, cache_length, dim]
+  int64_t runs;
+  const Run* run;
+  const Stack* stacks[4];  // of qkv, o, gate_up, down; read when there are runs
+  // Space for rows × hidden, hidden, (heads + 2 kv_heads) · dim, heads · dim, 2 · intermediate and
+  // intermediate numbers.
+  Number *x, *h, *qkv, *attended, *gate_up, *activated;
+  Number* logits;  // [sampled, vocab]
+};
+
+class Forward {
+ public:
+  Forward(const Model& model, const Step& step)
+      : m(model), s(step), queries(m.heads * m.dim), keys(m.kv_heads * m.dim) {
+    const Group groups[4] = {{m.hidden, 3, {queries, keys, keys}},
+                             {queries, 1, {m.hidden}},
+                             {m.hidden, 2, {m.intermediate, m.intermediate}},
+                             {m.intermediate, 1, {m.hidden}}};
+    for (int i = 0; i < 4 && s.runs; i++) loras.emplace_back(groups[i], s.stacks[i], s.run, s.runs);
+    for (int64_t i = 0; i < m.layers; i++) attentions.push_back(attention(m.layer[i].window));
+  }
+
+  // Called by every thread of a parallel region.
+  void run() {
+    embed();
+    for (int64_t i = 0; i < m.layers; i++) layer(i);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.sampled; i++)
+      normalise(s.x + s.sampled_rows[i] * m.hidden, m.norm, s.h + i * m.hidden, m.hidden, m.eps);
+    multiply(m.head, s.h, m.hidden, s.logits, m.vocab, s.sampled, false);
+  }
+
+ private:
+  const Model& m;
+  const Step& s;
+  const int64_t queries, keys;
+  std::vector<Lora> loras;
+  std::list<std::pair<int64_t, Attention>> windows;  // window → its plan; addresses stay
+  std::vector<Attention*> attentions;                // of each layer
+
+  Attention* attention(int64_t window) {
+    for (auto& [known, plan] : windows)
+      if (known == window) return &plan;
+    windows.emplace_back(window, Attention(s.rows, s.slots, s.positions, m.heads, m.kv_heads, m.dim,
+                                           window));
+    return &windows.back().second;
+  }
+
+  void layer(int64_t i) {
+    const Layer& own = m.layer[i];
+    const int64_t kv = i * s.cache_slots * m.kv_heads * s.cache_length * m.dim;
+    const Cache cache{s.keys + kv, s.values + kv, m.kv_heads, s.cache_length, m.dim};
+    const Rope rope{m.cos, m.sin, own.query_norm, own.key_norm, m.eps};
+    const int64_t width = queries + 2 * keys;
+    normalise_all(own.attention_norm);
+    linear(i, 0, own.qkv, s.h, m.hidden, s.qkv, width, false);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++)
+      rope.row(s.qkv + row * width, m.heads, s.slots[row], s.positions[row], cache);
+    attentions[i]->run(s.qkv, width, cache, s.attended);
+    linear(i, 1, own.o, s.attended, queries, s.x, m.hidden, true);
+    normalise_all(own.mlp_norm);
+    linear(i, 2, own.gate_up, s.h, m.hidden, s.gate_up, 2 * m.intermediate, false);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++)
+      silu_mul(s.gate_up + row * 2 * m.intermediate, s.activated + row * m.intermediate,
+               m.intermediate);
+    linear(i, 3, own.down, s.activated, m.intermediate, s.x, m.hidden, true);
+  }
+
+  void embed() {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++) {
+      Number* to = s.x + row * m.hidden;
+      if (m.embedding)
+        memcpy(to, m.embedding + s.ids[row] * m.hidden, m.hidden * sizeof(Number));
+      else
+        unpack(m.head.weight, s.ids[row], m.hidden, to);
+    }
+  }
+
+  void normalise_all(const Number* weight) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++)
+      normalise(s.x + row * m.hidden, weight, s.h + row * m.hidden, m.hidden, m.eps);
+  }
+
+  // y = or += linear(x) and, for rows that wear an adapter, what it adds.
+  void linear(int64_t layer, int group, const Linear& own, const Number* x, int64_t inputs, Number* y,
+              int64_t outputs, bool add) {
+    multiply(own, x, inputs, y, outputs, s.rows, add);
+    if (!loras.empty()) loras[group].run(layer, x, inputs, y, outputs);
+  }
+
+  static void multiply(const Linear& own, const Number* x, int64_t inputs, Number* y,
+                       int64_t outputs, int64_t rows, bool add) {
+    Product{x, own.weight, own.bias, y, inputs, outputs, inputs / STEP, outputs, add}.run(rows);
+  }
+};

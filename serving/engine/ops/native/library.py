@@ -1,0 +1,285 @@
+"""The compiled operators as Python calls on tensors; each has the shapes of its torch body.
+
+One call holds no lock of the interpreter while it runs, so the server's event loop goes on.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serving.engine.ops.lora import Run
+from serving.engine.ops.native.compile import NotCompiled, compiled
+from serving.engine.ops.native.target import Target, choose_target
+
+MOST_PARTS = 3  # linears fused in one group
+
+Stacks = Mapping[int, tuple[torch.Tensor, ...]]  # bucket → A, B's, all of them [layers, slots, …]
+
+
+class LinearC(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class LayerC(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, LinearC) for name in ("qkv", "o", "gate_up", "down")),
+        ("window", c_int64),
+    )
+
+
+class ModelC(Structure):
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab")
+        ),
+        ("eps", c_float),
+        ("layer", POINTER(LayerC)),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("head", LinearC),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    )
+
+
+class RunC(Structure):
+    _fields_ = tuple((name, c_int64) for name in ("start", "stop", "stack", "slot"))
+
+
+class StackC(Structure):
+    _fields_ = (
+        ("rank", c_int64),
+        ("slots", c_int64),
+        ("a", c_void_p),
+        ("b", c_void_p * MOST_PARTS),
+    )
+
+
+class GroupC(Structure):
+    _fields_ = (("inputs", c_int64), ("parts", c_int64), ("outputs", c_int64 * MOST_PARTS))
+
+
+class CacheC(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        *((name, c_int64) for name in ("kv_heads", "length", "dim")),
+    )
+
+
+class RopeC(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("cos", "sin", "query_norm", "key_norm")),
+        ("eps", c_float),
+    )
+
+
+class StepC(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("sampled", c_int64),
+        *((name, c_void_p) for name in ("ids", "positions", "slots", "sampled_rows")),
+        ("cache_slots", c_int64),
+        ("cache_length", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("runs", c_int64),
+        ("run", POINTER(RunC)),
+        ("stacks", POINTER(StackC) * 4),
+        *(
+            (name, c_void_p)
+            for name in ("x", "h", "qkv", "attended", "gate_up", "activated", "logits")
+        ),
+    )
+
+
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "linear": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *(c_int64,) * 5),
+    "rms_norm": (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_float),
+    "silu_mul_rows": (c_void_p, c_int64, c_void_p, c_int64, c_int64),
+    "rotate_and_store": (
+        *(c_void_p, c_int64, c_int64, c_int64),
+        *(POINTER(RopeC), POINTER(CacheC), c_void_p, c_void_p),
+    ),
+    "attention": (
+        *(c_void_p, c_int64, c_int64, c_int64),
+        *(POINTER(CacheC), c_void_p, c_void_p, c_int64, c_void_p),
+    ),
+    "lora": (
+        *(c_void_p, c_int64, c_void_p, c_int64),
+        *(POINTER(GroupC), POINTER(StackC), POINTER(RunC), c_int64, c_int64),
+    ),
+    "greedy_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "forward": (POINTER(ModelC), POINTER(StepC)),
+}
+
+
+class Library:
+    """One build of the operators: for one number format and one set of instructions."""
+
+    def __init__(self, path: Path, target: Target, dtype: torch.dtype) -> None:
+        self.target, self.dtype = target, dtype
+        try:
+            self._calls = ctypes.CDLL(str(path))
+        except OSError as error:  # no OpenMP runtime in this torch, for example
+            raise NotCompiled(f"the built operators cannot be loaded: {error}") from error
+        for name, types in _ARGUMENTS.items():
+            call = getattr(self._calls, name)
+            call.argtypes, call.restype = types, None
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        outputs: int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return x Wᵀ + b [rows, outputs], W packed; with `out`, add it to that."""
+        x = self._rows(x)
+        add = out is not None
+        y = x.new_empty(len(x), outputs) if out is None else self._own(out)
+        self._calls.linear(
+            *(x.data_ptr(), x.stride(0), weight.data_ptr(), pointer(bias)),
+            *(y.data_ptr(), y.stride(0), len(x), x.shape[1], outputs, add),
+        )
+        return y
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = self._rows(x)
+        y = x.new_empty(x.shape)
+        self._calls.rms_norm(
+            x.data_ptr(), x.stride(0), weight.data_ptr(), y.data_ptr(), *x.shape, eps
+        )
+        return y
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        x = self._rows(gate_up)
+        y = x.new_empty(len(x), x.shape[1] // 2)
+        self._calls.silu_mul_rows(x.data_ptr(), x.stride(0), y.data_ptr(), *y.shape)
+        return y
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """Rotate the queries of qkv [rows, heads + 2 · kv_heads, dim] in place; store the rest.
+
+        cos and sin are float32 [length, dim / 2], keys and values [slots, kv_heads, length, dim].
+        """
+        query_norm, key_norm = norms or (None, None)
+        rope = RopeC(cos.data_ptr(), sin.data_ptr(), pointer(query_norm), pointer(key_norm), eps)
+        cache, rows = self._cache(keys, values), self._own(qkv.flatten(1))
+        heads = qkv.shape[1] - 2 * keys.shape[1]
+        self._calls.rotate_and_store(
+            *(rows.data_ptr(), rows.stride(0), len(rows), heads),
+            *(rope, cache, slots.data_ptr(), positions.data_ptr()),
+        )
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Return [rows, heads, dim] for q of that shape: each row sees positions up to its own."""
+        rows, out = self._rows(q.flatten(1)), q.new_empty(q.shape)
+        self._calls.attention(
+            *(rows.data_ptr(), rows.stride(0), len(rows), q.shape[1]),
+            *(self._cache(keys, values), slots.data_ptr(), positions.data_ptr()),
+            *(window or 0, out.data_ptr()),
+        )
+        return out
+
+    def lora(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        stacks: Stacks,
+        layer: int,
+        runs: Sequence[Run],
+    ) -> None:
+        """Add B(A(x)) of each run's own adapter to y in place."""
+        x, y = self._rows(x), self._own(y)
+        outputs = [b.shape[-1] for b in next(iter(stacks.values()))[1:]]
+        group = GroupC(x.shape[1], len(outputs), (c_int64 * MOST_PARTS)(*outputs))
+        self._calls.lora(
+            *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0)),
+            *(group, stack_table(stacks), run_table(runs, stacks), len(runs), layer),
+        )
+
+    def greedy(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each row's first most likely token, and whether all its scores are finite."""
+        scores = self._rows(scores)
+        tokens = torch.empty(len(scores), dtype=torch.int64)
+        finite = torch.empty(len(scores), dtype=torch.bool)
+        self._calls.greedy_rows(
+            *(scores.data_ptr(), scores.stride(0), *scores.shape),
+            *(tokens.data_ptr(), finite.data_ptr()),
+        )
+        return tokens, finite
+
+    def forward(self, model: ModelC, step: StepC) -> None:
+        """Run a whole step; both must hold addresses of tensors that are still alive."""
+        self._calls.forward(model, step)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows that are apart are taken as they are; numbers that are apart are copied together."""
+        assert x.dtype == self.dtype, f"{x.dtype} given to operators of {self.dtype}"
+        return x if x.stride(1) == 1 or not len(x) else x.contiguous()
+
+    def _own(self, x: torch.Tensor) -> torch.Tensor:
+        """Like `_rows`, for what is written: a copy would be lost."""
+        assert x.dtype == self.dtype
+        assert x.stride(1) == 1
+        return x
+
+    def _cache(self, keys: torch.Tensor, values: torch.Tensor) -> CacheC:
+        assert keys.is_contiguous()
+        assert values.is_contiguous()
+        return CacheC(keys.data_ptr(), values.data_ptr(), *keys.shape[1:])
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def stack_table(stacks: Stacks) -> Any:
+    """Return the stacks as an array, the lowest rank first."""
+    table = (StackC * len(stacks))()
+    for entry, rank in zip(table, sorted(stacks), strict=True):
+        a, *bs = stacks[rank]
+        entry.rank, entry.slots, entry.a = rank, a.shape[1], a.data_ptr()
+        entry.b[: len(bs)] = [b.data_ptr() for b in bs]
+    return table
+
+
+def run_table(runs: Sequence[Run], ranks: Mapping[int, object]) -> Any:
+    """Return the runs as an array; each names its stack by its place in `stack_table`."""
+    place = {rank: index for index, rank in enumerate(sorted(ranks))}
+    return (RunC * len(runs))(
+        *(RunC(run.start, run.stop, place[run.slot.bucket], run.slot.row) for run in runs)
+    )
+
+
+def load_library(dtype: torch.dtype, cache: Path, target: Target | None = None) -> Library:
+    """Build what is not built, and load it. Raises NotCompiled with the reason."""
+    target = target or choose_target()
+    return Library(compiled(target, dtype, cache), target, dtype)

@@ -1,0 +1,61 @@
+// What Python calls: every operator by itself, for its tests and benchmarks, and the whole forward
+// pass. One build has one number format. Strides are in numbers; the last dimension is contiguous.
+#include "forward.h"
+#include "greedy.h"
+
+extern "C" {
+
+void linear(const Number* x, int64_t x_stride, const Number* weight, const Number* bias, Number* y,
+            int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t add) {
+  const Product product{x, weight, bias, y, x_stride, y_stride, inputs / STEP, outputs, add != 0};
+#pragma omp parallel
+  product.run(rows);
+}
+
+void rms_norm(const Number* x, int64_t x_stride, const Number* weight, Number* y, int64_t rows,
+              int64_t size, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    normalise(x + row * x_stride, weight, y + row * size, size, eps);
+}
+
+void silu_mul_rows(const Number* x, int64_t x_stride, Number* y, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) silu_mul(x + row * x_stride, y + row * size, size);
+}
+
+void rotate_and_store(Number* qkv, int64_t stride, int64_t rows, int64_t heads, const Rope* rope,
+                      const Cache* cache, const int64_t* slots, const int64_t* positions) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    rope->row(qkv + row * stride, heads, slots[row], positions[row], *cache);
+}
+
+void attention(const Number* q, int64_t stride, int64_t rows, int64_t heads, const Cache* cache,
+               const int64_t* slots, const int64_t* positions, int64_t window, Number* out) {
+  Attention work(rows, slots, positions, heads, cache->kv_heads, cache->dim, window);
+#pragma omp parallel
+  work.run(q, stride, *cache, out);
+}
+
+void lora(const Number* x, int64_t x_stride, Number* y, int64_t y_stride, const Group* group,
+          const Stack* stacks, const Run* runs, int64_t count, int64_t layer) {
+  Lora work(*group, stacks, runs, count);
+#pragma omp parallel
+  work.run(layer, x, x_stride, y, y_stride);
+}
+
+void greedy_rows(const Number* scores, int64_t stride, int64_t rows, int64_t size, int64_t* tokens,
+                 uint8_t* finite) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    greedy(scores + row * stride, size, tokens + row, finite + row);
+}
+
+void forward(const Model* model, const Step* step) {
+  Forward pass(*model, *step);
+#pragma omp parallel
+  pass.run();
+}
+
+}  // extern "C"

@@ -1,0 +1,296 @@
+"""The compiled operators against float64 and torch, on every set of instructions here."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from registry.home import default_cache
+from serving.engine.linear import PackedLinear, pack
+from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
+from serving.engine.ops.native.library import Library, load_library
+from serving.engine.ops.native.target import TARGETS, Target, choose_target
+from serving.engine.ops.norm import rms_norm
+from serving.engine.ops.rope import rope, rope_angles, rope_tables
+from serving.engine.ops.sampling import greedy
+from serving.engine.slots import Slot
+
+HERE = torch.cpu.get_capabilities()
+RUNNABLE = [target for target in TARGETS if target.runs_on(HERE)]
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 4e-3)}  # relative, absolute
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(target, dtype) for target in RUNNABLE for dtype in DTYPES],
+    ids=lambda pair: f"{pair[0].name}-{str(pair[1])[6:]}",
+)
+def library(request: pytest.FixtureRequest) -> Library:
+    target, dtype = request.param
+    return load_library(dtype, default_cache() / "operators", target)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> Iterator[None]:
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        yield
+
+
+def close(library: Library, actual: torch.Tensor, exact: torch.Tensor, scale: float = 1.0) -> None:
+    """Compare with float64; `scale` is the size of the numbers that were added up."""
+    relative, absolute = TOLERANCE[library.dtype]
+    assert_close(actual.double(), exact, rtol=relative, atol=absolute * scale)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers as columns of a wider tensor: rows that are apart."""
+    wide = torch.full((x.shape[0], x.shape[1] + 6), math.nan, dtype=x.dtype)
+    wide[:, 2:-4] = x
+    return wide[:, 2:-4]
+
+
+@pytest.mark.parametrize("rows", [*range(1, 15), 24, 31, 64, 200])
+def test_a_linear_equals_float64(library: Library, rows: int) -> None:
+    for inputs, outputs in ((2, 1), (34, 33), (64, 32), (130, 97), (576, 130)):
+        x = torch.randn(rows, inputs, dtype=library.dtype)
+        w = torch.randn(outputs, inputs).to(library.dtype)
+        bias = torch.randn(outputs).to(library.dtype)
+        exact = x.double() @ w.double().T
+        scale = math.sqrt(inputs)
+        packed = pack(w)
+        close(library, library.linear(x, packed, None, outputs), exact, scale)
+        biased = library.linear(strided(x), packed, bias, outputs)
+        close(library, biased, exact + bias.double(), scale)
+        y = torch.randn(rows, outputs).to(library.dtype)
+        before = y.double()
+        library.linear(x, packed, None, outputs, out=y)
+        close(library, y, before + exact, scale)
+
+
+def test_a_row_of_a_linear_is_the_same_to_the_last_bit_in_every_batch(library: Library) -> None:
+    x, w = torch.randn(130, 96, dtype=library.dtype), pack(torch.randn(70, 96).to(library.dtype))
+    whole = library.linear(x, w, None, 70)
+    for rows in (1, 5, 12, 13, 97):
+        assert torch.equal(library.linear(x[:rows], w, None, 70), whole[:rows])
+
+
+def test_a_packed_weight_is_read_back_as_it_was(library: Library) -> None:
+    for outputs, inputs in ((1, 2), (31, 6), (33, 64), (258, 64)):
+        weight = torch.randn(outputs, inputs).to(library.dtype)
+        assert torch.equal(PackedLinear(weight, None).dense(), weight)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 33, 64, 576])
+def test_rms_norm_equals_float64(library: Library, size: int) -> None:
+    x, w = torch.randn(7, size).to(library.dtype), torch.randn(size).to(library.dtype)
+    exact = rms_norm(x.double(), w.double(), 1e-5)
+    close(library, library.rms_norm(x, w, 1e-5), exact)
+    close(library, library.rms_norm(strided(x), w, 1e-5), exact)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 33, 1536])
+def test_silu_mul_equals_float64_from_the_smallest_to_the_largest_gate(
+    library: Library, size: int
+) -> None:
+    gate = torch.linspace(-120, 120, 9 * size).view(9, size)
+    x = torch.cat((gate, torch.randn(9, size)), dim=1).to(library.dtype)
+    wide = x.double()
+    exact = torch.nn.functional.silu(wide[:, :size]) * wide[:, size:]
+    close(library, library.silu_mul(x), exact)
+    close(library, library.silu_mul(strided(x)), exact)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 258, 49152])
+def test_greedy_takes_the_first_of_the_largest_and_sees_what_is_not_finite(
+    library: Library, size: int
+) -> None:
+    scores = (torch.randn(20, size) * 4).round().to(library.dtype)  # many are equal
+    scores[18, size // 2] = math.inf
+    scores[19, size - 1] = math.nan
+    wanted, finite = greedy(scores)
+    for given in (scores, strided(scores)):
+        tokens, whole = library.greedy(given)
+        assert torch.equal(tokens[:19], wanted[:19])
+        assert torch.equal(whole, finite)
+    assert whole.tolist() == [True] * 18 + [False] * 2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 1, 16), (6, 2, 64), (2, 2, 6)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
+    library: Library, heads: int, kv_heads: int, dim: int, normed: bool
+) -> None:
+    rows, length = 9, 40
+    qkv = torch.randn(rows, heads + 2 * kv_heads, dim).to(library.dtype)
+    norms = (torch.rand(dim).to(library.dtype), torch.rand(dim).to(library.dtype))
+    frequencies = torch.tensor([100.0 ** (-i / dim) for i in range(0, dim, 2)])
+    slots = torch.tensor([2, 2, 2, 0, 1, 1, 4, 4, 4])
+    positions = torch.tensor([3, 4, 5, 39, 0, 1, 7, 8, 9])
+    wide = qkv.double()
+    qk, v = wide.split((heads + kv_heads, kv_heads), dim=1)
+    if normed:
+        q = rms_norm(qk[:, :heads], norms[0].double(), 1e-6)
+        qk = torch.cat((q, rms_norm(qk[:, heads:], norms[1].double(), 1e-6)), dim=1)
+    cos, sin = rope_tables(frequencies, length, torch.float64)
+    exact = rope(qk, cos[positions], sin[positions])
+    keys = torch.full((5, kv_heads, length, dim), 7.0).to(library.dtype)
+    values = keys.clone()
+    library.rotate_and_store(
+        *(qkv, *rope_angles(frequencies, length), slots, positions, keys, values),
+        norms if normed else None,
+        1e-6,
+    )
+    close(library, qkv[:, :heads], exact[:, :heads])
+    close(library, keys[slots, :, positions], exact[:, heads:])
+    assert torch.equal(values[slots, :, positions].double(), v)
+    assert int((keys != 7.0).any(-1).sum()) == int((values != 7.0).any(-1).sum()) == rows * kv_heads
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(4, 2, 16), (9, 3, 64), (7, 1, 32), (16, 2, 8), (5, 5, 80), (6, 1, 256)],
+)
+@pytest.mark.parametrize("window", [None, 1, 70])
+def test_attention_equals_float64_for_sequences_of_every_length(
+    library: Library, heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    """Nothing beyond a row's own keys is read: it is NaN there."""
+    positions = torch.tensor([0, 1, 15, 16, 63, 64, 130, 511, 512, 700, 1099])
+    slots = torch.randperm(13)[: len(positions)]
+    length = 1100
+    q = torch.randn(len(positions), heads, dim).to(library.dtype)
+    keys = torch.randn(13, kv_heads, length, dim).to(library.dtype)
+    values = torch.randn(13, kv_heads, length, dim).to(library.dtype)
+    free = torch.ones(13, length, dtype=torch.bool)
+    for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
+        free[slot, : position + 1] = False
+    for half in (keys, values):
+        half.transpose(1, 2)[free] = math.nan
+    out = library.attention(q, keys, values, slots, positions, window)
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        seen = slice(max(0, position + 1 - (window or length)), position + 1)
+        k, v = keys[slot, :, seen].double(), values[slot, :, seen].double()
+        own = q[row].double().view(kv_heads, heads // kv_heads, dim)
+        weights = torch.softmax(own @ k.transpose(1, 2) / math.sqrt(dim), dim=-1)
+        close(library, out[row], (weights @ v).view(heads, dim))
+
+
+def lora_case(
+    rank: int, dtype: torch.dtype, rows: int, inputs: int, outputs: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    x = torch.randn(rows, inputs).to(dtype)
+    y = torch.randn(rows, sum(outputs)).to(dtype)
+    a = (torch.randn(2, 5, len(outputs) * rank, inputs) * inputs**-0.5).to(dtype)
+    bs = ((torch.randn(2, 5, rank, out) * rank**-0.5).to(dtype) for out in outputs)
+    return x, y, (a, *bs)
+
+
+def lora_exact(
+    y: torch.Tensor, x: torch.Tensor, halves: tuple[torch.Tensor, ...], runs: list[Run]
+) -> torch.Tensor:
+    exact = y.double()
+    for run in runs:
+        a, *bs = (half[1, run.slot.row].double() for half in halves)
+        shrunk = (x[run.start : run.stop].double() @ a.T).split(run.slot.bucket, dim=1)
+        parts = [narrow @ b for narrow, b in zip(shrunk, bs, strict=True)]
+        exact[run.start : run.stop] += torch.cat(parts, dim=1)
+    return exact
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("outputs", [(33,), (64, 256), (272, 34, 34)])
+def test_lora_equals_float64_for_every_rank_bucket(
+    library: Library, rank: int, outputs: tuple[int, ...]
+) -> None:
+    x, y, halves = lora_case(rank, library.dtype, 130, 66, outputs)
+    # One row, few, none, the same slot twice, more than one task takes; the rest is the base.
+    spans = [(0, 1, 3), (1, 2, 1), (2, 7, 0), (9, 9, 2), (10, 14, 3), (30, 128, 4)]
+    runs = [Run(start, stop, Slot(rank, row)) for start, stop, row in spans]
+    exact = lora_exact(y, x, halves, runs)
+    for given in (x, strided(x)):
+        own = strided(y.clone())
+        library.lora(own, given, {rank: halves}, 1, runs)
+        close(library, own, exact, 2.0)
+        assert torch.equal(own[7:10], y[7:10])
+        assert torch.equal(own[128:], y[128:])
+
+
+def test_lora_mixes_rank_buckets_in_one_call(library: Library) -> None:
+    x, y, narrow = lora_case(8, library.dtype, 20, 64, (48, 16))
+    wide = lora_case(64, library.dtype, 20, 64, (48, 16))[2]
+    runs = [Run(0, 3, Slot(64, 2)), Run(3, 4, Slot(8, 4)), Run(6, 20, Slot(64, 0))]
+    exact = lora_exact(lora_exact(y, x, wide, runs[::2]), x, narrow, runs[1:2])
+    library.lora(y, x, {64: wide, 8: narrow}, 1, runs)
+    close(library, y, exact, 2.0)
+
+
+def test_lora_of_a_wrong_slot_exceeds_the_bound(library: Library) -> None:
+    x, y, halves = lora_case(16, library.dtype, 6, 64, (48,))
+    exact = lora_exact(y, x, halves, [Run(0, 6, Slot(16, 1))])
+    library.lora(y, x, {16: halves}, 1, [Run(0, 6, Slot(16, 2))])
+    with pytest.raises(AssertionError):
+        close(library, y, exact, 2.0)
+
+
+def test_lora_in_torch_and_in_cpp_agree(library: Library) -> None:
+    x, y, halves = lora_case(16, library.dtype, 12, 96, (96, 32, 32))
+    worn = [(Slot(16, 0), 1), (Slot(16, 3), 2), (Slot(16, 1), 9)]
+    plan = plan_lora(worn, torch.device("cpu"))
+    assert isinstance(plan, LoraPlan)
+    ours, theirs = y.clone(), y.clone()
+    runs = [Run(0, 1, worn[0][0]), Run(1, 3, worn[1][0]), Run(3, 12, worn[2][0])]
+    library.lora(ours, x, {16: halves}, 0, runs)
+    apply_lora(theirs, x, {16: tuple(half[0] for half in halves)}, plan)
+    close(library, ours, theirs.double(), 2.0)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -> None:
+    """In every operator the other rows are the same to the last bit."""
+    x = torch.randn(13, 64).to(library.dtype)
+    sick = x.clone()
+    sick[5, 3] = poison
+    others = [i for i in range(13) if i != 5]
+    weight, gain = pack(torch.randn(40, 64).to(library.dtype)), torch.ones(64).to(library.dtype)
+    keys = torch.randn(13, 2, 70, 16).to(library.dtype)
+    slots, positions = torch.arange(13), torch.arange(13) * 5
+    halves = lora_case(8, library.dtype, 1, 64, (40,))[2]
+
+    def outputs(x: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield library.linear(x, weight, None, 40)
+        yield library.rms_norm(x, gain, 1e-5)
+        yield library.silu_mul(x)
+        yield library.greedy(x)[0]
+        yield library.attention(x.view(13, 4, 16), keys, keys, slots, positions)
+        y = torch.zeros(13, 40).to(library.dtype)
+        library.lora(y, x, {8: halves}, 0, [Run(2, 9, Slot(8, 1))])
+        yield y
+
+    for healthy, poisoned in zip(outputs(x), outputs(sick), strict=True):
+        assert torch.equal(healthy[others], poisoned[others])
+    assert not library.linear(sick, weight, None, 40)[5].isfinite().any()
+
+
+def test_a_processor_gets_the_best_body_that_it_can_run() -> None:
+    modern = dict.fromkeys(TARGETS[0].needs, True)
+    assert choose_target(modern).name == "AVX-512 BF16"
+    assert choose_target(modern | {"avx512_bf16": False}).name == "AVX2"
+    assert choose_target(modern | {"avx512_vl": False}).name == "AVX2"
+    assert choose_target({"avx2": True}).name == "generic"
+    assert choose_target({"architecture": "aarch64"}).name == "generic"
+    assert choose_target() in RUNNABLE
+
+
+def test_no_target_uses_an_instruction_that_it_does_not_ask_for(tmp_path: Path) -> None:
+    """A flag that the processor was not asked about would be an illegal instruction somewhere."""
+    asked = {"-mavx2": "avx2", "-mfma": "fma3"} | {
+        f"-mavx512{name}": f"avx512_{name}" for name in ("f", "bw", "vl", "dq", "bf16")
+    }
+    for target in TARGETS:
+        assert isinstance(target, Target)
+        assert {asked[flag] for flag in target.flags} == target.needs
