@@ -25,6 +25,7 @@ from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app
 from training import commands as training_commands
 from training.commands import find_base, known_bases, pull
+from training.errors import RunFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,11 +99,17 @@ def base_list(as_json: Json = False) -> None:
 @app.command()
 @clear_errors()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A folder with a recipe.toml.")],
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", help="Folders with a recipe.toml.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
     ] = None,
+    together: Annotated[
+        bool,
+        typer.Option("--together", help="Train all at once over one base, in mixed batches."),
+    ] = False,
     push: Annotated[bool, typer.Option("--push", help="Store the result as a version.")] = False,
     promote: Annotated[
         bool, typer.Option("--promote", help="Push, and point production to it if its gate passed.")
@@ -116,38 +123,93 @@ def train(
     ] = None,
     home: Home = None,
 ) -> None:
-    """Train an adapter, judge it on held-out examples, and push it. Goes on where it stopped."""
-    from training.data.load import load_data
-    from training.evaluation.memory import remembered
+    """Train adapters, judge them on held-out examples, and push them. Goes on where it stopped.
+
+    Several recipes are trained one after another, or --together.
+    """
     from training.model import check_runnable, detect_hardware
-    from training.processes import first_alone, is_first_process, is_launched, launch
+    from training.processes import is_launched, launch
     from training.recipe import PROMPT_KINDS, apply_overrides, load_recipe
     from training.results import check_pushable
-    from training.train import train as fit
 
-    if copy_to and copy_to.exists():
-        raise WardrobeError(f"--out {copy_to} is there already. Name a folder that is not.")
-    chosen = apply_overrides(load_recipe(recipe), overrides or [])
-    check_runnable(chosen.method, detect_hardware())
-    if push or promote:
-        check_pushable(chosen, promote)
-    if accelerate_config and chosen.method.kind in PROMPT_KINDS:
-        raise WardrobeError("--accelerate-config is for training, and a prompt is not trained.")
+    if copy_to and (copy_to.exists() or len(recipes) > 1):
+        raise WardrobeError(f"--out {copy_to} must be a folder that is not there, of one recipe.")
+    chosen = [apply_overrides(load_recipe(recipe), overrides or []) for recipe in recipes]
+    for recipe in chosen:
+        check_runnable(recipe.method, detect_hardware())
+        if push or promote:
+            check_pushable(recipe, promote)
+        if accelerate_config and (together or recipe.method.kind in PROMPT_KINDS):
+            raise WardrobeError("--accelerate-config is for training one adapter at a time.")
     if accelerate_config and not is_launched():
         return launch(accelerate_config, sys.argv[1:])
+
+    def keep(recipe: "Recipe", trained: "TrainedAdapter") -> None:
+        if copy_to:
+            shutil.copytree(trained.folder, copy_to)
+        if push or promote:
+            base = known_bases().get(trained.card["base"]["id"])
+            push_trained(AdapterName.parse(recipe.name), base, trained, home, promote)
+
     runs = (home or default_home()) / "runs"
-    base = first_alone(lambda: find_base(chosen.base))
-    data = first_alone(lambda: load_data(chosen))
-    answer = remembered(runs / "base-answers", base, answer_offline)
-    if not is_first_process():
-        fit(chosen, data, base, runs, progress=lambda _: None, show=lambda _: None, answer=answer)
-        return None
-    trained = specialised(chosen, data, base, runs, answer)
-    if copy_to:
-        shutil.copytree(trained.folder, copy_to)
-    if push or promote:
-        push_trained(AdapterName.parse(chosen.name), base, trained, home, promote)
+    if together:
+        train_group(chosen, runs, keep)
+    else:
+        for recipe in chosen:
+            train_one(recipe, runs, keep)
     return None
+
+
+def train_one(
+    recipe: "Recipe", runs: Path, keep: "Callable[[Recipe, TrainedAdapter], None]"
+) -> None:
+    """Train one adapter, or find one prompt; only the first of several processes keeps it."""
+    from training.data.load import load_data
+    from training.evaluation.memory import remembered
+    from training.processes import first_alone, is_first_process
+    from training.train import train as fit
+
+    base = first_alone(lambda: find_base(recipe.base))
+    data = first_alone(lambda: load_data(recipe))
+    answer = remembered(runs / "base-answers", base, answer_offline)
+    if is_first_process():
+        keep(recipe, specialised(recipe, data, base, runs, answer))
+    else:
+        fit(recipe, data, base, runs, progress=lambda _: None, show=lambda _: None, answer=answer)
+
+
+def train_group(
+    recipes: "Sequence[Recipe]", runs: Path, keep: "Callable[[Recipe, TrainedAdapter], None]"
+) -> None:
+    """Train adapters over one base in mixed batches; judge and keep those that did not fail.
+
+    One engine judges them all. Raises RunFailed at the end, naming those that failed.
+    """
+    from serving.offline import OfflineEngines
+    from training.data.load import load_data
+    from training.evaluation.memory import remembered
+    from training.screen import progress_bars
+    from training.together.train import Job, check_recipes, train_together
+
+    check_recipes(recipes)
+    base = find_base(recipes[0].base)
+    jobs = [Job(recipe, load_data(recipe)) for recipe in recipes]
+    for job in jobs:
+        tell_data(job.recipe, job.data)
+    answer = remembered(runs / "base-answers", base, answer_offline)
+    with progress_bars() as report, closing(OfflineEngines()) as engines:
+        outcomes = train_together(jobs, base, runs, progress=report, show=show_row, answer=answer)
+        answer = remembered(runs / "base-answers", base, engines.answer)
+        judged = [
+            (job.recipe, evaluated(job.recipe, job.data, base, outcome, answer, report))
+            for job, outcome in zip(jobs, outcomes, strict=True)
+            if not isinstance(outcome, RunFailed)
+        ]
+    for recipe, trained in judged:
+        tell_trained(recipe, trained)
+        keep(recipe, trained)
+    if failed := [outcome.message for outcome in outcomes if isinstance(outcome, RunFailed)]:
+        raise RunFailed(" ".join(failed))
 
 
 def specialised(
@@ -155,32 +217,45 @@ def specialised(
 ) -> "TrainedAdapter":
     """Train, or find a prompt, and judge it; tell on the terminal how it went."""
     from training.recipe import PROMPT_KINDS
-    from training.screen import progress_bars, sample_panel, score_table
+    from training.screen import progress_bars
     from training.train import train as fit
 
-    out.print(f"{len(data.train)} examples to train on, {len(data.held_out)} held out by group")
-    if data.duplicates:
-        out.print(f"[yellow]{data.duplicates} examples left out: held out too, or repeated[/]")
+    tell_data(recipe, data)
     with progress_bars() as report:
-
-        def show(sample: "MaskedSample") -> None:
-            out.print(sample_panel(sample), soft_wrap=False)
-
         if recipe.method.kind in PROMPT_KINDS:
             trained = prompted(recipe, data, base, runs, answer, report)
         else:
-            trained = fit(recipe, data, base, runs, progress=report, show=show, answer=answer)
-        if trained.dropped:
-            limit = recipe.train.max_length
-            out.print(f"[yellow]{trained.dropped} examples dropped: over {limit} tokens[/]")
+            trained = fit(recipe, data, base, runs, progress=report, show=show_row, answer=answer)
         trained = evaluated(recipe, data, base, trained, answer, report)
+    tell_trained(recipe, trained)
+    return trained
+
+
+def tell_data(recipe: "Recipe", data: "Data") -> None:
+    train, held_out = len(data.train), len(data.held_out)
+    out.print(f"{recipe.name}: {train} examples to train on, {held_out} held out by group")
+    if data.duplicates:
+        out.print(f"[yellow]{data.duplicates} examples left out: held out too, or repeated[/]")
+
+
+def show_row(sample: "MaskedSample") -> None:
+    from training.screen import sample_panel
+
+    out.print(sample_panel(sample), soft_wrap=False)
+
+
+def tell_trained(recipe: "Recipe", trained: "TrainedAdapter") -> None:
+    from training.screen import score_table
+
+    if trained.dropped:
+        limit = recipe.train.max_length
+        out.print(f"[yellow]{trained.dropped} examples dropped: over {limit} tokens[/]")
     out.print(score_table(recipe, trained), soft_wrap=False)
     out.print(f"{trained.card['kind']} in {escape(str(trained.folder))}")
     if trained.curve:
         out.print(f"loss curve in {escape(str(trained.curve))}")
     elif trained.card["kind"] != "prompt":
         out.print("no loss curve: pip install 'wardrobe\\[report]' draws one")
-    return trained
 
 
 def answer_offline(

@@ -66,6 +66,12 @@ class Run:
         whole = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
         return max(whole, key=_step_of, default=None)
 
+    @property
+    def last_step(self) -> int:
+        """Return the step of the newest whole checkpoint; 0 without one."""
+        checkpoint = self.last_checkpoint()
+        return _step_of(checkpoint) if checkpoint else 0
+
     def forget_after(self, checkpoint: Path | None) -> float:
         """Drop half-made checkpoints and later metrics; return the seconds already spent."""
         step = _step_of(checkpoint) if checkpoint else 0
@@ -100,14 +106,18 @@ class Run:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
+def key_of(facts: Mapping[str, Any]) -> str:
+    """Name the run that depends on these facts."""
+    return hashlib.sha256(canonical(facts)).hexdigest()[:16]
+
+
 @contextmanager
 def open_run(runs: Path, facts: Mapping[str, Any]) -> Iterator[Run]:
     """Open, and hold, the run of these facts. Raises RunFailed when another run holds it.
 
     Of several processes of one run the first holds it, and the others wait until it does.
     """
-    key = hashlib.sha256(canonical(facts)).hexdigest()[:16]
-    run = Run(runs / key, facts)
+    run = Run(runs / key_of(facts), facts)
     if not is_first_process():
         wait_for_all()
         yield run
