@@ -26,7 +26,7 @@ from registry.base import BaseModel, Bases
 from registry.home import default_cache
 from training.batches import collate
 from training.data.examples import Data, ask, digest_examples
-from training.model import detect_hardware, load_lora_model
+from training.model import detect_hardware, load_model
 from training.progress import Progress
 from training.prompt import load_prompter
 from training.recipe import Recipe, parse_recipe
@@ -93,7 +93,9 @@ def time_ours(recipe: Recipe, data: Data, base: BaseModel) -> Clock:
 
 def time_plain(recipe: Recipe, data: Data, base: BaseModel) -> Clock:
     settings, hardware = recipe.train, detect_hardware()
-    model = load_lora_model(base.path, recipe.method, hardware, recipe.seed).to(hardware.device)
+    model = load_model(base.path, recipe.method, hardware, recipe.seed, ())
+    model = model.to(hardware.device)
+    bf16 = hardware.autocast(recipe.method.kind)
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
@@ -102,14 +104,14 @@ def time_plain(recipe: Recipe, data: Data, base: BaseModel) -> Clock:
     for step, batch in enumerate(batches(recipe, data, base)):
         if step == WARMED:
             start = Clock.now()
-        with torch.autocast(hardware.device, torch.bfloat16, enabled=hardware.bf16):
+        with torch.autocast(hardware.device, torch.bfloat16, enabled=bf16):
             loss = model(**{key: value.to(hardware.device) for key, value in batch.items()}).loss
         loss.backward()
         clip_grad_norm_(weights, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        float(loss)  # a loop that is watched reads it, too
+        float(loss.detach())  # a loop that is watched reads it, too
     return Clock.now().per_step(start, settings.steps - WARMED)
 
 

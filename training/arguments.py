@@ -2,9 +2,9 @@
 
 import math
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from training.errors import RecipeError
@@ -12,6 +12,8 @@ from training.model import Hardware
 from training.processes import is_first_process, process_count
 from training.recipe import Recipe
 from training.run import Run
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def trainer_arguments(recipe: Recipe, run: Run, hardware: Hardware) -> dict[str, Any]:
@@ -57,6 +59,13 @@ def trainer_arguments(recipe: Recipe, run: Run, hardware: Hardware) -> dict[str,
         "disable_tqdm": True,
         **_saving(recipe),
     }
+
+
+def one_device(arguments: Arguments) -> Arguments:
+    """Keep a process to one GPU: where it sees several, the Trainer would multiply the batch."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _saving(recipe: Recipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import msgspec
 from transformers import Trainer, TrainerCallback
 
 from registry.jsonfile import canonical
+from training.arguments import one_device
 from training.batches import Sample, Schedule
 from training.data.examples import Data, ask
 from training.errors import DataError, RecipeError
@@ -122,7 +123,7 @@ def preference_trainer(
     with _names_of_before():
         trainer = PairTrainer(
             model=model,
-            args=DPOConfig(**arguments),
+            args=one_device(DPOConfig(**arguments)),
             train_dataset=Dataset.from_list([_ids(pair) for pair in pairs]),
             processing_class=prompter.tokenizer,
             callbacks=list(callbacks),

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from registry.base import BaseModel
-from training.arguments import trackers, trainer_arguments
+from training.arguments import one_device, trackers, trainer_arguments
 from training.batches import MaskedSample, collate
 from training.card import Fitted, fitted_of, new_card, read_card, write_card
 from training.conversion import starting_weights
@@ -151,7 +151,7 @@ def _fit(
     else:
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(**arguments),
+            args=one_device(TrainingArguments(**arguments)),
             train_dataset=rows.train,
             eval_dataset=list(rows.validation) or None,  # type: ignore[arg-type]  # it only asks for length and items
             data_collator=partial(collate, pad_id=prompter.end_of_turn),

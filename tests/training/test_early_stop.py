@@ -42,12 +42,15 @@ def lines_of(trained: TrainedAdapter) -> list[dict[str, Any]]:
 
 
 def loss_of(folder: Path, recipe: Recipe, data: Data, base: BaseModel) -> float:
-    """Measure the validation loss of a written adapter with PEFT itself, in batches of two."""
+    """Measure the validation loss of what was written with PEFT itself, in batches of two."""
     prompter = load_prompter(base.path, recipe.task.system)
     samples, _ = encode_examples(data.validation, prompter, recipe.train)
-    with peft_on_new_transformers():
-        model = AutoModelForCausalLM.from_pretrained(base.path)
-        model = PeftModel.from_pretrained(model, str(folder)).eval()
+    whole = (folder / "model.safetensors").exists()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder if whole else base.path)
+    if not whole:
+        with peft_on_new_transformers():
+            model = PeftModel.from_pretrained(model, str(folder))
+    model.eval()
     parts = [samples[i : i + 2] for i in range(0, len(samples), 2)]
     with torch.no_grad():
         losses = [float(model(**collate(part, prompter.end_of_turn)).loss) for part in parts]
@@ -67,6 +70,20 @@ def test_a_run_stops_when_the_validation_loss_is_no_better_and_keeps_the_best_we
     assert lineage["steps"] == looks[-1]["step"] < 40
     assert lineage["validation_loss"] == losses[best] < losses[-1]
     assert loss_of(trained.folder, recipe, data, tiny_base) == pytest.approx(losses[best], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("full", 0.01), ("pissa", 0.01), ("prompt-tuning", 0.3)]
+)
+def test_every_kind_of_weights_is_the_best_again_at_the_end(
+    kind: str, rate: float, recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    recipe = apply_overrides(recipe, [f"method.kind={kind}", f"train.learning_rate={rate}"])
+    trained = run(recipe, data, tiny_base, tmp_path)
+    lineage = trained.card["lineage"]
+    assert lineage["best_step"] < lineage["steps"]
+    best = lineage["validation_loss"]
+    assert loss_of(trained.folder, recipe, data, tiny_base) == pytest.approx(best, abs=1e-4)
 
 
 def test_a_look_alone_neither_stops_a_run_nor_keeps_other_weights_than_the_last(

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from numpy.linalg import norm
 from safetensors.numpy import load_file
+from transformers import TrainingArguments
 
 from registry.base import BaseModel
 from tests.live import Shop, free_port
-from training.arguments import trainer_arguments
+from training.arguments import one_device, trainer_arguments
 from training.errors import RecipeError, RunFailed
 from training.model import Hardware
 from training.processes import launch
@@ -64,19 +66,22 @@ def test_two_processes_train_what_one_does_and_one_of_them_writes(
     config = write_config(tmp_path / "two.yaml", "MULTI_GPU")  # the launcher's word for torchrun
     cache = tiny_base.path.parents[1]
     one, two = (Shop(tmp_path / name, cache) for name in ("one", "two"))
-    alone = one.run("train", str(tmp_path), "--push")
-    together = two.run("train", str(tmp_path), "--push", "--accelerate-config", str(config))
-    for said in (alone, together):
+    arguments = ("train", str(tmp_path), "--push")
+    for shop, more in ((one, ()), (two, ("--accelerate-config", str(config)))):
+        said = shop.run(*arguments, *more)
         assert said.count("pushed acme/colours@v1") == 1, said
         assert said.count("loss curve in") == 1
     runs = [next(shop.home.glob("runs/*/adapter")) for shop in (one, two)]
     ours, theirs = (load_file(run / "adapter_model.safetensors") for run in runs)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
-        assert abs(weight - theirs[name]).max() < 1e-4, name
+        if "lora_B" in name:  # it began at zero
+            assert norm(weight - theirs[name]) < 0.02 * norm(weight), name
     texts = [(run.parent / "metrics.jsonl").read_text() for run in runs]
-    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in texts]
-    assert steps == [list(range(1, 9))] * 2
+    alone, together = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    assert [line["step"] for line in together] == list(range(1, 9))
+    losses = [line["loss"] for line in alone]
+    assert [line["loss"] for line in together] == pytest.approx(losses, rel=2e-3)  # in bf16
     assert json.loads((runs[1].parent / "run.json").read_text())["processes"] == 2
 
 
@@ -96,3 +101,13 @@ def test_a_batch_is_shared_out_evenly_or_refused(
     assert arguments["per_device_train_batch_size"] == 4
     with pytest.raises(RecipeError, match=r"train\.batch_size = 9 .* 2 processes"):
         trainer_arguments(apply_overrides(recipe, ["train.batch_size=9"]), run, hardware)
+
+
+def test_a_process_that_sees_several_gpus_uses_one_and_keeps_its_batch(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    found = trainer_arguments(recipe, Run(tmp_path, {}), Hardware("cpu", "float32", 1))
+    arguments = TrainingArguments(**found)
+    arguments._n_gpu = 4
+    assert arguments.train_batch_size == 4 * recipe.train.batch_size, "what would happen"
+    assert one_device(arguments).train_batch_size == recipe.train.batch_size
