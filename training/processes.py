@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -33,7 +34,8 @@ def is_first_process() -> bool:
 def wait_for_all() -> None:
     """Return when every process of the run has come here."""
     if process_count() > 1:
-        PartialState().wait_for_everyone()
+        # Without a GPU it must be told so, or it takes itself for alone and does not wait.
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
 def first_alone(work: Callable[[], Result]) -> Result:

@@ -1,6 +1,9 @@
 """One run in several processes: gloo on the CPU stands for what NCCL does between GPUs."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,34 @@ def test_two_processes_train_what_one_does_and_one_of_them_writes(
     losses = [line["loss"] for line in alone]
     assert [line["loss"] for line in together] == pytest.approx(losses, rel=2e-3)  # in bf16
     assert json.loads((runs[1].parent / "run.json").read_text())["processes"] == 2
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from training.processes import first_alone, is_first_process
+path = Path(sys.argv[1])
+def work():
+    if is_first_process():
+        time.sleep(1)
+        path.write_text("there")
+    return path.read_text()
+assert first_alone(work) == "there"
+"""
+
+
+@pytest.mark.long
+def test_the_other_processes_find_what_the_first_one_did(tmp_path: Path) -> None:
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING, tmp_path / "file"],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | together | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
 
 def test_a_configuration_that_shards_or_is_not_there_is_refused(tmp_path: Path) -> None:
