@@ -97,6 +97,7 @@ def test_another_kind_keeps_the_keys_it_uses_and_refuses_what_it_does_not() -> N
         "alpha": 4,
         "dropout": 0.1,
         "targets": "all-linear",
+        "max_rank": 64,
     }
     assert apply_overrides(lora, ["method.kind=full"]).method.settings == {"kind": "full"}
     with pytest.raises(RecipeError, match=r"method\.alpha does nothing"):
