@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from training.batches import MaskedSample
     from training.data.examples import Data
-    from training.evaluation.evaluate import Answer, Ask
+    from training.evaluation.evaluate import Answer, Ask, Variant
     from training.progress import Report
     from training.recipe import Recipe
     from training.train import TrainedAdapter
@@ -121,6 +121,9 @@ def train(
         Path | None,
         typer.Option(help="Train in the processes of this file, written by `accelerate config`."),
     ] = None,
+    forgetting: Annotated[
+        bool, typer.Option("--forgetting", help="Also measure what general ability is lost.")
+    ] = False,
     home: Home = None,
 ) -> None:
     """Train adapters, judge them on held-out examples, and push them. Goes on where it stopped.
@@ -153,15 +156,18 @@ def train(
 
     runs = (home or default_home()) / "runs"
     if together:
-        train_group(chosen, runs, keep)
+        train_group(chosen, runs, keep, forgetting)
     else:
         for recipe in chosen:
-            train_one(recipe, runs, keep)
+            train_one(recipe, runs, keep, forgetting)
     return None
 
 
 def train_one(
-    recipe: "Recipe", runs: Path, keep: "Callable[[Recipe, TrainedAdapter], None]"
+    recipe: "Recipe",
+    runs: Path,
+    keep: "Callable[[Recipe, TrainedAdapter], None]",
+    forgetting: bool,
 ) -> None:
     """Train one adapter, or find one prompt; only the first of several processes keeps it."""
     from training.data.load import load_data
@@ -173,13 +179,16 @@ def train_one(
     data = first_alone(lambda: load_data(recipe))
     answer = remembered(runs / "base-answers", base, answer_offline)
     if is_first_process():
-        keep(recipe, specialised(recipe, data, base, runs, answer))
+        keep(recipe, specialised(recipe, data, base, runs, answer, forgetting))
     else:
         fit(recipe, data, base, runs, progress=lambda _: None, show=lambda _: None, answer=answer)
 
 
 def train_group(
-    recipes: "Sequence[Recipe]", runs: Path, keep: "Callable[[Recipe, TrainedAdapter], None]"
+    recipes: "Sequence[Recipe]",
+    runs: Path,
+    keep: "Callable[[Recipe, TrainedAdapter], None]",
+    forgetting: bool,
 ) -> None:
     """Train adapters over one base in mixed batches; judge and keep those that did not fail.
 
@@ -201,7 +210,7 @@ def train_group(
         outcomes = train_together(jobs, base, runs, progress=report, show=show_row, answer=answer)
         answer = remembered(runs / "base-answers", base, engines.answer)
         judged = [
-            (job.recipe, evaluated(job.recipe, job.data, base, outcome, answer, report))
+            (job.recipe, evaluated(job.recipe, job.data, base, outcome, answer, report, forgetting))
             for job, outcome in zip(jobs, outcomes, strict=True)
             if not isinstance(outcome, RunFailed)
         ]
@@ -213,7 +222,12 @@ def train_group(
 
 
 def specialised(
-    recipe: "Recipe", data: "Data", base: BaseModel, runs: Path, answer: "Answer"
+    recipe: "Recipe",
+    data: "Data",
+    base: BaseModel,
+    runs: Path,
+    answer: "Answer",
+    forgetting: bool,
 ) -> "TrainedAdapter":
     """Train, or find a prompt, and judge it; tell on the terminal how it went."""
     from training.recipe import PROMPT_KINDS
@@ -226,7 +240,7 @@ def specialised(
             trained = prompted(recipe, data, base, runs, answer, report)
         else:
             trained = fit(recipe, data, base, runs, progress=report, show=show_row, answer=answer)
-        trained = evaluated(recipe, data, base, trained, answer, report)
+        trained = evaluated(recipe, data, base, trained, answer, report, forgetting)
     tell_trained(recipe, trained)
     return trained
 
@@ -245,12 +259,14 @@ def show_row(sample: "MaskedSample") -> None:
 
 
 def tell_trained(recipe: "Recipe", trained: "TrainedAdapter") -> None:
-    from training.screen import score_table
+    from training.screen import forgetting_table, score_table
 
     if trained.dropped:
         limit = recipe.train.max_length
         out.print(f"[yellow]{trained.dropped} examples dropped: over {limit} tokens[/]")
     out.print(score_table(recipe, trained), soft_wrap=False)
+    if "forgetting" in trained.card["metrics"]:
+        out.print(forgetting_table(trained.card), soft_wrap=False)
     out.print(f"{trained.card['kind']} in {escape(str(trained.folder))}")
     if trained.curve:
         out.print(f"loss curve in {escape(str(trained.curve))}")
@@ -377,30 +393,96 @@ def evaluated(
     trained: "TrainedAdapter",
     answer: "Answer",
     report: "Report",
+    forgetting: bool = False,
 ) -> "TrainedAdapter":
-    """Answer the held-out examples with and without the adapter, in one mixed batch."""
-    from training.evaluation.evaluate import Variant, evaluate, near_duplicates
-    from training.evaluation.gate import complete_card
+    """Complete the card with what is not in it yet: a run found again keeps its verdict."""
+    from training.evaluation.judge import judge_forgetting, judge_trained
+    from training.model import detect_hardware
     from training.prompt import load_prompter
 
-    if trained.card["metrics"]:
-        return trained  # a finished run was found again, with its verdict
-    system = recipe.task.system
-    variants = [
-        Variant.trained("adapter", base, system, trained.folder),
-        Variant("base", base, system),
-    ]
-    prompter = load_prompter(base.path, system)
-    with_adapter, without = evaluate(
-        recipe,
-        data.held_out,
-        variants,
-        prompter,
-        answer,
-        progress=report,
-        near=near_duplicates(data),
-    )
-    return complete_card(trained, recipe, with_adapter, without)
+    known = trained.card["metrics"]
+    if known and (not forgetting or "forgetting" in known):
+        return trained
+    prompter = load_prompter(base.path, recipe.task.system)
+    hardware = detect_hardware()
+    missing = [] if known else [judge_trained]
+    missing += [judge_forgetting] if forgetting else []
+    for judge in missing:
+        trained = judge(recipe, data, base, trained, prompter, answer, hardware, progress=report)
+    return trained
+
+
+@app.command()
+@clear_errors()
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="A folder with a recipe.toml.")],
+    selectors: Annotated[
+        list[str], typer.Argument(metavar="SELECTOR…", help="Stored versions, such as NAME@v3.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Judge stored versions, and the base, on a recipe's held-out side; compare them in pairs."""
+    from training.data.load import load_data
+    from training.evaluation.evaluate import Variant, near_duplicates
+    from training.evaluation.evaluate import evaluate as judge
+    from training.evaluation.memory import remembered
+    from training.evaluation.standings import stand
+    from training.prompt import load_prompter
+    from training.recipe import apply_overrides, load_recipe
+    from training.screen import pair_table, progress_bars, standings_table
+
+    chosen = apply_overrides(load_recipe(recipe), overrides or [])
+    base = find_base(chosen.base)
+    data = load_data(chosen)
+    prompter = load_prompter(base.path, chosen.task.system)
+    answer = remembered((home or default_home()) / "runs" / "base-answers", base, answer_offline)
+    with open_registry(home) as registry, registry.staging() as staging, progress_bars() as report:
+        stored = [stored_variant(registry, base, text, staging) for text in selectors]
+        by_name = {variant.name: variant for variant in stored}  # one row for each version
+        variants = [Variant("base", base, chosen.task.system), *by_name.values()]
+        evaluations = judge(
+            chosen,
+            data.held_out,
+            variants,
+            prompter,
+            answer,
+            progress=report,
+            near=near_duplicates(data),
+        )
+    standings = stand(chosen.task.metric, evaluations)
+    if as_json:
+        return print_json(standings.facts())
+    out.print(standings_table(chosen, standings), soft_wrap=False)
+    out.print(pair_table(standings), soft_wrap=False)
+    return None
+
+
+def stored_variant(registry: Registry, base: BaseModel, selector: str, staging: Path) -> "Variant":
+    """Return a stored version as it answers: with its own system prompt and examples.
+
+    A whole model is written out under `staging`.
+    """
+    from training.evaluation.evaluate import Variant
+
+    version = registry.resolve(Selector.parse(selector))
+    if version.base_id != base.id:
+        raise WardrobeError(
+            f"{version.ref.label} was made for {version.base_id}, and the recipe's base is "
+            f"{base.id}: they cannot be judged on one model."
+        )
+    label, system = version.ref.label, version.system_prompt
+    if version.is_whole:
+        folder = staging / version.digest
+        if not folder.exists():
+            registry.pull(Selector.parse(selector), folder)
+        return Variant.trained(label, base, system, folder)
+    worn = registry.fetch(version.adapter) if version.adapter else None
+    return Variant(label, base, system, worn, version.examples)
 
 
 def push_trained(

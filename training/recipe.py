@@ -18,6 +18,12 @@ from training.errors import RecipeError
 
 FILE = "recipe.toml"
 FILE_KEYS = ("path", "validation_path", "held_out_path")  # of [data]: relative to the recipe
+TASK_FILES = ("function", "general_text", "general_questions")  # of [task], likewise
+PATH_KEYS = (
+    "preference.path",
+    *(f"data.{key}" for key in FILE_KEYS),
+    *(f"task.{key}" for key in TASK_FILES),
+)
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -25,6 +31,7 @@ Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Shots = Annotated[int, Meta(ge=0, le=64)]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
+FunctionPlace = Annotated[str, Meta(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$")]  # FILE.py:NAME
 
 MethodKind = Literal[
     "lora",
@@ -120,9 +127,9 @@ class Task:
 
     system: Annotated[str, Meta(min_length=1, max_length=4000)]
     metric: Literal["exact", "label", "json", "rouge-l", "chrf", "function"]
-    function: Annotated[str, Meta(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$")] | None = (
-        None  # FILE.py:NAME
-    )
+    function: FunctionPlace | None = None
+    general_text: Name | None = None  # a file, one text a line; what forgetting is measured on
+    general_questions: Name | None = None  # JSONL of question and answers, likewise
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64
 
 
@@ -225,8 +232,9 @@ class Recipe:
         value = _as_toml(self)
         for key in FILE_KEYS:
             del value["data"][key]
-        if self.task.function is not None:  # another function judges otherwise
-            value["task"]["function_sha256"] = _file_digest(self.folder, self.task.function)
+        for key in TASK_FILES:  # other content judges otherwise
+            if place := value["task"][key]:
+                value["task"][key] = _file_digest(self.folder, f"task.{key}", place)
         if self.preference is not None:
             del value["preference"]["path"]
         del value["report_to"]
@@ -283,8 +291,7 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         _set(value, key.strip(), _toml_value(text.strip()))
         if key.strip() == "method.kind":
             value["method"] = _usable(value["method"])
-        place = key.strip()
-        if place == "preference.path" or place.removeprefix("data.") in FILE_KEYS:
+        if key.strip() in PATH_KEYS:
             _set(value, key.strip(), str(Path(text.strip()).absolute()))
     return parse_recipe(value, recipe.folder)
 
@@ -345,11 +352,13 @@ def _check_task(task: Task) -> None:
         )
 
 
-def _file_digest(folder: Path, function: str) -> str:
-    path = folder / function.partition(":")[0]
+def _file_digest(folder: Path, key: str, place: str) -> str:
+    """Return the hash of a file, and the name of the function in it where there is one."""
+    file, colon, name = place.partition(":")
+    path = folder / file
     if not path.is_file():
-        raise RecipeError(f"task.function = {function!r}: there is no file {path}.")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        raise RecipeError(f"{key} = {place!r}: there is no file {path}.")
+    return hashlib.sha256(path.read_bytes()).hexdigest() + colon + name
 
 
 def _check_method(given: Mapping[str, Any], method: Method) -> None:

@@ -23,12 +23,13 @@ from rich.text import Text
 from training.batches import MaskedSample
 from training.evaluation.evaluate import CLEAN_PART, NEAR_PART
 from training.evaluation.gate import ITEMS_FILE
+from training.evaluation.standings import LEVEL, Standings
 from training.evaluation.statistics import Interval
 from training.progress import Progress, Report
 from training.recipe import Recipe
 from training.train import TrainedAdapter
 
-PARTS = {NEAR_PART: "near-duplicate of a training prompt", CLEAN_PART: "clean"}
+PARTS = {NEAR_PART: "near-duplicates", CLEAN_PART: "clean"}  # of training prompts
 
 
 class _Loss(ProgressColumn):
@@ -51,13 +52,14 @@ def score_table(recipe: Recipe, trained: TrainedAdapter) -> Table:
     """Return what the card says of the held-out examples: the metric with its 95 % interval."""
     metrics, gate = trained.card["metrics"], trained.card["gate"]
     table = Table(title=f"{recipe.name}: {metrics['metric']} on held-out groups")
-    for column in ("", "right", "value (95 % interval)"):
+    for column in ("", "right", "value (95 % interval)", "loss"):
         table.add_column(column)
     for row in ("base", "adapter"):
         facts = metrics[row]
-        name = "prompt" if row == "adapter" and trained.card["kind"] == "prompt" else row
-        table.add_row(name, *_score_cells(facts))
-        for part, of_part in facts.get("parts", {}).items():
+        table.add_row(
+            _row_name(row, trained.card), *_score_cells(facts), f"{facts['loss']['value']:.3f}"
+        )
+        for part, of_part in facts["parts"].items():
             table.add_row(f"  {PARTS[part]}", *_score_cells(of_part), style="dim")
     if failed := metrics["adapter"].get("errors"):
         table.add_row("", "", f"[red]task.function failed on {failed} answers, see {ITEMS_FILE}[/]")
@@ -66,9 +68,67 @@ def score_table(recipe: Recipe, trained: TrainedAdapter) -> Table:
     return table
 
 
+def forgetting_table(card: dict[str, Any]) -> Table:
+    """Return what the card says of general text and questions, beside the base."""
+    table = Table(title="general ability")
+    for column in ("", "perplexity", "right answers", "task's format", "KL to base", "off = base"):
+        table.add_column(column)
+    same = {None: "", True: "[green]bit for bit[/]", False: "[red]no[/]"}
+    for name, facts in card["metrics"]["forgetting"].items():
+        table.add_row(
+            _row_name(name, card),
+            f"{facts['perplexity']:.1f}",
+            _share(facts["answered"]),
+            _share(facts["leaked"]),
+            f"{facts['kl']['value']:.3f}",
+            same[facts["off_is_base"]],
+        )
+    return table
+
+
+def standings_table(recipe: Recipe, standings: Standings) -> Table:
+    """Return each version's metric with its interval, near-duplicates apart."""
+    table = Table(title=f"{recipe.name}: {standings.metric} on held-out groups")
+    parts = sorted({part for one in standings.evaluations for part in one.parts})
+    table.add_column("", overflow="fold")
+    for column in ("right", "value (95 % interval)", *(PARTS[part] for part in parts)):
+        table.add_column(column)
+    for one in standings.evaluations:
+        cells = [str(one.parts[part].share) for part in parts]
+        right = f"{one.score.correct}/{one.score.total}"
+        table.add_row(one.name, right, str(one.score.share), *cells)
+    return table
+
+
+def pair_table(standings: Standings) -> Table:
+    """Return every pair: the difference, and whether it can be told from chance."""
+    table = Table(title=f"pairs on the same items, Holm over {len(standings.pairs)}")
+    table.add_column("", overflow="fold")
+    for column in ("points (95 %)", "wins/losses", "p", "told apart"):
+        table.add_column(column)
+    for pair in standings.pairs:
+        found = pair.difference
+        points = f"{100 * found.value:+.1f} ({100 * found.low:+.1f}–{100 * found.high:+.1f})"
+        table.add_row(
+            f"{pair.second} over {pair.first}",
+            points,
+            f"{found.wins}/{found.losses}",
+            f"{pair.p_holm:.2g}",
+            "[green]yes[/]" if pair.p_holm < LEVEL else "no",
+        )
+    return table
+
+
+def _row_name(row: str, card: dict[str, Any]) -> str:
+    return "prompt" if row == "adapter" and card["kind"] == "prompt" else row
+
+
+def _share(facts: dict[str, Any]) -> str:
+    return str(Interval(facts["value"], facts["low"], facts["high"]))
+
+
 def _score_cells(facts: dict[str, Any]) -> tuple[str, str]:
-    share = Interval(facts["value"], facts["low"], facts["high"])
-    return f"{facts['correct']}/{facts['total']}", str(share)
+    return f"{facts['correct']}/{facts['total']}", _share(facts)
 
 
 def extraction_table(card: dict[str, Any]) -> Table:

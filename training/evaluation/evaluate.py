@@ -12,6 +12,7 @@ from training.data.duplicates import NEAR, nearest
 from training.data.examples import Data, Example, Turn
 from training.errors import TrainingError
 from training.evaluation.metrics import Score, Verdict, judge, score
+from training.evaluation.statistics import Loss
 from training.progress import Progress, Report
 from training.prompt import Prompter
 from training.recipe import Recipe
@@ -76,10 +77,15 @@ class Evaluation:
     items: tuple[Item, ...]
     score: Score
     parts: dict[str, Score]  # of the items with a near-duplicate in training, and of the rest
+    loss: Loss | None = None  # of the expected answers, where it was measured
 
     @property
     def values(self) -> list[float]:
         return [float(item.verdict.value) for item in self.items]
+
+    @property
+    def groups(self) -> list[str]:
+        return [item.example.group for item in self.items]
 
 
 def near_duplicates(data: Data) -> list[bool]:

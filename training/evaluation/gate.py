@@ -96,9 +96,8 @@ def facts_of(evaluation: Evaluation) -> dict[str, Any]:
     """Return an evaluation as the card holds it; shares are between 0 and 1."""
     tokens = sum(item.prompt_tokens for item in evaluation.items) / len(evaluation.items)
     facts = _score_facts(evaluation.score) | {"prompt_tokens": round(tokens, 1)}
-    if evaluation.parts:
-        facts["parts"] = {name: _score_facts(part) for name, part in evaluation.parts.items()}
-    return facts
+    facts["parts"] = {name: _score_facts(part) for name, part in evaluation.parts.items()}
+    return facts | ({"loss": rounded(asdict(evaluation.loss))} if evaluation.loss else {})
 
 
 def _score_facts(score: Score) -> dict[str, Any]:

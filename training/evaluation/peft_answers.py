@@ -5,20 +5,18 @@ Slower than the engine, one adapter after the other; with the same greedy rule a
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer
 
 from registry.base import BaseModel
 from registry.contents import CONFIG_NAME
 from training.evaluation.evaluate import Answer, Ask
-from training.model import detect_hardware, load_base, peft_without_advice
-from training.progress import own_progress_only
+from training.evaluation.forward import load_reader
+from training.model import detect_hardware
 from training.prompt import stop_ids
 
 BATCH = 16
@@ -58,9 +56,10 @@ def answer_by_peft(
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(asks)), key=lambda place: str(asks[place][1]))
     for folder, group in groupby(order, key=lambda place: asks[place][1]):
-        with _wearing(model, folder) as worn:
+        with load_reader(model, folder, detect_hardware()) as worn:
             for batch in _batches(asks, list(group)):
-                said = _generate(worn, [asks[place][0] for place in batch], max_new_tokens, stops)
+                prompts = [asks[place][0] for place in batch]
+                said = _generate(worn.model, prompts, max_new_tokens, stops)
                 answers |= dict(zip(batch, said, strict=True))
                 done(len(answers))
     return [answers[place] for place in range(len(asks))]
@@ -75,14 +74,6 @@ def _batches(asks: Sequence[Ask], places: list[int]) -> Iterator[list[int]]:
     for _, same in groupby(places, key=lambda place: len(asks[place][0])):
         alike = list(same)
         yield from (alike[start : start + BATCH] for start in range(0, len(alike), BATCH))
-
-
-@contextmanager
-def _wearing(base: BaseModel, folder: Path | None) -> Iterator[Any]:
-    hardware = detect_hardware()
-    with own_progress_only(), peft_without_advice():
-        model = load_base(base.path, hardware.dtype).to(hardware.device)
-        yield (PeftModel.from_pretrained(model, str(folder)) if folder else model).eval()
 
 
 def _generate(

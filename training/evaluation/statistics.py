@@ -32,6 +32,19 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """A mean over tokens, in nats, with its 95 % bootstrap interval over groups."""
+
+    value: float
+    low: float
+    high: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f}–{self.high:.3f})"
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """Second minus first on the same items, with its 95 % interval and the p-value of no effect."""
 
@@ -117,6 +130,17 @@ def folded(
         widest = wilson(value * count, count)
         low, high = widest.low, widest.high
     return Interval(value, low, high)
+
+
+def mean_loss(sums: Sequence[tuple[float, int]], groups: Sequence[Hashable]) -> Loss:
+    """Return the mean over the tokens of all (nats, tokens) pairs.
+
+    Raises ValueError for a single group: nothing says how far another one would be.
+    """
+    columns = np.array(sums, dtype=np.float64)
+    low, high = bootstrap(columns, groups, _mean, SEED)
+    nats, tokens = columns.sum(axis=0)
+    return Loss(float(nats / tokens), low, high, int(tokens))
 
 
 def paired(

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +177,8 @@ def passes(question, answer, expected):
 
 def with_function(recipe: Recipe, folder: Path, place: str, source: str = FUNCTION) -> Recipe:
     (folder / "judge.py").write_text(source)
-    settings = ["task.metric=function", f'task.function="{place}"']
-    return replace(apply_overrides(recipe, settings), folder=folder)
+    settings = ["task.metric=function", f"task.function={folder / place}"]
+    return apply_overrides(recipe, settings)
 
 
 def test_a_function_of_the_recipe_decides_and_its_failures_are_named(
@@ -224,12 +223,15 @@ def test_a_function_and_its_metric_belong_together(recipe: Recipe, settings: lis
         apply_overrides(recipe, settings)
 
 
-def test_another_function_is_another_recipe(recipe: Recipe, tmp_path: Path) -> None:
+def test_what_judges_is_part_of_the_recipe_by_its_content(recipe: Recipe, tmp_path: Path) -> None:
     chosen = with_function(recipe, tmp_path, "judge.py:passes")
     before = chosen.digest
-    assert chosen.digest == before
+    assert with_function(recipe, tmp_path, str(tmp_path / "judge.py:passes")).digest == before
     (tmp_path / "judge.py").write_text(FUNCTION + "\n")
     assert chosen.digest != before
+    (tmp_path / "judge.py").unlink()
+    with pytest.raises(RecipeError, match="there is no file"):
+        assert chosen.digest
 
 
 def test_a_score_without_answers_is_refused() -> None:
