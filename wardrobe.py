@@ -16,7 +16,6 @@ from registry import commands as registry_commands
 from registry.adapter import AdapterName, Selector
 from registry.base import BaseModel
 from registry.commands import Home, Json, actor, clear_errors, open_registry
-from registry.contents import MODEL_NAME
 from registry.errors import WardrobeError
 from registry.home import default_home
 from registry.screen import print_json
@@ -335,10 +334,9 @@ def extract(
     home: Home = None,
 ) -> None:
     """Make a LoRA adapter of a full fine-tune by SVD, so that it is worn over the frozen base."""
-    from training.card import read_card
     from training.data.load import load_data
     from training.evaluation.memory import remembered
-    from training.extract import Extraction
+    from training.extract import Extraction, FineTune
     from training.extract import extract as make_adapter
     from training.recipe import load_recipe
     from training.screen import extraction_table, progress_bars, score_table
@@ -348,11 +346,9 @@ def extract(
     chosen = load_recipe(recipe) if recipe else None
     runs = (home or default_home()) / "runs"
     with open_registry(home) as registry, registry.staging() as staging, progress_bars() as report:
-        folder, name, origin = whole_model(source, registry, staging)
-        base = find_base(read_card(folder)["base"]["id"])
-        made = make_adapter(
-            folder, base, origin, runs, Extraction.of(rank, energy), progress=report
-        )
+        tuned = FineTune.find(source, registry, staging)
+        base = find_base(tuned.base_id)
+        made = make_adapter(tuned, base, runs, Extraction.of(rank, energy), progress=report)
         if chosen:
             answer = remembered(runs / "base-answers", base, answer_offline)
             made = evaluated(chosen, load_data(chosen), base, made, answer, report)
@@ -363,27 +359,7 @@ def extract(
     if copy_to:
         shutil.copytree(made.folder, copy_to)
     if push:
-        push_trained(name, base, made, home, promote=False)
-
-
-def whole_model(
-    source: str, registry: Registry, staging: Path
-) -> tuple[Path, AdapterName, dict[str, str]]:
-    """Return a full fine-tune's folder, the name to push its adapter to, and its version if any."""
-    from training.card import read_card
-
-    for folder in (Path(source), Path(source) / "adapter"):
-        if (folder / MODEL_NAME).is_file():
-            return folder, AdapterName.parse(read_card(folder)["recipe"]["name"]), {}
-    version = registry.resolve(Selector.parse(source))
-    if not version.is_whole:
-        raise WardrobeError(f"{version.ref.label} is no whole model: it is an adapter already.")
-    registry.pull(Selector(version.name, number=version.number), staging / "model")
-    return (
-        staging / "model",
-        version.name,
-        {"version": version.ref.label, "digest": version.digest},
-    )
+        push_trained(tuned.name, base, made, home, promote=False)
 
 
 def evaluated(

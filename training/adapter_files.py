@@ -11,7 +11,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from registry.contents import CONFIG_NAME, WEIGHTS_NAME
-from training.lowrank import LowRank, names_of
+from training.lowrank import LowRank, lora_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +34,7 @@ class PlainLora:
         smaller = {module: part.rank for module, part in factors.items() if part.rank != r}
         targets = tuple(sorted(factors))
         return cls(
-            names_of(factors), r, r, targets, rank_pattern=smaller, alpha_pattern=dict(smaller)
+            lora_tensors(factors), r, r, targets, rank_pattern=smaller, alpha_pattern=dict(smaller)
         )
 
 

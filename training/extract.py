@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from registry.adapter import AdapterName, Selector
 from registry.base import BaseModel
 from registry.config import MAX_RANK
+from registry.contents import MODEL_NAME
+from registry.store import Registry
 from registry.tensors import Tensor, read_folder
 from training.adapter_files import PlainLora, write_lora
-from training.card import NOT_EVALUATED, read_card, write_card
+from training.card import CARD_FILE, NOT_EVALUATED, read_card, write_card
 from training.errors import RunFailed
 from training.lowrank import LowRank, factorise
 from training.progress import Progress, Report
@@ -46,21 +49,51 @@ class Extraction:
         return cls(rank, energy or 1.0)
 
 
-def extract(
-    source: Path,
-    base: BaseModel,
-    origin: Mapping[str, str],
-    runs: Path,
-    wanted: Extraction,
-    *,
-    progress: Report,
-) -> TrainedAdapter:
-    """Make, or find again, the adapter of the fine-tuned model in `source`, in a run of its own.
+@dataclass(frozen=True, slots=True)
+class FineTune:
+    """A full fine-tune that an adapter is to be made of."""
 
-    `origin` says in the card which version it was made of, where it was one. Raises RunFailed
-    where nothing has changed.
+    folder: Path  # model.safetensors, wardrobe.json
+    name: AdapterName  # of the adapter, when it is pushed
+    base_id: str
+    version: Mapping[str, str]  # for the card: label and digest; empty for a run
+
+    @classmethod
+    def find(cls, source: str, registry: Registry, staging: Path) -> "FineTune":
+        """Find it in a run folder, else as a version, which is written to `staging`.
+
+        Raises RunFailed where it is none, and what the registry raises.
+        """
+        for folder in (Path(source), Path(source) / "adapter"):
+            if (folder / MODEL_NAME).is_file():
+                return cls.in_folder(folder)
+        version = registry.resolve(Selector.parse(source))
+        if not version.is_whole:
+            raise RunFailed(f"{version.ref.label} is no whole model: it is an adapter already.")
+        registry.pull(Selector(version.name, number=version.number), staging / "model")
+        facts = {"version": version.ref.label, "digest": version.digest}
+        return cls(staging / "model", version.name, version.base_id, facts)
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "FineTune":
+        try:
+            card = read_card(folder)
+            return cls(folder, AdapterName.parse(card["recipe"]["name"]), card["base"]["id"], {})
+        except (OSError, KeyError, TypeError):
+            raise RunFailed(
+                f"{folder / CARD_FILE} does not say recipe.name and base.id, as wardrobe train "
+                "writes them. Push the model as a version, and extract from that."
+            ) from None
+
+
+def extract(
+    source: FineTune, base: BaseModel, runs: Path, wanted: Extraction, *, progress: Report
+) -> TrainedAdapter:
+    """Make, or find again, the adapter of a fine-tuned model, in a run of its own.
+
+    Raises RunFailed where nothing has changed.
     """
-    model_sha256 = as_model(base, source).fingerprint
+    model_sha256 = as_model(base, source.folder).fingerprint
     facts = {
         "extract": model_sha256,
         "base": base.fingerprint,
@@ -71,21 +104,21 @@ def extract(
     with open_run(runs, facts) as run:
         reused = run.finished
         if not reused:
-            factors, left_out = _factorise_all(source, base, wanted, progress)
+            factors, left_out = _factorise_all(source.folder, base, wanted, progress)
             prepared = run.prepare()
             write_lora(PlainLora.of_factors(factors), base.id, prepared)
-            made_of = {"model_sha256": model_sha256, **origin}
+            made_of = {"model_sha256": model_sha256, **source.version}
             summary = _summary(factors, left_out, wanted) | {"of": made_of}
-            write_card(prepared, _card(read_card(source), summary))
+            write_card(prepared, _card(read_card(source.folder), summary))
             run.publish(prepared)
         return TrainedAdapter(run.adapter, read_card(run.adapter), 0, reused, None)
 
 
 def _factorise_all(
-    source: Path, base: BaseModel, wanted: Extraction, progress: Report
+    folder: Path, base: BaseModel, wanted: Extraction, progress: Report
 ) -> tuple[dict[str, LowRank], dict[str, float]]:
     """Return the factors of every linear that changed, and the energy of all that is left out."""
-    before, after = read_folder(base.path), read_folder(source)
+    before, after = read_folder(base.path), read_folder(folder)
     factors: dict[str, LowRank] = {}
     left_out: dict[str, float] = {}
     for done, name in enumerate(sorted(before)):
@@ -98,7 +131,7 @@ def _factorise_all(
             factors[module] = factorise(change, wanted.rank, wanted.energy)
     progress(Progress("extract", len(before), len(before)))
     if not factors:
-        raise RunFailed(f"No linear layer of {source} differs from {base.id}: there is no adapter.")
+        raise RunFailed(f"No linear layer of {folder} differs from {base.id}: there is no adapter.")
     return factors, left_out
 
 

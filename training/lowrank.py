@@ -48,7 +48,7 @@ def relative_error(factors: Iterable[LowRank]) -> float:
     return math.sqrt(max(lost, 0.0) / energy) if energy else 0.0
 
 
-def names_of(factors: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
+def lora_tensors(factors: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
     """Return the tensors under the names that PEFT gives to a LoRA's."""
     tensors: dict[str, torch.Tensor] = {}
     for module, part in factors.items():

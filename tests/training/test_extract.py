@@ -10,11 +10,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
+from registry.store import Registry
 from registry.validate import validate
 from tests.tiny import peft_on_new_transformers
 from training.errors import RunFailed
-from training.extract import Extraction, extract
+from training.extract import Extraction, FineTune, extract
 from training.model import load_base
 from training.train import TrainedAdapter
 from training.whole import write_whole
@@ -29,7 +31,11 @@ def tuned(folder: Path, base: BaseModel, *, beside_linears: bool = False) -> Pat
             if beside_linears or name.removesuffix(".weight") in base.linears:
                 weight += 0.02 * torch.randn(weight.shape, generator=generator)
     write_whole(model, base, folder)
-    card = {"kind": "full", "base": {"id": base.id, "fingerprint": base.fingerprint}}
+    card = {
+        "kind": "full",
+        "base": {"id": base.id, "fingerprint": base.fingerprint},
+        "recipe": {"name": "acme/x"},
+    }
     (folder / "wardrobe.json").write_text(json.dumps(card))
     return folder
 
@@ -37,8 +43,8 @@ def tuned(folder: Path, base: BaseModel, *, beside_linears: bool = False) -> Pat
 def extracted(
     folder: Path, base: BaseModel, runs: Path, rank: int | None = None, energy: float | None = None
 ) -> TrainedAdapter:
-    wanted = Extraction.of(rank, energy)
-    return extract(folder, base, {"version": "acme/x@v1"}, runs, wanted, progress=lambda _: None)
+    source = replace(FineTune.in_folder(folder), version={"version": "acme/x@v1"})
+    return extract(source, base, runs, Extraction.of(rank, energy), progress=lambda _: None)
 
 
 def facts(made: TrainedAdapter) -> dict[str, Any]:
@@ -136,3 +142,29 @@ def test_the_same_extraction_is_found_again_and_says_what_it_was_made_of(
         assert (other.folder / name).read_bytes() == (first.folder / name).read_bytes()
     assert facts(first)["of"]["version"] == "acme/x@v1"
     assert len(facts(first)["of"]["model_sha256"]) == 64
+
+
+def test_a_version_is_extracted_like_its_run_and_an_adapter_is_not(
+    tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    folder = tuned(tmp_path / "tuned", tiny_base)
+    name = AdapterName.parse("acme/x")
+    with Registry.open(tmp_path / "home", Bases(tiny_base.path.parent)) as registry:
+        whole = registry.push(folder, name, actor="me").version
+        found = FineTune.find("acme/x@v1", registry, tmp_path)
+        assert (found.name, found.base_id) == (name, "local/tiny")
+        assert found.version == {"version": "acme/x@v1", "digest": whole.digest}
+        made = extract(found, tiny_base, tmp_path, Extraction.of(4, None), progress=lambda _: None)
+        assert bytes_of(made) == bytes_of(extracted(folder, tiny_base, tmp_path / "runs", rank=4))
+        assert registry.push(made.folder, name, actor="me").version.kind == "full"
+        with pytest.raises(RunFailed, match=r"acme/x@v2 is no whole model"):
+            FineTune.find("acme/x@v2", registry, tmp_path)
+
+
+def bytes_of(made: TrainedAdapter) -> bytes:
+    return (made.folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_folder_without_a_card_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"does not say recipe\.name and base\.id"):
+        FineTune.in_folder(tmp_path)
