@@ -245,8 +245,9 @@ def specialised(
 
 
 def tell_data(recipe: "Recipe", data: "Data") -> None:
-    train, held_out = len(data.train), len(data.held_out)
-    out.print(f"{recipe.name}: {train} examples to train on, {held_out} held out by group")
+    sides = ((data.train, "examples to train on"), (data.validation, "to validate"))
+    counts = [f"{len(side)} {purpose}" for side, purpose in sides if side]
+    out.print(f"{recipe.name}: {', '.join(counts)}, {len(data.held_out)} held out by group")
     if data.duplicates:
         out.print(f"[yellow]{data.duplicates} examples left out: held out too, or repeated[/]")
 
