@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from training.errors import DataError
+from training.recipe import Recipe
 
 BUILT_IN = Path(__file__).parent / "general"  # sentences and questions written for this purpose
 MAX_BYTES = 16 << 20
@@ -33,6 +34,14 @@ class General:
 
     texts: tuple[str, ...]
     questions: tuple[Question, ...]
+
+
+def general_of(recipe: Recipe) -> General:
+    """Read the files that the recipe names, and the built-in ones in place of those it does not."""
+    text, questions = recipe.task.general_text, recipe.task.general_questions
+    return load_general(
+        recipe.folder / text if text else None, recipe.folder / questions if questions else None
+    )
 
 
 def load_general(texts: Path | None = None, questions: Path | None = None) -> General:

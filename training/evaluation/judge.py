@@ -10,7 +10,7 @@ from training.data.examples import Data
 from training.evaluation.evaluate import Answer, Variant, evaluate, near_duplicates
 from training.evaluation.forgetting import Forgetting, measure_forgetting
 from training.evaluation.gate import complete_card, rounded
-from training.evaluation.general import load_general
+from training.evaluation.general import general_of
 from training.evaluation.loss import held_out_loss
 from training.model import Hardware
 from training.progress import Report
@@ -64,19 +64,14 @@ def judge_forgetting(
     progress: Report,
 ) -> TrainedAdapter:
     """Measure what the adapter forgot and write it into the card's metrics."""
-    task = recipe.task
-    general = load_general(
-        recipe.folder / task.general_text if task.general_text else None,
-        recipe.folder / task.general_questions if task.general_questions else None,
-    )
     found = measure_forgetting(
-        task,
+        recipe.task,
         [example.completion for example in data.train],
         base,
-        [Variant.trained("adapter", base, task.system, trained.folder)],
+        [Variant.trained("adapter", base, recipe.task.system, trained.folder)],
         prompter,
         answer,
-        general,
+        general_of(recipe),
         hardware,
         progress=progress,
     )

@@ -12,16 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from registry.base import BaseModel
 from tests import tiny
+from training.data.duplicates import NEAR, nearest
 from training.data.examples import Data
+from training.data.general import QUESTIONS
 from training.errors import DataError
 from training.evaluation.evaluate import Answer, Ask, Variant
 from training.evaluation.forgetting import Forgetting, leak_rule, measure_forgetting
 from training.evaluation.forward import Row, load_reader
-from training.evaluation.general import General, Question, load_general
+from training.evaluation.general import General, Question, general_of, load_general
 from training.evaluation.loss import held_out_loss
 from training.model import Hardware
 from training.prompt import Prompter, load_prompter
-from training.recipe import Recipe
+from training.recipe import Recipe, apply_overrides
 
 HARDWARE = Hardware("cpu", "float32", 1)
 GENERAL = General(
@@ -220,6 +222,19 @@ def test_the_built_in_questions_and_texts_are_read() -> None:
     assert len(general.questions) >= 40
     assert len(general.texts) >= 30
     assert len({question.question for question in general.questions}) == len(general.questions)
+
+
+def test_what_self_replay_teaches_is_not_what_forgetting_asks() -> None:
+    asked = [question.question for question in load_general().questions]
+    assert max(nearest(asked, QUESTIONS)) < NEAR
+
+
+def test_a_recipe_names_texts_and_questions_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("one line\nanother line\n")
+    chosen = apply_overrides(recipe, [f"task.general_text={tmp_path / 'texts.txt'}"])
+    general = general_of(chosen)
+    assert general.texts == ("one line", "another line")
+    assert general.questions == load_general().questions
 
 
 @pytest.mark.parametrize(
