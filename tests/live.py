@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from registry.home import default_cache
+
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -30,6 +32,14 @@ class Shop:
 
     home: Path
     cache: Path
+
+    def __post_init__(self) -> None:
+        """Share the compiled operators: building them takes longer than most tests."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        shared, own = default_cache() / "operators", self.cache / "operators"
+        shared.mkdir(parents=True, exist_ok=True)
+        if not own.is_symlink():
+            own.symlink_to(shared)
 
     @property
     def environment(self) -> dict[str, str]:

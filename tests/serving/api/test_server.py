@@ -66,7 +66,8 @@ def test_what_nobody_foresaw_is_a_500_without_its_inside(
 
 def test_a_dead_engine_makes_the_server_unready(wardrobe: Wardrobe, tokens: Tokens) -> None:
     with running(wardrobe, tokens) as live, live.client() as client:
-        assert client.get("/health/ready").json()["status"] == "ready"
+        healthy = client.get("/health/ready").json()
+        assert (healthy["status"], healthy["operators"]) == ("ready", "script")
         live.engine.dead = "the step thread ended"
         ready = client.get("/health/ready")
         assert ready.status_code == 503

@@ -30,7 +30,7 @@ struct Reader {
       const int64_t n = std::min<int64_t>(KEYS, to - first);
       float weights[G][KEYS];
       soften(first, n, weights);
-      for (int64_t d = 0; d < dim; d += LANES) weigh(first, n, d, weights);
+      weigh(first, n, 0, weights);
     }
   }
 
@@ -59,30 +59,67 @@ struct Reader {
 
   // Scores of up to 16 keys; -inf beyond the n there are.
   void score(int64_t first, int64_t n, Floats (&scores)[G]) const {
-    Floats products[G][LANES] = {};
-    for (int64_t d = 0; d < dim; d += LANES * STEP) {
-      Words own[G];
-      for (int g = 0; g < G; g++) own[g] = lanes(q + g * dim + d, dim - d);
-      for (int64_t j = 0; j < n; j++) {
-        const Words key = lanes(keys + (first + j) * dim + d, dim - d);
-        for (int g = 0; g < G; g++) products[g][j] = multiply_add(own[g], key, products[g][j]);
-      }
+    const Number* own = keys + first * dim;
+    for (int64_t i = 0; i < LANES * dim; i += 64 / sizeof(Number)) {
+      __builtin_prefetch(own + LANES * dim + i);      // the next keys
+      __builtin_prefetch(values + first * dim + i);  // and what these weigh
     }
     for (int g = 0; g < G; g++) {
-      scores[g] = sums(products[g]) * scale;
+      scores[g] = (n == LANES ? products<LANES>(own, q + g * dim) : some(own, n, q + g * dim)) * scale;
       for (int64_t j = n; j < LANES; j++) scores[g][j] = -INFINITY;
     }
   }
 
-  // Add the values of n keys, dimensions d..d+16.
-  void weigh(int64_t first, int64_t n, int64_t d, const float (&weights)[G][KEYS]) const {
-    Floats totals[G];
-    for (int g = 0; g < G; g++) totals[g] = load(partials[g].total + d);
-    for (int64_t j = 0; j < n; j++) {
-      const Floats value = load(values + (first + j) * dim + d, dim - d);
-      for (int g = 0; g < G; g++) totals[g] += weights[g][j] * value;
+  // One query with N neighbouring keys: product j is lane j of the result.
+  template <int N>
+  Floats products(const Number* own, const Number* query) const {
+    Floats totals[N] = {};
+    int64_t d = 0;
+    for (; d + LANES * STEP <= dim; d += LANES * STEP) {
+      const Words part = lanes(query + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; j++) totals[j] = multiply_add(lanes(own + j * dim + d), part, totals[j]);
     }
-    for (int g = 0; g < G; g++) store(partials[g].total + d, totals[g]);
+    if (d < dim) {
+      const Words part = lanes(query + d, dim - d);
+      for (int j = 0; j < N; j++)
+        totals[j] = multiply_add(lanes(own + j * dim + d, dim - d), part, totals[j]);
+    }
+    return sums(totals);
+  }
+
+  Floats some(const Number* own, int64_t n, const Number* query) const {
+    Floats result = {};
+    for (int64_t j = 0; j < n; j++) result[j] = products<1>(own + j * dim, query)[0];
+    return result;
+  }
+
+  // Add the values of n keys, V vectors of dimensions at once.
+  template <int V = 4>
+  void weigh(int64_t first, int64_t n, int64_t d, const float (&weights)[G][KEYS]) const {
+    for (; d + V * LANES <= dim; d += V * LANES) weigh_block<V>(first, n, d, weights);
+    if constexpr (V > 1)
+      weigh<V / 2>(first, n, d, weights);
+    else if (d < dim)
+      weigh_block<1>(first, n, d, weights);
+  }
+
+  template <int V>
+  void weigh_block(int64_t first, int64_t n, int64_t d, const float (&weights)[G][KEYS]) const {
+    Floats totals[G][V];
+    for (int g = 0; g < G; g++)
+      for (int v = 0; v < V; v++) totals[g][v] = load(partials[g].total + d + v * LANES);
+    const Number* own = values + first * dim + d;
+    const int64_t width = V > 1 ? V * LANES : dim - d;  // below LANES only at the last dimensions
+    for (int64_t j = 0; j < n; j++, own += dim)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        const Floats value = load(own + v * LANES, width - v * LANES);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) totals[g][v] += weights[g][j] * value;
+      }
+    for (int g = 0; g < G; g++)
+      for (int v = 0; v < V; v++) store(partials[g].total + d + v * LANES, totals[g][v]);
   }
 };
 

@@ -1,0 +1,156 @@
+"""Microseconds of each compiled operator beside its floor, at SmolLM2-135M's shapes.
+
+    python -m benchmarks.operators [--rows 1 8 32] [--dtype bfloat16] [--threads 1]
+
+The floor of an operator is the larger of its bytes over the read bandwidth and of its
+multiplications over the rate of a large matrix product, both measured here just before, so it moves
+with the load of the machine as the operator does. Weights, adapters and caches of all 30 layers are
+walked through, so that each call reads memory and not a cache. The minimum of `--repeats` walks.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from registry.home import default_cache
+from serving.engine.hardware import choose_dtype
+from serving.engine.linear import pack
+from serving.engine.ops.lora import Run
+from serving.engine.ops.native.library import Library, load_library
+from serving.engine.ops.rope import rope_angles
+from serving.engine.slots import Slot
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, WIDE, VOCAB, RANK = 30, 576, 9, 3, 64, 1536, 49152, 16
+CONTEXT, LENGTH = 160, 256
+QKV = (HEADS + 2 * KV_HEADS) * DIM
+
+Walk = Callable[[int], object]  # layer → one call
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    name: str
+    call: Walk
+    bytes: int  # read and written by one call
+    operations: int = 0  # multiplications and additions
+
+
+def seconds(walk: Callable[[], object], repeats: int) -> float:
+    best = float("inf")
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        walk()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def limits(dtype: torch.dtype) -> tuple[float, float]:
+    """Return bytes and operations a second that this machine reaches now."""
+    data = torch.ones(32 << 20)
+    x = torch.ones(512, 1024, dtype=dtype)
+    w = torch.ones(1024, 1024, dtype=dtype)
+    read = data.nbytes / seconds(data.sum, 5)
+    return read, 2 * 512 * 1024 * 1024 / seconds(lambda: torch.nn.functional.linear(x, w), 10)
+
+
+def cases(ops: Library, rows: int) -> Iterator[Case]:
+    size = ops.dtype.itemsize
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(ops.dtype)
+
+    for name, outputs, inputs in (
+        *(("linear qkv", QKV, HIDDEN), ("linear o", HIDDEN, HIDDEN)),
+        *(("linear gate_up", 2 * WIDE, HIDDEN), ("linear down", HIDDEN, WIDE)),
+    ):
+        weights, x = [pack(normal(outputs, inputs)) for _ in range(LAYERS)], normal(rows, inputs)
+        yield Case(
+            name,
+            lambda i, w=weights, x=x, n=outputs: ops.linear(x, w[i], None, n),
+            size * (outputs * inputs + rows * (inputs + outputs)),
+            2 * rows * outputs * inputs,
+        )
+    head, x = pack(normal(VOCAB, HIDDEN)), normal(rows, HIDDEN)
+    yield Case(
+        "linear head",
+        lambda _: ops.linear(x, head, None, VOCAB),
+        size * (VOCAB * HIDDEN + rows * VOCAB),
+        2 * rows * VOCAB * HIDDEN,
+    )
+    scores = normal(rows, VOCAB)
+    yield Case("greedy", lambda _: ops.greedy(scores), size * rows * VOCAB)
+    gain, gated = normal(HIDDEN), normal(rows, 2 * WIDE)
+    yield Case("rms_norm", lambda _: ops.rms_norm(x, gain, 1e-5), 2 * size * rows * HIDDEN)
+    yield Case("silu_mul", lambda _: ops.silu_mul(gated), 3 * size * rows * WIDE)
+    yield from attention_cases(ops, rows)
+    for adapters in sorted({1, min(8, rows), rows}):
+        yield lora_case(ops, rows, adapters)
+
+
+def attention_cases(ops: Library, rows: int) -> Iterator[Case]:
+    cache = torch.randn(2, LAYERS, rows, KV_HEADS, LENGTH, DIM).to(ops.dtype)
+    qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, DIM).to(ops.dtype)
+    angles = rope_angles(torch.tensor([1e5 ** (-i / 32) for i in range(32)]), LENGTH)
+    slots, positions = torch.arange(rows), torch.full((rows,), CONTEXT)
+    row = ops.dtype.itemsize * rows * DIM
+    yield Case(
+        "rotate_and_store",
+        lambda i: ops.rotate_and_store(qkv, *angles, slots, positions, cache[0, i], cache[1, i]),
+        row * (2 * HEADS + 4 * KV_HEADS),
+    )
+    q = qkv[:, :HEADS]
+    yield Case(
+        f"attention, {CONTEXT} keys",
+        lambda i: ops.attention(q, cache[0, i], cache[1, i], slots, positions),
+        row * (2 * HEADS + 2 * KV_HEADS * (CONTEXT + 1)),
+        4 * rows * HEADS * DIM * (CONTEXT + 1),
+    )
+
+
+def lora_case(ops: Library, rows: int, adapters: int) -> Case:
+    """Gate and up: the widest group."""
+    a = torch.randn(LAYERS, adapters, 2 * RANK, HIDDEN).to(ops.dtype)
+    bs = [torch.randn(LAYERS, adapters, RANK, WIDE).to(ops.dtype) for _ in range(2)]
+    x, y = torch.randn(rows, HIDDEN).to(ops.dtype), torch.randn(rows, 2 * WIDE).to(ops.dtype)
+    share = rows // adapters
+    runs = [Run(i * share, (i + 1) * share, Slot(RANK, i)) for i in range(adapters)]
+    parameters = RANK * (2 * HIDDEN + 2 * WIDE)
+    return Case(
+        f"lora gate_up, {adapters} adapters",
+        lambda i: ops.lora(y, x, {RANK: (a, *bs)}, i, runs),
+        ops.dtype.itemsize * (adapters * parameters + rows * (HIDDEN + 4 * WIDE)),
+        2 * rows * parameters,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dtype = choose_dtype(options.dtype, torch.device("cpu"), torch.bfloat16)
+    ops = load_library(dtype, default_cache() / "operators")
+    print(f"{ops.target.name}, {dtype}, {torch.get_num_threads()} threads")
+    print("rows operator                          us   floor  share of floor")
+    with torch.inference_mode():
+        for rows in options.rows:
+            for case in cases(ops, rows):
+                read, rate = limits(dtype)
+                walk = seconds(lambda c=case: [c.call(i) for i in range(LAYERS)], options.repeats)
+                taken = walk / LAYERS
+                floor = max(case.bytes / read, case.operations / rate)
+                print(
+                    f"{rows:4} {case.name:28} {1e6 * taken:8.1f} {1e6 * floor:7.1f} "
+                    f"{floor / taken:7.2f}"
+                )
+
+
+if __name__ == "__main__":
+    main()
