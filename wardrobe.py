@@ -20,6 +20,7 @@ from registry.errors import WardrobeError
 from registry.home import default_home
 from registry.screen import print_json
 from registry.store import Registry
+from serving.experiments.commands import app as experiment_app
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app
 from training import commands as training_commands
@@ -51,6 +52,7 @@ app.add_typer(tenants_app)
 base_app = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(base_app, name="base")
 app.add_typer(key_app, name="key")
+app.add_typer(experiment_app, name="experiment")
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 out = Console(soft_wrap=True)

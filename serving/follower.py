@@ -21,15 +21,14 @@ from registry.base import BaseModel
 from registry.errors import StoreUnavailable, WardrobeError
 from registry.records import Event, RolloutState
 from registry.store import Registry
-from serving.engine.boundary import Engine, EngineBusy
+from serving.engine.boundary import Engine
 from serving.routing import AliasKey, FailedRollout, LiveTable
-from serving.selfcheck import self_check
+from serving.selfcheck import make_ready
 from serving.tokens import Tokens
 
 POLL_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
 ROLLOUT_SECONDS = 120.0  # a version that is not live by then has failed
-BUSY_PAUSE_SECONDS = 0.1
 
 log = logging.getLogger("wardrobe.rollout")
 
@@ -142,7 +141,7 @@ class Follower:
                 if version.base_id != self._base.id:
                     return self._leave(key)  # to the servers of that base
                 await report("warming")
-                await self._warm_and_check(version)
+                await make_ready(self._engine, self._tokens, version)
         except TimeoutError:
             await self._fail(key, event, f"not ready after {ROLLOUT_SECONDS:.0f} seconds", started)
         except WardrobeError as error:
@@ -162,16 +161,6 @@ class Follower:
         """Forget an alias that moved to another base, as if this server started now."""
         self._live.versions.pop(key, None)
         self._live.failures.pop(key, None)
-
-    async def _warm_and_check(self, version: Version) -> None:
-        while True:
-            try:
-                if version.adapter is not None:
-                    await self._engine.warm(version.adapter)
-                return await self_check(self._engine, self._tokens, version)
-            except EngineBusy:
-                # A full queue says nothing about the version; the rollout's deadline still holds.
-                await asyncio.sleep(BUSY_PAUSE_SECONDS)
 
     async def _fail(self, key: AliasKey, event: Event, sentence: str, started: float) -> None:
         self._live.failures[key] = FailedRollout(event.name, key[1], event.number, sentence)

@@ -7,9 +7,9 @@ self-check in this server. Requests hold the version they resolved and never loo
 import asyncio
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from registry.adapter import AdapterName, AdapterRef, Selector, Shot, Version
+from registry.adapter import PRODUCTION, AdapterName, AdapterRef, Selector, Shot, Version
 from registry.base import BaseModel
 from registry.errors import AdapterNotFound, BaseMismatch, InvalidName, WardrobeError
 from registry.store import Registry
@@ -41,6 +41,10 @@ class Route:
     adapter: AdapterRef | None = None
     system_prompt: str = ""
     examples: tuple[Shot, ...] = ()
+    production_of: AdapterName | None = None  # whose alias was followed; an experiment may split it
+    experiment: str = ""
+    arm: str = ""
+    blind: bool = False  # the answer does not say which version it was
 
     @classmethod
     def to(cls, version: Version) -> "Route":
@@ -53,8 +57,13 @@ class Route:
         return self.adapter is None and bool(self.system_prompt or self.examples)
 
     @property
+    def shown_as(self) -> str:
+        """What the answer calls itself."""
+        return self.experiment if self.blind else self.label
+
+    @property
     def system_fingerprint(self) -> str:
-        return f"fp_{self.fingerprint[:16]}"
+        return f"fp_{self.experiment if self.blind else self.fingerprint[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +115,9 @@ class Router:
         """
         if self.is_base(model):
             return self.base_route
-        return Route.to(await self.version(model, principal))
+        version = await self.version(model, principal)
+        followed = _selector(model, principal.namespace).alias == PRODUCTION
+        return replace(Route.to(version), production_of=version.name if followed else None)
 
     async def version(self, model: str, principal: Principal) -> Version:
         """Return the version of a selector. Raises as `resolve` does."""

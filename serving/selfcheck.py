@@ -1,18 +1,35 @@
 """The question every new version answers before anybody else may ask it."""
 
+import asyncio
 import math
 
 from registry.adapter import Version
-from serving.engine.boundary import Engine, EngineError, GenerateRequest, SamplingParams
+from serving.engine.boundary import Engine, EngineBusy, EngineError, GenerateRequest, SamplingParams
 from serving.prompt import put_before
 from serving.tokens import ChatMessage, PromptTooLong, Tokens
 
+BUSY_PAUSE_SECONDS = 0.1
 TOKENS = 2  # one from the prompt, one from a decode step: both paths, and no more delay
 PROMPT_IDS = (0, 1, 2, 3)  # ids that every vocabulary has; the answer only has to be finite
 
 
 class SelfCheckFailed(EngineError):
     """The version loads, and what it computes cannot be used."""
+
+
+async def make_ready(engine: Engine, tokens: Tokens, version: Version) -> None:
+    """Load a version and check it, so that its first request finds it warm.
+
+    Waits while the engine's queue is full. Raises what `self_check` and `Engine.warm` raise.
+    """
+    while True:
+        try:
+            if version.adapter is not None:
+                await engine.warm(version.adapter)
+            return await self_check(engine, tokens, version)
+        except EngineBusy:
+            # A full queue says nothing about the version; the caller's deadline still holds.
+            await asyncio.sleep(BUSY_PAUSE_SECONDS)
 
 
 async def self_check(engine: Engine, tokens: Tokens, version: Version) -> None:

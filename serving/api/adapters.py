@@ -79,7 +79,7 @@ async def promote(
     """Point an alias to a version. Running servers follow within a second."""
     registry = services_of(request.app).registry
     adapter = own_adapter(request, namespace, name)
-    wanted = _decode(await read_json(request), Promotion)
+    wanted = decode_body(await read_json(request), Promotion)
 
     def move() -> AliasMove:
         return registry.promote(
@@ -106,7 +106,7 @@ async def rollback(
     """Point an alias back to where it was before its last promote."""
     registry = services_of(request.app).registry
     adapter = own_adapter(request, namespace, name)
-    reason = _decode(await read_json(request), Undoing).reason
+    reason = decode_body(await read_json(request), Undoing).reason
     actor = record_of(request.scope).tenant
     move = partial(registry.rollback, adapter, alias=alias, reason=reason, actor=actor)
     return _moved(await _moving(move))
@@ -125,7 +125,8 @@ async def _usable(request: AnyRequest, namespace: str, name: str) -> AdapterName
     return adapter
 
 
-def _decode(body: bytes, shape: type[T]) -> T:
+def decode_body(body: bytes, shape: type[T]) -> T:
+    """Raises RequestError naming the field that does not fit."""
     try:
         return msgspec.json.decode(body, type=shape)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

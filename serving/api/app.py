@@ -1,7 +1,9 @@
 """Builds the HTTP application from its parts."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from litestar import Litestar
 
@@ -13,6 +15,13 @@ from serving.api.chat import chat_completions
 from serving.api.completions import completions
 from serving.api.drain import Drain
 from serving.api.errors import respond_with_error
+from serving.api.experiments import (
+    create_experiment,
+    get_experiment,
+    give_feedback,
+    list_experiments,
+    move_experiment,
+)
 from serving.api.guard import Guard
 from serving.api.health import live, metrics, ready
 from serving.api.metrics import Metrics
@@ -21,8 +30,12 @@ from serving.api.push import push_version
 from serving.api.services import Services
 from serving.api.settings import ServerSettings
 from serving.engine.boundary import Engine
+from serving.experiments.live import LiveExperiments
+from serving.experiments.recorder import Recorder
+from serving.experiments.store import Experiments
 from serving.follower import Follower
 from serving.routing import LiveTable, Router
+from serving.selfcheck import make_ready
 from serving.tenants.access import Access
 from serving.tenants.keys import KeyRing
 from serving.tokens import Tokens
@@ -37,6 +50,11 @@ HANDLERS = (
     get_history,
     promote,
     rollback,
+    create_experiment,
+    list_experiments,
+    get_experiment,
+    move_experiment,
+    give_feedback,
     live,
     ready,
     metrics,
@@ -51,6 +69,7 @@ def create_app(
     Raises UndeclaredRoute when a route does not say who may call it.
     """
     table, access = LiveTable(), Access(registry)
+    store = Experiments(registry.home)
     services = Services(
         settings=settings,
         registry=registry,
@@ -60,6 +79,9 @@ def create_app(
         router=Router(registry, base, table, access),
         access=access,
         live=table,
+        store=store,
+        experiments=LiveExperiments(store, registry, base, partial(make_ready, engine, tokens)),
+        recorder=Recorder(store),
         drain=Drain(),
         metrics=Metrics(),
         authentication=Authentication(KeyRing(registry) if settings.auth else None),
@@ -93,11 +115,16 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
             server_id=services.settings.server_id,
             url=services.settings.url,
         )
+        services.recorder.start()
         await follower.start()
+        await services.experiments.start()
         try:
             yield
         finally:
+            await services.experiments.stop()
             await follower.stop()
+            await asyncio.to_thread(services.recorder.stop)
+            services.store.close()
             await services.engine.aclose()
 
     return lifespan

@@ -7,6 +7,7 @@ import msgspec
 from litestar import Request, post
 from litestar.types import ASGIApp
 
+from serving.api.admission import admit
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare
 from serving.api.plan import Plan, make_plan, room_for_answer
@@ -28,8 +29,7 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
     services = services_of(request.app)
     fields = _DECODER.decode(await read_json(request))
     record = record_of(request.scope)
-    route = await services.router.resolve(fields.model, request.user)
-    record.label, record.digest = route.label, route.fingerprint
+    route = await admit(request, fields)
     plan = await _plan(services, fields, route, record.request_id)
     record.prompt_tokens = plan.prompt_tokens
     shape = ChatShape(services.tokens, plan, record.request_id, services.now())
@@ -74,7 +74,7 @@ class ChatShape:
         self._common = {
             "id": f"chatcmpl-{request_id}",
             "created": created,
-            "model": plan.route.label,
+            "model": plan.route.shown_as,
             "system_fingerprint": plan.route.system_fingerprint,
         }
         chunk = _encode({**self._common, "object": "chat.completion.chunk"})

@@ -7,6 +7,7 @@ import msgspec
 from litestar import Request, post
 from litestar.types import ASGIApp
 
+from serving.api.admission import admit
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare
 from serving.api.errors import RequestError
@@ -30,8 +31,7 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     services = services_of(request.app)
     fields = _DECODER.decode(await read_json(request))
     record = record_of(request.scope)
-    route = await services.router.resolve(fields.model, request.user)
-    record.label, record.digest = route.label, route.fingerprint
+    route = await admit(request, fields)
     plan = await _plan(services, fields, route, record.request_id)
     record.prompt_tokens = plan.prompt_tokens
     shape = CompletionShape(services.tokens, plan, record.request_id, services.now())
@@ -98,7 +98,7 @@ class CompletionShape:
             "id": f"cmpl-{request_id}",
             "object": "text_completion",
             "created": created,
-            "model": plan.route.label,
+            "model": plan.route.shown_as,
             "system_fingerprint": plan.route.system_fingerprint,
         }
         self._head = b"data: " + _encode(self._common)[:-1] + b',"choices":['

@@ -17,6 +17,8 @@ from litestar.exceptions import HTTPException
 from registry import errors as domain
 from serving.api.record import record_of
 from serving.engine import boundary as engine
+from serving.experiments.design import DesignInvalid
+from serving.experiments.store import FeedbackInvalid
 from serving.routing import ModelNotLive
 from serving.selfcheck import SelfCheckFailed
 from serving.tenants.keys import InvalidKey, ScopeMissing
@@ -71,6 +73,8 @@ TABLE: dict[type[Exception], Rule] = {
     PromptTooLong: Rule(400, INVALID),
     TemplateRefused: Rule(400, INVALID, param="messages"),
     domain.InvalidName: Rule(400, INVALID),
+    DesignInvalid: Rule(400, INVALID),
+    FeedbackInvalid: Rule(400, INVALID, param="value"),
     domain.NotFound: Rule(404, "not_found_error", param="model"),
     domain.Refused: Rule(422, INVALID),
     domain.BaseMismatch: Rule(422, INVALID, param="model"),

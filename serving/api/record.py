@@ -6,7 +6,7 @@ Never holds a prompt, an answer or a key.
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ class RequestRecord:
     status: int = 0  # 0: nothing was sent
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    on_end: "Callable[[RequestRecord], None] | None" = None  # told once, however it ended
     outcome: str = ""  # why it did not end normally: disconnect, drain, or an error code
 
     @property
@@ -36,6 +37,9 @@ class RequestRecord:
         return time.monotonic() - self.started
 
     def write(self) -> None:
+        """Write the log line, and tell whoever waits for the end."""
+        if self.on_end is not None:
+            self.on_end(self)
         log.info(
             "id=%s tenant=%s method=%s path=%s status=%d label=%s digest=%s prompt_tokens=%d "
             "completion_tokens=%d ms=%.1f outcome=%s",

@@ -70,7 +70,9 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     max_tokens: Count | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     ignore_eos: bool = False
-    user: Annotated[str, Meta(max_length=512)] | None = None  # accepted, has no effect yet
+    # Who the answer is for: the unit of an experiment.
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    safety_identifier: Annotated[str, Meta(max_length=512)] | None = None
     metadata: (
         Annotated[
             dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],

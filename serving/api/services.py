@@ -17,6 +17,9 @@ from serving.api.metrics import Metrics
 from serving.api.plan import Plan
 from serving.api.settings import ServerSettings
 from serving.engine.boundary import Engine
+from serving.experiments.live import LiveExperiments
+from serving.experiments.recorder import Recorder
+from serving.experiments.store import Experiments
 from serving.routing import LiveTable, Route, Router
 from serving.tenants.access import Access
 from serving.tokens import Tokens
@@ -36,6 +39,9 @@ class Services:
     router: Router
     access: Access
     live: LiveTable
+    store: Experiments
+    experiments: LiveExperiments
+    recorder: Recorder
     drain: Drain
     metrics: Metrics
     authentication: Authentication
@@ -48,10 +54,13 @@ class Services:
         return Answer(self.engine, self.tokens, self.drain, self.metrics, plan, shape, headers)
 
     def _headers(self, route: Route) -> list[tuple[bytes, bytes]]:
-        headers = [
-            (b"x-adapter", route.label.encode()),
-            (b"x-adapter-digest", f"sha256:{route.fingerprint}".encode()),
-        ]
+        headers = [(b"x-adapter", route.shown_as.encode())]
+        if not route.blind:
+            headers.append((b"x-adapter-digest", f"sha256:{route.fingerprint}".encode()))
+        if route.experiment:
+            headers.append((b"x-experiment", route.experiment.encode()))
+        if route.arm:
+            headers.append((b"x-arm", route.arm.encode()))
         return [*headers, (b"x-registry-stale", b"1")] if self.live.stale else headers
 
 

@@ -1,0 +1,71 @@
+"""From a decoded request to the version that answers it: resolved, assigned, and written down."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from litestar import Request
+
+from registry.errors import StoreUnavailable
+from serving.api.errors import RequestError
+from serving.api.record import RequestRecord, record_of
+from serving.api.schemas import SamplingFields
+from serving.api.services import Services, services_of
+from serving.experiments.experiment import unit_of
+from serving.experiments.live import Running
+from serving.experiments.recorder import Recorder
+from serving.experiments.store import Exposure, Outcome
+from serving.routing import Route
+
+UNIT_HEADER = "x-unit-key"
+MAX_UNIT_CHARACTERS = 512
+NOT_THE_ARMS_FAULT = (429, 499)  # too many requests, and a client that went
+
+
+async def admit(request: Request[Any, Any, Any], fields: SamplingFields) -> Route:
+    """Return what answers this request. An exposure is durable before this returns."""
+    services, record = services_of(request.app), record_of(request.scope)
+    route = await services.router.resolve(fields.model, request.user)
+    running = services.experiments.of(route.production_of) if route.production_of else None
+    if running is not None:
+        route = await _take_part(services, running, route, _unit_key(request, fields), record)
+    record.label, record.digest = route.label, route.fingerprint
+    return route
+
+
+async def _take_part(
+    services: Services, running: Running, route: Route, key: str | None, record: RequestRecord
+) -> Route:
+    """Return the route of the unit's arm, or the given one for a unit that is not exposed."""
+    experiment = running.experiment
+    unit = unit_of(experiment.salt, key or record.request_id)
+    arm = experiment.assign(unit)
+    if arm is None:
+        return route
+    row = Exposure(
+        record.request_id, experiment.id, arm, unit, record.tenant, keyed=key is not None
+    )
+    try:
+        await services.recorder.expose(row)
+    except StoreUnavailable:
+        return route  # production answers, and nobody is counted: not a silent arm
+    record.on_end = partial(_end, services.recorder)
+    label = "" if experiment.blind else experiment.arms[arm].label
+    return replace(running.routes[arm], experiment=experiment.id, arm=label, blind=experiment.blind)
+
+
+def _end(recorder: Recorder, record: RequestRecord) -> None:
+    failed = record.status >= 400 or record.outcome not in ("", "disconnect")
+    if record.status in NOT_THE_ARMS_FAULT:
+        failed = False
+    recorder.end(Outcome(record.request_id, failed, record.seconds, record.completion_tokens))
+
+
+def _unit_key(request: Request[Any, Any, Any], fields: SamplingFields) -> str | None:
+    """Return who this answer is for: what varies independently of everybody else."""
+    header = request.headers.get(UNIT_HEADER)
+    if header is not None and not 0 < len(header) <= MAX_UNIT_CHARACTERS:
+        raise RequestError(
+            f"{UNIT_HEADER} has {len(header)} characters; it takes 1 to {MAX_UNIT_CHARACTERS}."
+        )
+    return header or fields.safety_identifier or fields.user or None

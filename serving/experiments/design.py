@@ -1,0 +1,120 @@
+"""From what a person writes to the design of an experiment: arms pinned by digest, metrics."""
+
+from collections.abc import Sequence
+
+from registry.adapter import PRODUCTION, AdapterName, Selector
+from registry.base import BaseModel
+from registry.errors import WardrobeError
+from registry.store import Registry
+from serving.experiments.experiment import BUILT_IN, FEEDBACK_KINDS, Arm, Kind, Metric, Role
+
+BASE = "base"
+MAX_ARMS = 8
+MAX_METRICS = 16
+CONTROL = "control"
+
+
+class DesignInvalid(WardrobeError):
+    """An experiment that could not be run or judged."""
+
+    code = "experiment_invalid"
+
+
+def make_arms(
+    registry: Registry, name: AdapterName, treatments: Sequence[str], share: float
+) -> tuple[Arm, ...]:
+    """Return control and treatments. `share` is the part of all treatments together.
+
+    The control is what production points to now. A treatment is a selector, `@v2` for a version of
+    this adapter, or `base`. Raises DesignInvalid and NotFound.
+    """
+    if not 1 <= len(treatments) < MAX_ARMS:
+        raise DesignInvalid(f"An experiment has 1 to {MAX_ARMS - 1} treatments beside the control.")
+    if not 0 < share < 1:
+        raise DesignInvalid(f"The share of the treatments is {share}; it must be above 0, below 1.")
+    production = registry.resolve(Selector(name, alias=PRODUCTION))
+    base = registry.bases.get(production.base_id)
+    control = Arm(CONTROL, 1 - share, name, production.number, production.digest)
+    arms = [control]
+    for number, text in enumerate(treatments, start=1):
+        label = "treatment" if len(treatments) == 1 else f"treatment-{number}"
+        arms.append(_treatment(registry, name, text, label, share / len(treatments), base))
+    digests = [arm.digest for arm in arms]
+    if len(set(digests)) < len(digests):
+        raise DesignInvalid("Two arms are the same version: they could only differ by chance.")
+    return tuple(arms)
+
+
+def _treatment(
+    registry: Registry, name: AdapterName, text: str, label: str, share: float, base: BaseModel
+) -> Arm:
+    if text == BASE:
+        return Arm(label, share, None, None, base.fingerprint)
+    version = registry.resolve(Selector.parse(f"{name}{text}" if text.startswith("@") else text))
+    if version.base_id != base.id:
+        raise DesignInvalid(
+            f"{version.ref.label} is for {version.base_id}, and {name} runs on {base.id}."
+        )
+    if version.name.namespace != name.namespace:
+        raise DesignInvalid(f"{version.ref.label} belongs to another tenant than {name}.")
+    return Arm(label, share, version.name, version.number, version.digest)
+
+
+def make_metrics(
+    primary: str, guardrails: Sequence[str], signals: Sequence[str]
+) -> tuple[Metric, ...]:
+    """Read metrics written as NAME:KIND or NAME:KIND:lower; a built-in one needs its name only."""
+    metrics = [
+        _metric(primary, "primary"),
+        *(_metric(text, "guardrail") for text in guardrails),
+        *(_metric(text, "signal") for text in signals),
+    ]
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names):
+        raise DesignInvalid(f"Two metrics have one name: {', '.join(names)}.")
+    if len(metrics) > MAX_METRICS:
+        raise DesignInvalid(f"{len(metrics)} metrics; an experiment has {MAX_METRICS} at most.")
+    return tuple(metrics)
+
+
+def _metric(text: str, role: Role) -> Metric:
+    name, _, rest = text.partition(":")
+    kind, _, better = rest.partition(":")
+    if name in BUILT_IN and not rest:
+        return Metric(name, _kind(name), role, "lower")
+    if name in BUILT_IN or kind not in FEEDBACK_KINDS or better not in ("", "higher", "lower"):
+        raise DesignInvalid(
+            f"{text!r} is no metric. Write one of {', '.join(BUILT_IN)}, or NAME:KIND for feedback "
+            f"with a kind of {', '.join(FEEDBACK_KINDS)}, and :lower where less is better."
+        )
+    if not name.replace("_", "").replace("-", "").isalnum() or len(name) > 63:
+        raise DesignInvalid(f"{name!r} is no name of a metric: letters, digits, - and _, up to 63.")
+    return Metric(name, _kind(kind), role, "lower" if better == "lower" else "higher")
+
+
+def _kind(text: str) -> Kind:
+    kinds: dict[str, Kind] = {
+        "binary": "binary",
+        "total": "total",
+        "average": "average",
+        "errors": "errors",
+        "latency": "latency",
+        "tokens": "tokens",
+    }
+    return kinds[text]
+
+
+def check_policy(arms: Sequence[Arm], name: AdapterName, alpha: float, on_win: str) -> None:
+    """Raises DesignInvalid for a policy that could not be carried out."""
+    if not 0 < alpha < 0.5:
+        raise DesignInvalid(f"alpha is {alpha}; it must be above 0 and below 0.5, such as 0.05.")
+    if on_win == "promote" and any(arm.name != name for arm in arms):
+        raise DesignInvalid(
+            f"Only a version of {name} can be promoted; an arm is something else. Let it tell."
+        )
+
+
+def check_exposure(exposure: float) -> float:
+    if not 0 < exposure <= 1:
+        raise DesignInvalid(f"The exposure is {exposure}; it is a share above 0, up to 1.")
+    return exposure

@@ -1,0 +1,49 @@
+"""What a metric adds up to in each arm: one row a unit, summed by the database."""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, FromClause, case, func, literal, select
+
+from serving.experiments.experiment import Experiment, Metric
+from serving.experiments.sequential import Sums
+from serving.experiments.tables import exposures, feedback, outcomes
+
+
+def sums_of(connection: Connection, experiment: Experiment, metric: Metric) -> dict[int, Sums]:
+    """Return arm → sums; an arm without units has zeros."""
+    source, y, x = _parts(metric)
+    units = (
+        select(exposures.c.arm, y.label("y"), x.label("x"))
+        .select_from(source)
+        .where(exposures.c.experiment == experiment.id)
+        .group_by(exposures.c.arm, exposures.c.unit)
+        .subquery()
+    )
+    products = [units.c.y, units.c.y * units.c.y, units.c.x, units.c.x * units.c.x]
+    products.append(units.c.x * units.c.y)
+    query = select(units.c.arm, func.count(), *map(func.sum, products)).group_by(units.c.arm)
+    rows = [tuple(row) for row in connection.execute(query)]
+    found = {row[0]: Sums(row[1], *map(float, row[2:])) for row in rows}
+    return {arm: found.get(arm, Sums(0)) for arm in range(len(experiment.arms))}
+
+
+def _parts(metric: Metric) -> tuple[FromClause, ColumnElement[Any], ColumnElement[Any]]:
+    """Return the joined rows, and a unit's numerator and denominator over its answers."""
+    if metric.kind in ("binary", "total", "average"):
+        same = (feedback.c.request_id == exposures.c.request_id) & (
+            feedback.c.metric == metric.name
+        )
+        source, value = exposures.outerjoin(feedback, same), feedback.c.value
+        if metric.kind == "binary":
+            answered = func.coalesce(func.max(case((value != 0, 1.0), else_=0.0)), 0.0)
+            return source, answered, literal(1.0)
+        total = func.coalesce(func.sum(value), 0.0)
+        return source, total, literal(1.0) if metric.kind == "total" else func.count(value)
+    same = outcomes.c.request_id == exposures.c.request_id
+    source = exposures.outerjoin(outcomes, same)
+    value = {
+        "errors": case((outcomes.c.failed, 1.0), else_=0.0),
+        "latency": func.ln(outcomes.c.seconds),
+        "tokens": outcomes.c.tokens,
+    }[metric.kind]
+    return source, func.coalesce(func.sum(value), 0.0), func.count(outcomes.c.request_id)

@@ -1,0 +1,97 @@
+"""The tables of experiments, in a database of their own: their writes never wait for a push."""
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+from registry.schema import Schema
+
+metadata = MetaData()
+
+experiments = Table(
+    "experiments",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("namespace", String(63), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("design", JSON, nullable=False),  # arms, metrics, alpha, on_win, blind, salt
+    Column("state", String(16), nullable=False),
+    Column("exposure", Float, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("created_at", String(40), nullable=False),
+    Column("started_at", String(40)),
+    Column("ended_at", String(40)),
+    Index("experiments_by_state", "state"),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("experiment", String(32), ForeignKey("experiments.id"), nullable=False),
+    Column("at", String(40), nullable=False),
+    Column("action", String(24), nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("numbers", JSON, nullable=False),  # that justified it
+    Index("decisions_of", "experiment", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# One row an answer, written before its first token leaves.
+exposures = Table(
+    "exposures",
+    metadata,
+    Column("request_id", String(64), primary_key=True),
+    Column("experiment", String(32), ForeignKey("experiments.id"), nullable=False),
+    Column("arm", Integer, nullable=False),
+    Column("unit", String(32), nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("keyed", Boolean, nullable=False),  # False: the unit is the request itself
+    Column("at", String(40), nullable=False),
+    Index("exposures_of", "experiment", "arm", "unit"),
+)
+
+outcomes = Table(
+    "outcomes",
+    metadata,
+    Column("request_id", String(64), ForeignKey("exposures.request_id"), primary_key=True),
+    Column("failed", Boolean, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("tokens", Integer, nullable=False),
+)
+
+# The value that counts now; every value ever sent is in `feedback_log`.
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("request_id", String(64), ForeignKey("exposures.request_id"), primary_key=True),
+    Column("metric", String(63), primary_key=True),
+    Column("value", Float, nullable=False),
+    Column("at", String(40), nullable=False),
+)
+
+feedback_log = Table(
+    "feedback_log",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("request_id", String(64), nullable=False),
+    Column("metric", String(63), nullable=False),
+    Column("value", Float, nullable=False),
+    Column("key", String(128)),  # the client's idempotency key
+    Column("at", String(40), nullable=False),
+    Index("feedback_once", "request_id", "key", unique=True),
+    sqlite_autoincrement=True,
+)
+
+SCHEMA = Schema(metadata, {})

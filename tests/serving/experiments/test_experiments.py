@@ -1,0 +1,273 @@
+"""Who gets which arm, what the numbers lead to, and that nothing is lost or counted twice."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from registry.adapter import AdapterName
+from registry.errors import Conflict, NotFound
+from serving.experiments.decide import decide
+from serving.experiments.design import DesignInvalid, make_metrics
+from serving.experiments.experiment import Arm, Experiment, unit_of
+from serving.experiments.moves import move
+from serving.experiments.store import (
+    Experiments,
+    Exposure,
+    FeedbackInvalid,
+    Outcome,
+)
+
+NAME = AdapterName("acme", "support")
+ARMS = (Arm("control", 0.5, NAME, 1, "a" * 64), Arm("treatment", 0.5, NAME, 2, "b" * 64))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Experiments]:
+    with Experiments(tmp_path) as store:
+        yield store
+
+
+def created(store: Experiments, arms: tuple[Arm, ...] = ARMS, **changes: object) -> Experiment:
+    metrics = make_metrics("solved:binary", ["errors", "angry:binary:lower"], ["stars:average"])
+    design = {"alpha": 0.05, "on_win": "tell", "blind": False, "actor": "test"} | changes
+    return store.create(NAME, arms, metrics, **design)  # type: ignore[arg-type]  # as given above
+
+
+def started(store: Experiments, exposure: float = 1.0, **changes: object) -> Experiment:
+    experiment = created(store, **changes)  # type: ignore[arg-type]  # passed on
+    return move(store, experiment, "start", exposure=exposure, actor="test", reason="go")
+
+
+def expose(
+    store: Experiments, experiment: Experiment, arm: int, unit: str, answers: int = 1
+) -> list[str]:
+    ids = [f"req_{experiment.id}_{arm}_{unit}_{number}" for number in range(answers)]
+    rows = [Exposure(i, experiment.id, arm, unit, "acme", True) for i in ids]
+    store.record(rows, [Outcome(i, False, 1.0, 10) for i in ids])
+    return ids
+
+
+def feed(
+    store: Experiments, request_id: str, metric: str, value: float, key: str | None = None
+) -> bool:
+    return store.give_feedback(request_id, metric, value, tenant="acme", key=key)
+
+
+# Assignment
+
+
+def units(count: int) -> list[str]:
+    return [unit_of("salt", f"user {number}") for number in range(count)]
+
+
+def test_the_same_unit_always_gets_the_same_arm(store: Experiments) -> None:
+    experiment = started(store)
+    again = store.get(experiment.id)
+    assert [experiment.assign(u) for u in units(500)] == [again.assign(u) for u in units(500)]
+
+
+def test_a_ramp_moves_nobody_to_another_arm(store: Experiments) -> None:
+    experiment = started(store)
+    before: dict[str, int] = {}
+    for exposure in (0.02, 0.2, 0.5, 1.0):
+        now = replace(experiment, exposure=exposure)
+        arms = {u: arm for u in units(5000) if (arm := now.assign(u)) is not None}
+        assert before.items() <= arms.items(), "who was in stays in, with the same arm"
+        assert len(arms) == pytest.approx(5000 * exposure, abs=4 * math.sqrt(5000 / 4))
+        before = arms
+
+
+def test_shares_are_kept_and_do_not_depend_on_the_exposure(store: Experiments) -> None:
+    arms = tuple(replace(arm, share=s) for arm, s in zip(ARMS, (0.8, 0.2), strict=True))
+    experiment = started(store, exposure=0.3, arms=arms)
+    got = Counter(arm for u in units(20_000) if (arm := experiment.assign(u)) is not None)
+    total = sum(got.values())
+    assert got[1] / total == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / total))
+
+
+def test_two_experiments_split_independently(store: Experiments) -> None:
+    one = started(store)
+    two = replace(one, salt="another")
+    pairs = Counter((one.assign(u), two.assign(u)) for u in units(8000))
+    assert all(abs(count - 2000) < 4 * math.sqrt(8000 * 3 / 16) for count in pairs.values())
+
+
+# Life cycle
+
+
+def test_an_experiment_goes_only_where_its_state_allows(store: Experiments) -> None:
+    draft = created(store)
+    for action in ("pause", "ramp"):
+        with pytest.raises(Conflict, match="is draft"):
+            move(store, draft, action, exposure=0.5, actor="t", reason="x")
+    with pytest.raises(DesignInvalid, match="needs an exposure"):
+        move(store, draft, "start", exposure=None, actor="t", reason="x")
+    running = move(store, draft, "start", exposure=0.2, actor="t", reason="x")
+    with pytest.raises(DesignInvalid, match="can only grow"):
+        move(store, running, "ramp", exposure=0.1, actor="t", reason="x")
+    paused = move(store, running, "pause", exposure=None, actor="t", reason="look")
+    again = move(store, paused, "start", exposure=None, actor="t", reason="go on")
+    assert (again.state, again.exposure) == ("running", 0.2)
+    ended = move(store, again, "stop", exposure=None, actor="t", reason="done")
+    with pytest.raises(Conflict, match="is stopped"):
+        move(store, ended, "start", exposure=1, actor="t", reason="x")
+    log = [decision.action for decision in store.decisions(draft.id)]
+    assert log == ["create", "start", "pause", "start", "stop"]
+
+
+def test_of_two_that_decide_at_once_one_is_refused(store: Experiments) -> None:
+    experiment = started(store)
+    move(store, experiment, "pause", exposure=None, actor="one", reason="x")
+    with pytest.raises(Conflict, match="changed meanwhile"):
+        store.move(experiment, "stopped", action="stop", actor="two", reason="x")
+
+
+def test_one_adapter_has_one_experiment_at_a_time(store: Experiments) -> None:
+    first = started(store)
+    second = created(store)
+    with pytest.raises(Conflict, match=first.id):
+        move(store, second, "start", exposure=1, actor="t", reason="x")
+
+
+# Feedback and sums
+
+
+def test_feedback_counts_once_a_unit_and_the_last_value_wins(store: Experiments) -> None:
+    experiment = started(store)
+    ids = expose(store, experiment, 1, "u1", answers=3)
+    expose(store, experiment, 1, "u2")
+    assert feed(store, ids[0], "solved", 1)
+    assert feed(store, ids[1], "solved", 1)
+    assert store.counts(experiment)[1].metrics["solved"].y == 1, "u1 once, u2 not"
+    assert feed(store, ids[0], "solved", 0)
+    assert feed(store, ids[1], "solved", 0)
+    counts = store.counts(experiment)[1]
+    assert (counts.units, counts.answers, counts.metrics["solved"].y) == (2, 4, 0)
+
+
+def test_a_repeated_key_changes_nothing(store: Experiments) -> None:
+    experiment = started(store)
+    (request_id,) = expose(store, experiment, 0, "u")
+    assert feed(store, request_id, "stars", 5, key="k1")
+    assert feed(store, request_id, "stars", 1, key="k2")
+    assert not feed(store, request_id, "stars", 5, key="k1")
+    assert store.counts(experiment)[0].metrics["stars"].value == 1
+
+
+def test_an_average_is_over_answers_that_were_judged(store: Experiments) -> None:
+    experiment = started(store)
+    ids = expose(store, experiment, 0, "u", answers=4) + expose(store, experiment, 0, "v")
+    for request_id, stars in zip(ids, (1, 2, 3), strict=False):
+        feed(store, request_id, "stars", stars)
+    stars = store.counts(experiment)[0].metrics["stars"]
+    assert (stars.n, stars.value) == (2, 2)
+
+
+def test_feedback_that_cannot_be_is_refused(store: Experiments) -> None:
+    experiment = started(store)
+    (request_id,) = expose(store, experiment, 0, "u")
+    with pytest.raises(NotFound, match="takes no feedback 'mood'"):
+        feed(store, request_id, "mood", 1)
+    with pytest.raises(NotFound, match="takes no feedback 'errors'"):
+        feed(store, request_id, "errors", 1)
+    with pytest.raises(FeedbackInvalid, match="0 or 1"):
+        feed(store, request_id, "solved", 0.5)
+    with pytest.raises(NotFound):
+        feed(store, "req_unknown", "solved", 1)
+    with pytest.raises(NotFound) as other:
+        store.give_feedback(request_id, "solved", 1, tenant="beta", key=None)
+    assert "No experiment knows" in other.value.message
+
+
+def test_rows_written_twice_count_once(store: Experiments) -> None:
+    experiment = started(store)
+    for _ in range(2):
+        expose(store, experiment, 0, "u", answers=2)
+    counts = store.counts(experiment)[0]
+    assert (counts.units, counts.answers, counts.metrics["errors"].x) == (1, 2, 2)
+
+
+# Decisions
+
+
+def fill(store: Experiments, experiment: Experiment, arm: int, n: int, **good: int) -> None:
+    """Give an arm n units, of which so many have a 1 in each named metric."""
+    prefix = f"{arm}-{n}"
+    ids = [f"req_{experiment.id}_{prefix}_{i}" for i in range(n)]
+    rows = [Exposure(r, experiment.id, arm, r[-32:], "acme", True) for r in ids]
+    store.record(rows, [Outcome(i, False, 1.0, 10) for i in ids])
+    for metric, count in good.items():
+        for request_id in ids[:count]:
+            feed(store, request_id, metric, 1)
+
+
+def test_few_units_are_no_verdict(store: Experiments) -> None:
+    experiment = started(store)
+    fill(store, experiment, 0, 20, solved=2)
+    fill(store, experiment, 1, 20, solved=18)
+    verdict = decide(experiment, store.counts(experiment))
+    assert (verdict.action, verdict.winner) == ("go on", None)
+    assert "Collecting" in verdict.sentence
+
+
+def test_a_better_arm_wins_and_the_numbers_say_by_how_much(store: Experiments) -> None:
+    experiment = started(store)
+    fill(store, experiment, 0, 200, solved=70)
+    fill(store, experiment, 1, 200, solved=130)
+    verdict = decide(experiment, store.counts(experiment))
+    assert (verdict.action, verdict.winner) == ("win", 1)
+    assert verdict.readings[0].difference.low > 0
+    assert "0.65" in verdict.sentence
+    assert "0.35" in verdict.sentence
+
+
+def test_a_worse_arm_is_a_loss_and_equal_arms_are_not_told_apart(store: Experiments) -> None:
+    worse = started(store)
+    fill(store, worse, 0, 200, solved=130)
+    fill(store, worse, 1, 200, solved=70)
+    assert decide(worse, store.counts(worse)).action == "loss"
+    move(store, worse, "stop", exposure=None, actor="t", reason="x")
+    equal = started(store)
+    fill(store, equal, 0, 200, solved=100)
+    fill(store, equal, 1, 200, solved=103)
+    verdict = decide(equal, store.counts(equal))
+    assert (verdict.action, "not told apart" in verdict.sentence) == ("go on", True)
+
+
+def test_a_harmed_guardrail_ends_it_even_when_the_primary_metric_is_better(
+    store: Experiments,
+) -> None:
+    experiment = started(store)
+    fill(store, experiment, 0, 150, solved=50, angry=3)
+    fill(store, experiment, 1, 150, solved=120, angry=60)
+    verdict = decide(experiment, store.counts(experiment))
+    assert (verdict.action, verdict.winner) == ("stop harmed", None)
+    assert "angry" in verdict.sentence
+
+
+def test_a_broken_arm_is_seen_before_the_t_form_may_speak(store: Experiments) -> None:
+    experiment = started(store)
+    fill(store, experiment, 0, 40, angry=1)
+    fill(store, experiment, 1, 40, angry=30)
+    assert decide(experiment, store.counts(experiment)).action == "stop harmed"
+
+
+def test_a_split_that_is_not_what_was_meant_pauses_everything(store: Experiments) -> None:
+    experiment = started(store)
+    fill(store, experiment, 0, 240, solved=10)
+    fill(store, experiment, 1, 100, solved=90)
+    verdict = decide(experiment, store.counts(experiment))
+    assert (verdict.action, verdict.mismatch) == ("pause", True)
+    assert "240 : 100" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    "text", ["solved", "solved:maybe", "errors:binary", "a b:binary", ":binary", "x:binary:worse"]
+)
+def test_a_metric_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(DesignInvalid):
+        make_metrics(text, [], [])

@@ -1,0 +1,239 @@
+"""Experiments on a running server: real requests, real feedback, and what is done about it."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from serving.experiments.store import Experiments
+from serving.tenants.keys import SCOPES, add_key
+from serving.tokens import Tokens
+from tests.serving.live import CHAT, NAME, Running, Wardrobe, running
+from tests.serving.scripted import ScriptedEngine
+
+PATH = "/v1/adapters/acme/support/experiments"
+DESIGN = {"treatments": ["@v2"], "metric": "solved:binary"}
+
+
+@pytest.fixture
+def client(live: Running, wardrobe: Wardrobe) -> Iterator[httpx.Client]:
+    """A client of acme, whose adapter has v1 in production and v2 pushed."""
+    wardrobe.push(promote=False)
+    key = add_key(wardrobe.registry, "acme", SCOPES)
+    headers = {"authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=live.url, headers=headers, timeout=30) as client:
+        yield client
+
+
+def ask(client: httpx.Client, unit: str | None = None, **fields: Any) -> httpx.Response:
+    headers = {"x-unit-key": unit} if unit else {}
+    body = CHAT | {"model": "acme/support", "max_tokens": 12} | fields
+    return client.post("/v1/chat/completions", json=body, headers=headers)
+
+
+def start(client: httpx.Client, exposure: float = 1.0, **design: Any) -> str:
+    made = client.post(PATH, json=DESIGN | design)
+    assert made.status_code == 201, made.text
+    experiment = made.json()["id"]
+    act(client, experiment, "start", exposure=exposure)
+    wait_for(lambda: "x-experiment" in ask(client, "waiting").headers or exposure < 1)
+    return experiment
+
+
+def act(client: httpx.Client, experiment: str, action: str, **fields: Any) -> dict[str, Any]:
+    answer = client.post(f"/v1/experiments/{experiment}/{action}", json={"reason": "x"} | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def state(client: httpx.Client, experiment: str) -> str:
+    return client.get(f"/v1/experiments/{experiment}").json()["state"]
+
+
+def test_units_are_split_and_each_keeps_its_arm(client: httpx.Client) -> None:
+    experiment = start(client)
+    seen: dict[str, set[str]] = {}
+    for _ in range(3):
+        for number in range(40):
+            answer = ask(client, f"user {number}")
+            assert answer.headers["x-experiment"] == experiment
+            version = {"control": "acme/support@v1", "treatment": "acme/support@v2"}
+            arm = answer.headers["x-arm"]
+            assert answer.headers["x-adapter"] == version[arm] == answer.json()["model"]
+            assert version[arm].startswith(answer.json()["choices"][0]["message"]["content"])
+            seen.setdefault(f"user {number}", set()).add(arm)
+    assert all(len(arms) == 1 for arms in seen.values())
+    assert set.union(*seen.values()) == {"control", "treatment"}
+    facts = client.get(f"/v1/experiments/{experiment}").json()
+    assert sum(facts["units"]) == 41, "40 users and the one that waited for the start"
+    assert sum(facts["answers"]) >= 121
+    assert facts["notes"] == []
+
+
+def test_selectors_that_name_a_version_are_left_alone(client: httpx.Client) -> None:
+    start(client, share=0.99)
+    for model in ("acme/support@v1", "base"):
+        answers = [ask(client, f"u{n}", model=model) for n in range(10)]
+        assert {a.headers.get("x-experiment") for a in answers} == {None}
+    assert {ask(client, f"u{n}", model="support").headers["x-arm"] for n in range(40)} >= {
+        "treatment"
+    }
+
+
+def test_a_request_without_a_unit_counts_alone_and_the_report_says_so(client: httpx.Client) -> None:
+    experiment = start(client)
+    arms = {ask(client).headers["x-arm"] for _ in range(30)}
+    assert arms == {"control", "treatment"}, "one client without a key meets both"
+    named = {ask(client, user="ann").headers["x-arm"] for _ in range(5)}
+    assert len(named) == 1, "OpenAI's `user` is a unit"
+    assert {ask(client, safety_identifier="ann").headers["x-arm"] for _ in range(3)} == named
+    assert "named no unit" in client.get(f"/v1/experiments/{experiment}").json()["notes"][0]
+
+
+def test_streams_and_errors_have_their_outcome(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    experiment = start(client)
+    ask(client, "streams", stream=True)
+    live.engine.fail_after = 3
+    assert ask(client, "fails").status_code == 500
+    live.engine.fail_after = None
+    with Experiments(wardrobe.registry.home) as store:
+        found = store.get(experiment)
+
+        def ended() -> bool:
+            counts = store.counts(found)
+            return sum(c.metrics["errors"].x for c in counts) == sum(c.answers for c in counts)
+
+        wait_for(ended)
+        assert sum(c.metrics["errors"].y for c in store.counts(found)) == 1
+
+
+def test_feedback_reaches_the_arm_and_only_the_owner_gives_it(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    experiment = start(client)
+    request_id = ask(client, "ann").headers["x-request-id"]
+    body = {"request_id": request_id, "metric": "solved", "value": 1, "idempotency_key": "k"}
+    assert client.post("/v1/feedback", json=body).json()["recorded"] is True
+    assert client.post("/v1/feedback", json=body).json()["recorded"] is False
+    wrong = client.post("/v1/feedback", json=body | {"value": 3, "idempotency_key": "l"})
+    assert wrong.status_code == 400
+    beta = {"authorization": f"Bearer {add_key(wardrobe.registry, 'beta', SCOPES)}"}
+    with httpx.Client(base_url=live.url, headers=beta) as other:
+        assert other.post("/v1/feedback", json=body).status_code == 404
+        assert other.get(f"/v1/experiments/{experiment}").status_code == 404
+        assert other.get("/v1/experiments").json()["data"] == []
+        assert (
+            other.post(f"/v1/experiments/{experiment}/stop", json={"reason": "x"}).status_code
+            == 404
+        )
+        assert other.post(PATH, json=DESIGN).status_code == 404
+    facts = client.get(f"/v1/experiments/{experiment}").json()
+    solved = next(m for m in facts["metrics"] if m["metric"] == "solved")
+    assert solved["control"] + solved["treated"] > 0
+
+
+def test_a_blind_experiment_does_not_say_which_arm_it_was(client: httpx.Client) -> None:
+    experiment = start(client, blind=True)
+    for number in range(20):
+        answer = ask(client, f"u{number}")
+        assert answer.headers["x-adapter"] == experiment == answer.json()["model"]
+        assert {"x-adapter-digest", "x-arm"}.isdisjoint(answer.headers)
+        assert "v1" not in answer.json()["system_fingerprint"]
+
+
+def test_a_bad_version_is_taken_back_by_itself_and_no_request_fails(
+    wardrobe: Wardrobe, tokens: Tokens
+) -> None:
+    """A tenth of the users meet a version that fails half of its answers."""
+    wardrobe.push()
+    bad = wardrobe.push(promote=False)
+    engine = ScriptedEngine()
+    with running(wardrobe, tokens, engine) as live:
+        headers = {"authorization": f"Bearer {live.key}"}
+        with httpx.Client(base_url=live.url, headers=headers, timeout=30) as client:
+            experiment = start(client, 0.5, guardrails=["angry:binary:lower"])
+            harmed = 0
+            for number in range(600):
+                answer = ask(client, f"user {number}")
+                assert answer.status_code == 200
+                if "x-arm" not in answer.headers:
+                    continue
+                angry = answer.headers["x-arm"] == "treatment"
+                assert angry == (answer.headers["x-adapter-digest"] == f"sha256:{bad}")
+                harmed += angry
+                said = {"request_id": answer.headers["x-request-id"], "metric": "angry"}
+                client.post("/v1/feedback", json=said | {"value": int(angry)})
+                if number % 20 == 19 and state(client, experiment) == "stopped":
+                    break
+            wait_for(lambda: state(client, experiment) == "stopped")
+            after = [ask(client, f"user {n}") for n in range(30)]
+            facts = client.get(f"/v1/experiments/{experiment}").json()
+    assert {a.headers["x-adapter"] for a in after} == {"acme/support@v1"}
+    last = facts["decisions"][-1]
+    assert (last["action"], last["actor"]) == ("stop harmed", "wardrobe")
+    assert "angry" in last["reason"]
+    assert last["numbers"]["units"][1] <= harmed, "the log tells how many were harmed"
+
+
+def test_a_winner_is_promoted_where_the_design_says_so(
+    client: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    experiment = start(client, on_win="promote")
+    answers = [ask(client, f"user {number}") for number in range(260)]
+    for number, answer in enumerate(answers):
+        better = int(answer.headers["x-arm"] == "treatment")
+        # One in ten goes the other way: without any variation there is nothing to compare.
+        solved = 1 - better if number % 10 == 0 else better
+        said = {"request_id": answer.headers["x-request-id"], "metric": "solved"}
+        client.post("/v1/feedback", json=said | {"value": solved})
+    wait_for(lambda: state(client, experiment) == "stopped")
+    wait_for(lambda: ask(client, "anybody").headers["x-adapter"] == "acme/support@v2")
+    last = wardrobe.registry.history(NAME)[-1]
+    assert (last.number, last.actor) == (2, "wardrobe")
+    assert experiment in last.reason
+    assert Counter(a.status_code for a in answers) == {200: 260}
+
+
+def test_an_arm_that_cannot_be_served_pauses_the_experiment(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    live.engine.not_finite.add(wardrobe.push(promote=False))
+    made = client.post(PATH, json=DESIGN | {"treatments": ["@v3"]}).json()["id"]
+    act(client, made, "start", exposure=1.0)
+    wait_for(lambda: state(client, made) == "paused")
+    assert ask(client, "u").headers["x-adapter"] == "acme/support@v1"
+    last = client.get(f"/v1/experiments/{made}").json()["decisions"][-1]
+    assert "self-check" in last["reason"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"treatments": ["@v1"]}, "same version"),
+        ({"treatments": ["@v9"]}, "v9"),
+        ({"treatments": ["base"], "on_win": "promote"}, "promoted"),
+        ({"metric": "solved:perhaps"}, "no metric"),
+        ({"share": 1.5}, "share"),
+        ({"alpha": 0.9}, "alpha"),
+        ({"tretments": ["@v2"]}, "tretments"),
+    ],
+)
+def test_a_design_that_cannot_work_is_refused_with_the_reason(
+    client: httpx.Client, change: dict[str, Any], word: str
+) -> None:
+    answer = client.post(PATH, json=DESIGN | change)
+    assert answer.status_code in (400, 404)
+    assert word in answer.json()["error"]["message"]
+    assert client.get("/v1/experiments").json()["data"] == []
