@@ -8,10 +8,12 @@ from registry.base import BaseModel
 from tests.tiny import EOS
 from tests.training.answers import answer_with_transformers
 from tests.training.test_train import FP32, bytes_of, quiet
+from training.data.duplicates import nearest
 from training.data.examples import Data
 from training.data.general import QUESTIONS
 from training.errors import DataError, RecipeError
 from training.evaluation.evaluate import Ask
+from training.evaluation.general import load_general
 from training.evaluation.memory import remembered
 from training.prompt import load_prompter
 from training.recipe import Recipe, apply_overrides
@@ -126,3 +128,11 @@ def test_a_source_that_cannot_be_replayed_is_refused_by_name(
 def test_our_own_questions_are_different_short_questions() -> None:
     assert len(set(QUESTIONS)) == len(QUESTIONS) >= 60
     assert max(map(len, QUESTIONS)) < 80
+
+
+def test_no_replayed_question_is_near_one_that_measures_forgetting() -> None:
+    asked = [question.question for question in load_general().questions]
+    near = nearest(QUESTIONS, asked)
+    assert len(near) == len(QUESTIONS)
+    assert max(near) < 0.5
+    assert nearest([asked[0]], asked) == [1.0], "the measure sees an equal one"
