@@ -22,6 +22,14 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    whole: bool  # False: it was cut off at max_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where to ask, which model, and how."""
 
@@ -31,7 +39,7 @@ class Endpoint:
     temperature: float
     max_tokens: int = 128
 
-    def ask(self, questions: Sequence[Question]) -> list[str]:
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Return the answers in order, asked all at once. Raises EndpointFailed.
 
         A rate limit is waited out for some seconds.
@@ -53,12 +61,13 @@ class Endpoint:
                     "written so far stay; the same command goes on from there."
                 ) from error
 
-    def _one(self, client: "OpenAI", question: Question) -> str:
-        answer = client.chat.completions.create(
+    def _one(self, client: "OpenAI", question: Question) -> Answer:
+        completion = client.chat.completions.create(
             model=self.model,
             messages=[{"role": role, "content": text} for role, text in question.messages],  # type: ignore[misc]  # the client has one type a role
             temperature=self.temperature,
             max_tokens=self.max_tokens,
             seed=question.seed,
         )
-        return answer.choices[0].message.content or ""
+        choice = completion.choices[0]
+        return Answer(choice.message.content or "", choice.finish_reason != "length")

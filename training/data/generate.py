@@ -21,7 +21,7 @@ GIVE_UP = 200  # attempts in a row that bring nothing
 # why a proposal is rejected → what it is, for people; the checks of single rows come first
 REASONS = ROW_ERRORS | {
     "control_token": "hold a control token of the base",
-    "no_example": "have no request and answer in what the model said",
+    "no_example": "have no whole request and answer in what the model said",
     "no_answer": "have an answer that is no label of the task, or not its JSON",
     "near_leak": "are near a validation or held-out row",
     "duplicate": "ask what a row asks already",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from training.data.duplicates import normalise
-from training.data.endpoint import Endpoint, Question
+from training.data.endpoint import Answer, Endpoint, Question
 from training.data.examples import Example, Turn, ask
 from training.data.templates import Templates
 from training.evaluation.metrics import read_json
@@ -34,7 +34,7 @@ _FORM = re.compile(r"Request: *(.+?)\s*\nAnswer: *(.+)", re.DOTALL)
 class Proposal:
     """What one attempt brought."""
 
-    example: Example | None  # None: the answer had no example in it
+    example: Example | None  # None: the answer had no whole example in it
     sources: tuple[str, ...]  # the training rows it was made from
     raw: str  # what the model said
 
@@ -90,19 +90,19 @@ def is_answer(completion: str, task: Task, labels: set[str]) -> bool:
     return task.metric != "json" or read_json(completion) is not None
 
 
-def _reworded(example: Example, answer: str) -> Proposal:
-    turns = (*example.turns[:-1], Turn("user", answer.strip()))
+def _reworded(example: Example, answer: Answer) -> Proposal:
+    turns = (*example.turns[:-1], Turn("user", answer.text.strip()))
     made = Example(turns, example.completion, example.group)
-    return Proposal(made, (named(example),), answer)
+    return Proposal(made if answer.whole else None, (named(example),), answer.text)
 
 
-def _instructed(shots: Sequence[Example], answer: str) -> Proposal:
+def _instructed(shots: Sequence[Example], answer: Answer) -> Proposal:
     sources = tuple(map(named, shots))
-    found = _FORM.search(answer)
-    if found is None:
-        return Proposal(None, sources, answer)
+    found = _FORM.search(answer.text)
+    if found is None or not answer.whole:
+        return Proposal(None, sources, answer.text)
     text, completion = found[1].strip(), found[2].strip()
-    return Proposal(ask(text, completion, group=normalise(text)), sources, answer)
+    return Proposal(ask(text, completion, group=normalise(text)), sources, answer.text)
 
 
 def _listed(shots: Sequence[Example]) -> str:

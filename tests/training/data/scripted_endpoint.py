@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# (system, user, seed) → what the model says; None is a request that is refused
+# (system, user, seed) → what the model says; None is a request that is refused, and what ends
+# with … was cut off at max_tokens
 Script = Callable[[str, str, int], str | None]
 
 
@@ -59,7 +60,8 @@ def scripted_endpoint(script: Script) -> Iterator[ScriptedEndpoint]:
 
 def _completion(model: str, said: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": said}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    cut = said.endswith("…")
+    choice = {"index": 0, "finish_reason": "length" if cut else "stop", "message": message}
     return {
         "id": "x",
         "object": "chat.completion",

@@ -68,9 +68,10 @@ def reword(system: str, user: str, seed: int) -> str:
         "stop<|im_end|>here",
         "long " * 40,
         f"{user}s",
+        "a quite different question that was cut o…",
     ]
     number = seed * 2654435761 % 2**32
-    return rubbish[seed % 12] if seed % 12 < 6 else f"{number:x} {user.split()[-1]} {number:b}"
+    return rubbish[seed % 14] if seed % 14 < 7 else f"{number:x} {user.split()[-1]} {number:b}"
 
 
 def test_paraphrases_pass_the_checks_and_say_where_they_are_from(
@@ -81,7 +82,7 @@ def test_paraphrases_pass_the_checks_and_say_where_they_are_from(
         endpoint = Endpoint(server.url, "secret", "base", 0.5)
         made = run(out, 20, by_paraphrase(TRAIN, endpoint, seed=0), tiny_base)
     assert (made.accepted, made.complete) == (20, True)
-    rejected = {"duplicate", "empty_prompt", "near_leak", "control_token", "too_long"}
+    rejected = {"no_example", "duplicate", "empty_prompt", "near_leak", "control_token", "too_long"}
     assert rejected | {"near_duplicate"} == set(made.rejected)
     assert sum(made.rejected.values()) == len(rows_of(tmp_path / "new.jsonl.rejected"))
 
@@ -112,7 +113,7 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_rows(
         with pytest.raises(EndpointFailed, match=r"scripted refusal.*same command"):
             run(tmp_path / "broken.jsonl", 15, propose, tiny_base)
         before = (tmp_path / "broken.jsonl").read_bytes()
-        assert before.count(b"\n") == 6
+        assert before.count(b"\n") == 7
         (tmp_path / "broken.jsonl").write_bytes(before[:-7])  # a crash in the middle of a line
         server.script = reword
         run(tmp_path / "broken.jsonl", 15, propose, tiny_base)
