@@ -12,9 +12,8 @@ from serving.engine.linear import PackedLinear
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.lora import merge_runs
 from serving.engine.ops.native.compile import NUMBERS, NotCompiled
-from serving.engine.ops.native.library import (
+from serving.engine.ops.native.layout import (
     LayerC,
-    Library,
     LinearC,
     ModelC,
     StepC,
@@ -22,6 +21,7 @@ from serving.engine.ops.native.library import (
     run_table,
     stack_table,
 )
+from serving.engine.ops.native.library import Library
 from serving.engine.ops.rope import rope_angles
 from serving.engine.spec import ModelSpec
 from serving.engine.weights import LayerWeights, ModelWeights

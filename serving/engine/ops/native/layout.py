@@ -1,0 +1,114 @@
+"""The structures of forward.h, field by field, and how tensors become them."""
+
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+
+from serving.engine.ops.lora import Run
+
+MOST_PARTS = 3  # linears fused in one group
+
+Stacks = Mapping[int, tuple[torch.Tensor, ...]]  # bucket → A, B's, all of them [layers, slots, …]
+
+
+class LinearC(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class LayerC(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, LinearC) for name in ("qkv", "o", "gate_up", "down")),
+        ("window", c_int64),
+    )
+
+
+class ModelC(Structure):
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("layers", "hidden", "heads", "kv_heads", "dim", "intermediate", "vocab")
+        ),
+        ("eps", c_float),
+        ("layer", POINTER(LayerC)),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("head", LinearC),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    )
+
+
+class RunC(Structure):
+    _fields_ = tuple((name, c_int64) for name in ("start", "stop", "stack", "slot"))
+
+
+class StackC(Structure):
+    _fields_ = (
+        ("rank", c_int64),
+        ("slots", c_int64),
+        ("a", c_void_p),
+        ("b", c_void_p * MOST_PARTS),
+    )
+
+
+class GroupC(Structure):
+    _fields_ = (("inputs", c_int64), ("parts", c_int64), ("outputs", c_int64 * MOST_PARTS))
+
+
+class CacheC(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        *((name, c_int64) for name in ("kv_heads", "length", "dim")),
+    )
+
+
+class RopeC(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("cos", "sin", "query_norm", "key_norm")),
+        ("eps", c_float),
+    )
+
+
+class StepC(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("sampled", c_int64),
+        *((name, c_void_p) for name in ("ids", "positions", "slots", "sampled_rows")),
+        ("cache_slots", c_int64),
+        ("cache_length", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("runs", c_int64),
+        ("run", POINTER(RunC)),
+        ("stacks", POINTER(StackC) * 4),
+        *(
+            (name, c_void_p)
+            for name in ("x", "h", "qkv", "attended", "gate_up", "activated", "logits")
+        ),
+    )
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def stack_table(stacks: Stacks) -> Any:
+    """Return the stacks as an array, the lowest rank first."""
+    table = (StackC * len(stacks))()
+    for entry, rank in zip(table, sorted(stacks), strict=True):
+        a, *bs = stacks[rank]
+        entry.rank, entry.slots, entry.a = rank, a.shape[1], a.data_ptr()
+        entry.b[: len(bs)] = [b.data_ptr() for b in bs]
+    return table
+
+
+def run_table(runs: Sequence[Run], ranks: Mapping[int, object]) -> Any:
+    """Return the runs as an array; each names its stack by its place in `stack_table`."""
+    place = {rank: index for index, rank in enumerate(sorted(ranks))}
+    return (RunC * len(runs))(
+        *(RunC(run.start, run.stop, place[run.slot.bucket], run.slot.row) for run in runs)
+    )
