@@ -3,7 +3,7 @@
 import logging
 import shutil
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from registry import commands as registry_commands
-from registry.adapter import AdapterName, Selector
+from registry.adapter import PRODUCTION, AdapterName, Selector
 from registry.base import BaseModel
 from registry.commands import Home, Json, actor, clear_errors, open_registry
 from registry.errors import WardrobeError
@@ -24,16 +24,17 @@ from serving.experiments.commands import app as experiment_app
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app
 from training import commands as training_commands
-from training.commands import find_base, known_bases, pull
+from training.commands import Overrides, RecipeFolder, find_base, known_bases, pull
 from training.errors import RunFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from training.batches import MaskedSample
+    from training.comparison.bench import Bench
     from training.data.examples import Data
     from training.evaluation.evaluate import Answer, Ask, Variant
-    from training.progress import Report
+    from training.progress import Report, Stage
     from training.recipe import Recipe
     from training.train import TrainedAdapter
 
@@ -55,6 +56,9 @@ app.add_typer(key_app, name="key")
 app.add_typer(experiment_app, name="experiment")
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+Minutes = Annotated[
+    float | None, typer.Option(min=0.5, help="Leave out, and name, what does not fit in.")
+]
 out = Console(soft_wrap=True)
 
 
@@ -153,7 +157,8 @@ def train(
             shutil.copytree(trained.folder, copy_to)
         if push or promote:
             base = known_bases().get(trained.card["base"]["id"])
-            push_trained(AdapterName.parse(recipe.name), base, trained, home, promote)
+            alias = PRODUCTION if promote else None
+            push_trained(AdapterName.parse(recipe.name), base, trained, home, alias)
 
     runs = (home or default_home()) / "runs"
     if together:
@@ -362,7 +367,7 @@ def extract(
     if copy_to:
         shutil.copytree(made.folder, copy_to)
     if push:
-        push_trained(tuned.name, base, made, home, promote=False)
+        push_trained(tuned.name, base, made, home, alias=None)
 
 
 def evaluated(
@@ -469,15 +474,124 @@ def push_trained(
     base: BaseModel,
     trained: "TrainedAdapter",
     home: Path | None,
-    promote: bool,
+    alias: str | None,
 ) -> None:
     with open_registry(home) as registry:
         pushed = registry.push(trained.folder, name, base=base.id, actor=actor())
     said = "pushed" if pushed.created else "is there already:"
     out.print(f"{said} [bold]{pushed.version.ref.label}[/]", highlight=False)
-    if promote:
-        reason = "passed its gate in wardrobe train"
-        registry_commands.promote(pushed.version.ref.label, reason=reason, home=home)
+    if alias:
+        label, reason = pushed.version.ref.label, "passed its gate after training"
+        registry_commands.promote(label, reason=reason, alias=alias, home=home)
+
+
+@app.command()
+@clear_errors()
+def compare(
+    recipe: RecipeFolder,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Which to compare; `all` names every one.")
+    ] = "",
+    seeds: Annotated[
+        int, typer.Option(min=1, max=20, help="Training seeds; 3 or more speak for the methods.")
+    ] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look in 8 minutes: short runs, few items.")
+    ] = False,
+    minutes: Minutes = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Compare prompts, LoRA, full fine-tuning and more on one recipe. Goes on where it stopped."""
+    from training.comparison.compare import compare as run
+    from training.comparison.page import write_report
+    from training.comparison.plan import make_plan
+    from training.comparison.screen import comparison_summary
+
+    chosen, plan = make_plan(
+        recipe, overrides or [], methods, seeds=seeds, quick=quick, minutes=minutes
+    )
+    with bench_for(chosen, plan.minutes, "compare", home) as bench:
+        found = run(bench, plan)
+        page = write_report(bench.folder / plan.name(chosen), found)
+    if as_json:
+        return print_json(found)
+    out.print(comparison_summary(found), soft_wrap=False)
+    out.print(f"report in {escape(str(page))}")
+    return None
+
+
+@app.command()
+@clear_errors()
+def sweep(
+    recipe: RecipeFolder,
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=A,B|LOW..HIGH", help="What to try; may be repeated."),
+    ],
+    search: Annotated[
+        Literal["grid", "random", "optuna"], typer.Option(help="In which order it is tried.")
+    ] = "grid",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="At most so many. Default: a grid all, others 20.")
+    ] = None,
+    minutes: Minutes = None,
+    push: Annotated[
+        bool, typer.Option("--push", help="Store the best; `candidate` points to it if it passed.")
+    ] = False,
+    home: Home = None,
+) -> None:
+    """Try other keys of a recipe; validation chooses the best. Goes on where it stopped."""
+    from training.comparison.plan import read_recipe
+    from training.comparison.screen import sweep_summary
+    from training.comparison.space import chooser, count_trials, parse_space
+    from training.comparison.sweep import sweep as run
+    from training.screen import score_table
+
+    chosen, space = parse_space(read_recipe(recipe)[0], settings)
+    total = count_trials(space, search, trials)
+    choose = chooser(space, search, trials, chosen.seed)
+    with bench_for(chosen, minutes, "sweep", home) as bench:
+        found = run(bench, space, search, choose, total)
+        best = bench.again(found.best.cell)
+        recipe_of_best = found.best.cell.recipe
+        best = evaluated(recipe_of_best, bench.data, bench.base, best, bench.answer, bench.progress)
+    out.print(sweep_summary(found, bench.left_out), soft_wrap=False)
+    out.print(score_table(recipe_of_best, best), soft_wrap=False)
+    out.print(f"adapter in {escape(str(best.folder))}")
+    if push:
+        push_trained(AdapterName.parse(chosen.name), bench.base, best, home, alias="candidate")
+
+
+@contextmanager
+def bench_for(
+    recipe: "Recipe", minutes: float | None, stage: "Stage", home: Path | None
+) -> "Generator[Bench, None, None]":
+    """Open what a comparison or a sweep trains and asks with."""
+    from serving.offline import OfflineEngines
+    from training.comparison.bench import Bench
+    from training.data.load import load_data
+    from training.evaluation.memory import remembered
+    from training.evaluation.peft_answers import with_peft
+    from training.model import detect_hardware
+    from training.screen import progress_bars
+
+    place = home or default_home()
+    base, data = find_base(recipe.base), load_data(recipe)
+    with progress_bars() as report, closing(OfflineEngines()) as engines:
+        yield Bench(
+            recipe,
+            data,
+            base,
+            runs=place / "runs",
+            folder=place / "comparisons",
+            hardware=detect_hardware(),
+            answer=remembered(place / "runs" / "base-answers", base, with_peft(engines.answer)),
+            progress=report,
+            minutes=minutes,
+            stage=stage,
+        )
 
 
 @app.command()

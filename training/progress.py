@@ -13,7 +13,16 @@ from huggingface_hub.utils import (
 from transformers.utils import logging as transformers_logging
 
 Stage = Literal[
-    "download", "convert", "check", "generate", "replay", "train", "extract", "evaluate"
+    "download",
+    "convert",
+    "check",
+    "generate",
+    "replay",
+    "train",
+    "extract",
+    "evaluate",
+    "compare",
+    "sweep",
 ]
 
 

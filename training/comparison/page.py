@@ -16,9 +16,12 @@ PAGE, TEXT = "report.html", "report.md"
 CAPTIONS = {
     "forgetting": (
         "Learning against forgetting",
-        "Up is better at the task, right keeps more of the base.",
+        "Up is better at the task, right keeps more; the dotted line is the base itself.",
     ),
-    "cost": ("Quality against cost", "Up is better, left is cheaper at every request."),
+    "cost": (
+        "Quality against cost",
+        "Up is better, left is cheaper: training and 10,000 prompts together.",
+    ),
     "examples": ("Metric against examples", "What more training examples bring."),
     "rank": ("Metric against rank", "What rank keeps the metric."),
     "loss": ("Training loss", "First seed of each row."),
@@ -95,7 +98,7 @@ def setup_facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("machine", setup.machine),
         ("versions", ", ".join(f"{name} {number}" for name, number in setup.versions.items())),
         ("data sha256", setup.data_sha256),
-        ("measured", f"{setup.date}, {setup.minutes:.1f} minutes"),
+        ("measured", f"{setup.date}; the call that finished it took {setup.minutes:.1f} minutes"),
     ]
 
 

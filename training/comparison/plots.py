@@ -26,6 +26,8 @@ COLOURS: dict[Strategy, str] = {
 }
 INK = "#010203"  # drawn with this, written as currentColor
 SIZE = (6.4, 4.0)  # inches; the page scales it
+REQUESTS = 10_000
+LABEL, LINE = 0.24, 0.055  # width and height of a name, as parts of the axes
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
@@ -68,24 +70,33 @@ def draw_forgetting(comparison: Comparison, axes: Axes) -> bool:
     if len(rows) < 2:
         return False
     points = [(row.forgetting.qa_accuracy, row) for row in rows if row.forgetting]
+    for kept, row in [(row.forgetting, row) for row in rows]:
+        if kept:
+            reach = [kept.qa_low, kept.qa_high]
+            axes.plot(reach, [row.value] * 2, color=COLOURS[row.strategy], alpha=0.35, linewidth=1)
+    if comparison.untouched:
+        axes.axvline(comparison.untouched.qa_accuracy, color=INK, alpha=0.4, linestyle=":")
     _scatter(axes, points, comparison)
     _percent(axes.xaxis)
     axes.set_xlim(-0.05, 1.05)
-    axes.set_xlabel("general questions answered right, adapter on")
-    axes.set_ylabel(f"held-out {comparison.setup.metric}")
+    axes.set_xlabel("general questions answered right, with it on")
+    _name(axes, points)
     return True
 
 
 def draw_cost(comparison: Comparison, axes: Axes) -> bool:
-    """Quality against what a request costs in prompt tokens."""
-    _scatter(axes, [(row.cost.prompt_tokens, row) for row in comparison.rows], comparison)
+    """Quality against the compute of training and of many requests' prompts."""
+    size = comparison.setup.parameters
+    points = [
+        (row.cost.train_flops + REQUESTS * row.cost.prompt_tokens * 2 * size, row)
+        for row in comparison.rows
+    ]
+    _scatter(axes, points, comparison)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(
-        FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else "")
-    )
-    axes.set_xlabel("prompt tokens a request")
-    axes.set_ylabel(f"held-out {comparison.setup.metric}")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 2, high * 2)
+    axes.set_xlabel(f"FLOPs: training, and the prompts of {REQUESTS:,} requests")
+    _name(axes, points)
     return True
 
 
@@ -107,7 +118,8 @@ def draw_losses(comparison: Comparison, axes: Axes) -> bool:
     if not comparison.losses:
         return False
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(FuncFormatter(_one_two_five))
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (nats a token)")
     axes.legend(fontsize=8)
@@ -115,28 +127,40 @@ def draw_losses(comparison: Comparison, axes: Axes) -> bool:
 
 
 def _scatter(axes: Axes, points: Sequence[tuple[float, Row]], comparison: Comparison) -> None:
-    """Draw rows with their 95 % intervals; each is named beside its point."""
+    """Draw rows with their 95 % intervals."""
     for x, row in points:
         share = interval(row.runs, comparison.groups)
         error = [[share.value - share.low], [share.high - share.value]]
         axes.errorbar(x, share.value, yerr=error, fmt="o", color=COLOURS[row.strategy], capsize=3)
     _percent(axes.yaxis)
     axes.set_ylim(-0.03, 1.03)
-    _name(axes, [(x, row.value, row.name) for x, row in points])
+    axes.set_ylabel(f"held-out {comparison.setup.metric}")
 
 
-def _name(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write names beside points; names of points at the same place go below each other."""
+def _name(axes: Axes, points: Sequence[tuple[float, Row]]) -> None:
+    """Write names beside points, one below the other where points are close.
+
+    Close is meant on the drawing, so the axes must have their scales and limits by now.
+    """
     taken: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda point: -point[1]):
-        below = y
-        while any(
-            abs(x - other) < 0.2 * max(x, other, 0.1) and abs(below - height) < 0.05
-            for other, height in taken
-        ):
-            below -= 0.05
-        taken.append((x, below))
-        axes.annotate(name, (x, below), xytext=(7, -3), textcoords="offset points", fontsize=8)
+    for x, row in sorted(points, key=lambda point: -point[1].value):
+        place = axes.transAxes.inverted().transform(axes.transData.transform((x, row.value)))
+        across, up = float(place[0]), float(place[1])
+        left = across > 0.75  # no room to the right
+        at = across - LABEL if left else across
+        while any(abs(at - x2) < LABEL and abs(up - y2) < LINE for x2, y2 in taken):
+            up -= LINE
+        taken.append((at, up))
+        axes.annotate(
+            row.name,
+            (x, row.value),
+            xytext=(across + (-0.02 if left else 0.02), up),
+            textcoords="axes fraction",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": COLOURS[row.strategy], "alpha": 0.5},
+        )
 
 
 def _curves(points: Sequence[Point], x: str, comparison: Comparison, axes: Axes) -> bool:
@@ -167,6 +191,11 @@ def _curves(points: Sequence[Point], x: str, comparison: Comparison, axes: Axes)
     axes.set_ylabel(f"held-out {comparison.setup.metric}")
     axes.legend(fontsize=8)
     return True
+
+
+def _one_two_five(value: float, _: int | None) -> str:
+    """Label 1, 2 and 5 of each decade of a log axis."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _percent(axis: Any) -> None:

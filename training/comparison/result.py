@@ -50,6 +50,8 @@ class Forgetting:
 
     perplexity: float  # on general text
     qa_accuracy: float  # of general questions, between 0 and 1
+    qa_low: float  # its 95 % interval
+    qa_high: float
     format_leak: float  # share of general answers in the format of the task
     kl: float  # nats a token to the base, on general prompts; 0 is the base itself
 
@@ -148,7 +150,7 @@ class Setup:
     machine: str
     versions: dict[str, str]
     data_sha256: str
-    minutes: float  # of this and of interrupted calls
+    minutes: float  # of the call that finished it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +161,7 @@ class Comparison:
     rows: tuple[Row, ...]
     pairs: tuple[Pair, ...]
     verdict: Verdict
+    untouched: Forgetting | None = None  # the base without prompt and adapter
     groups: tuple[int, ...]  # of each held-out item; items of one group go together
     near: tuple[bool, ...] = ()  # held-out items with a near-duplicate in training
     searched: tuple[Searched, ...] = ()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from training.comparison.result import Pair, Row, RunScore
+from training.data.examples import Example
 from training.evaluation.planning import Z_POWER
 from training.evaluation.resample import group_sums
 from training.evaluation.statistics import (
@@ -34,6 +35,12 @@ LEVEL = 0.05
 
 Values = NDArray[np.float64]  # [runs, items]
 Groups = Sequence[int]  # one for each item
+
+
+def groups_of(items: Sequence[Example]) -> tuple[int, ...]:
+    """Number the groups of the items in the order they first appear."""
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(item.group, len(numbers)) for item in items)
 
 
 def interval(runs: Sequence[RunScore], groups: Groups) -> Interval:

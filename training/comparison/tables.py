@@ -40,12 +40,12 @@ def quality_table(comparison: Comparison) -> Table:
     split = any(comparison.near) and not all(comparison.near)
     columns = [comparison.setup.metric, "against the best"]
     columns += ["clean items", "near-duplicates"] if split else []
-    columns += [detail.replace("_", " ") for detail in details] + ["chosen"]
+    columns += [detail.replace("_", " ") for detail in details]
     rows: list[tuple[str, ...]] = []
     for row in by_value(comparison):
-        cells = [row.name, str(interval(row.runs, comparison.groups)), _against(comparison, row)]
+        cells = [row.name, *quality_cells(comparison, row)]
         cells += [str(part) for part in parts(comparison, row)] if split else []
-        cells += [_share(row.details.get(detail)) for detail in details] + [row.settings]
+        cells += [_share(row.details.get(detail)) for detail in details]
         rows.append(tuple(cells))
     note = (
         "Shares with 95 % intervals. Against the best: items won and lost, and the p-value after "
@@ -57,6 +57,11 @@ def quality_table(comparison: Comparison) -> Table:
             "clean ones say more about new requests."
         )
     return Table("How good", ("", *columns), tuple(rows), note)
+
+
+def quality_cells(comparison: Comparison, row: Row) -> tuple[str, str]:
+    """Return the row's metric, and how it compares with the best."""
+    return str(interval(row.runs, comparison.groups)), _against(comparison, row)
 
 
 def parts(comparison: Comparison, row: Row) -> tuple[Interval, Interval]:
@@ -80,7 +85,7 @@ def cost_table(comparison: Comparison) -> Table:
     gpu = any(row.cost.gpu_seconds is not None for row in comparison.rows)
     columns = ["prompt tokens a request", "parameters trained", "on disk", "training CPU s"]
     columns += ["training GPU s"] if gpu else []
-    columns += ["with its search", "peak memory"] + (["pays after"] if prompt else [])
+    columns += ["with its search", "peak memory"] + (["pays after"] if prompt else []) + ["chosen"]
     rows: list[tuple[str, ...]] = []
     for row in by_value(comparison):
         cost = row.cost
@@ -89,7 +94,7 @@ def cost_table(comparison: Comparison) -> Table:
         cells += [_seconds(cost.search_cpu_seconds), _size(cost.peak_bytes or 0)]
         if prompt:
             cells.append(_break_even(row, prompt, comparison.setup.parameters))
-        rows.append(tuple(cells))
+        rows.append((*cells, row.settings))
     note = (
         "Training is one run of one seed in a process of its own, CPU seconds over all threads; "
         "its search is every learning rate that was tried for it."
@@ -104,22 +109,25 @@ def cost_table(comparison: Comparison) -> Table:
 
 def forgetting_table(comparison: Comparison) -> Table:
     """What the base could do before, with each row on."""
+    measured = [("the base itself", comparison.untouched)]
+    measured += [(row.name, row.forgetting) for row in by_value(comparison)]
     rows = tuple(
         (
-            row.name,
-            _share(kept.qa_accuracy),
+            name,
+            str(Interval(kept.qa_accuracy, kept.qa_low, kept.qa_high)),
             _share(kept.format_leak),
             f"{kept.perplexity:.1f}",
             f"{kept.kl:.3f}",
         )
-        for row in by_value(comparison)
-        if (kept := row.forgetting)
+        for name, kept in measured
+        if kept
     )
     columns = ("", "general questions right", "format leaks", "perplexity", "KL to the base")
     note = (
-        "With the row on, asked about other things: general questions answered right, general "
-        "answers that come in the format of the task, perplexity of general text, and nats a token "
-        "to the base on general prompts. Without it the base answers as ever."
+        "With the row on, asked about other things: general questions answered right (95 % "
+        "interval), general answers that come in the format of the task, perplexity of general "
+        "text, and nats a token to the base's own answers. Without it the base answers as ever. "
+        "Adapters are asked without the task's prompt, prompts with it: they are nothing else."
     )
     return Table("What is forgotten", columns, rows, note)
 

@@ -7,7 +7,7 @@ bytes, best value. "Not told apart" alone would not do: with few items nearly no
 
 from collections.abc import Sequence
 
-from training.comparison.result import Pair, Row, Verdict
+from training.comparison.result import Forgetting, Pair, Row, Verdict
 from training.comparison.significance import LEVEL, Groups, interval
 from training.evaluation import planning
 
@@ -16,20 +16,28 @@ FORGETS = 0.10  # below the base in general questions answered
 SAME_TOKENS = 1.0  # a request
 
 
-def decide(rows: Sequence[Row], pairs: Sequence[Pair], groups: Groups) -> Verdict:
-    """Decide winner, level rows and what to ship. The base prompt is the row of strategy prompt."""
+def decide(
+    rows: Sequence[Row],
+    pairs: Sequence[Pair],
+    groups: Groups,
+    untouched: Forgetting | None = None,
+) -> Verdict:
+    """Decide winner, level rows and what to ship.
+
+    The base prompt is the row of strategy prompt; `untouched` is what the base itself knows.
+    """
     best = max(rows, key=lambda row: row.value)
     against = {pair.second: pair for pair in pairs if pair.first == best.name}
     against |= {pair.first: pair for pair in pairs if pair.second == best.name}
     level = [row for row in rows if row is best or against[row.name].p_holm >= LEVEL]
     winner = best.name if len(level) == 1 and len(rows) > 1 else None
     base = next(row for row in rows if row.strategy == "prompt")
-    ship = None if base in level else _to_ship(level, best, base)
+    ship = None if base in level else _to_ship(level, best, untouched)
     findings = [
         *_told_apart(rows, level, best, against),
         *_not_told_apart(level, best, against),
         *_seeds(rows),
-        *_shipping(ship, level, best, base),
+        *_shipping(ship, level, best, untouched),
     ]
     return Verdict(
         headline=_headline(winner, level, best, base, groups),
@@ -41,11 +49,11 @@ def decide(rows: Sequence[Row], pairs: Sequence[Pair], groups: Groups) -> Verdic
     )
 
 
-def forgets(row: Row, base: Row) -> bool:
-    """Tell whether a row answers clearly fewer general questions than the base."""
-    if row.forgetting is None or base.forgetting is None:
+def forgets(row: Row, untouched: Forgetting | None) -> bool:
+    """Tell whether a row answers clearly fewer general questions than the base itself."""
+    if row.forgetting is None or untouched is None:
         return False
-    return row.forgetting.qa_accuracy < base.forgetting.qa_accuracy - FORGETS
+    return row.forgetting.qa_accuracy < untouched.qa_accuracy - FORGETS
 
 
 def break_even(row: Row, other: Row, parameters: int) -> int | None:
@@ -57,13 +65,13 @@ def break_even(row: Row, other: Row, parameters: int) -> int | None:
     return planning.break_even(row.cost.train_flops, each, each_other)
 
 
-def _to_ship(level: Sequence[Row], best: Row, base: Row) -> Row:
+def _to_ship(level: Sequence[Row], best: Row, untouched: Forgetting | None) -> Row:
     near = [row for row in level if row.value >= best.value - MARGIN]
     return min(
         near,
         key=lambda row: (
             not row.hot_swaps,
-            forgets(row, base),
+            forgets(row, untouched),
             round(row.cost.prompt_tokens),
             row.cost.bytes,
             -row.value,
@@ -75,6 +83,8 @@ def _headline(
     winner: str | None, level: Sequence[Row], best: Row, base: Row, groups: Groups
 ) -> str:
     share = f"{interval(best.runs, groups)}"
+    if best is base:
+        return f"Nothing here beats the base prompt, which has {share}."
     if base in level:
         return (
             f"Nothing here is told apart from the base prompt: the best seen is {best.name} with "
@@ -126,12 +136,14 @@ def _seeds(rows: Sequence[Row]) -> list[str]:
     if any(len(row.runs) == 1 for row in trained):
         return [
             "Each method was trained with one seed, so this is about these very runs; another seed "
-            "may move a row by some points. --seeds 3 makes it about the methods."
+            "may move a row by some points. Three seeds or more would speak for the methods."
         ]
     return []
 
 
-def _shipping(ship: Row | None, level: Sequence[Row], best: Row, base: Row) -> list[str]:
+def _shipping(
+    ship: Row | None, level: Sequence[Row], best: Row, untouched: Forgetting | None
+) -> list[str]:
     if ship is None:
         return ["Ship nothing of this: more examples, more steps or a larger base come first."]
     if ship is best:
@@ -142,22 +154,23 @@ def _shipping(ship: Row | None, level: Sequence[Row], best: Row, base: Row) -> l
         near = f"within {_points(MARGIN)} of the best seen ({_percent(best.value)}, {best.name})"
         reason = (
             f"{_percent(ship.value)} is {near} and not told apart from it, and "
-            f"{_cheaper(ship, best, base)}"
+            f"{_cheaper(ship, best, untouched)}"
         )
     text = f"Ship {ship.name}: {reason}."
-    if forgets(ship, base) and ship.forgetting and base.forgetting:
+    if forgets(ship, untouched) and ship.forgetting and untouched:
         text += (
             f" Mind that with it on, {_percent(ship.forgetting.qa_accuracy)} of general questions "
-            f"are answered right, against {_percent(base.forgetting.qa_accuracy)} by the base; "
+            f"are answered right, against {_percent(untouched.qa_accuracy)} by the base; "
             "requests without the adapter keep the base's answers."
         )
     return [text]
 
 
-def _cheaper(ship: Row, best: Row, base: Row) -> str:
+def _cheaper(ship: Row, best: Row, untouched: Forgetting | None) -> str:
     if ship.hot_swaps and not best.hot_swaps:
         return "it hot-swaps over the frozen base, which the other cannot"
-    if forgets(best, base) and not forgets(ship, base) and ship.forgetting and best.forgetting:
+    keeps = forgets(best, untouched) and not forgets(ship, untouched)
+    if keeps and ship.forgetting and best.forgetting:
         return (
             f"it keeps {_percent(ship.forgetting.qa_accuracy)} of general questions right, the "
             f"other {_percent(best.forgetting.qa_accuracy)}"

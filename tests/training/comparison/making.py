@@ -87,7 +87,12 @@ def sample_comparison(seeds: int = 1) -> Comparison:
                 hot_swaps=name != "full fine-tune",
                 details={"valid_json": 0.97, "slot_f1": one.value},
                 forgetting=Forgetting(
-                    perplexity=18.2, qa_accuracy=kept, format_leak=1 - kept, kl=0.2
+                    perplexity=18.2,
+                    qa_accuracy=kept,
+                    qa_low=kept * 0.8,
+                    qa_high=min(1, kept + 0.1),
+                    format_leak=1 - kept,
+                    kl=0.2,
                 ),
                 ship="wardrobe train adapters/smart-home --set train.learning_rate=1e-3 --push",
             )

@@ -8,9 +8,9 @@ from training.comparison.verdict import decide
 from training.evaluation.statistics import wilson
 
 
-def verdict_on(rows: list[Row]) -> Verdict:
+def verdict_on(rows: list[Row], untouched: Forgetting | None = None) -> Verdict:
     groups = range(len(rows[0].runs[0].values))
-    return decide(rows, compare_rows(rows, groups), groups)
+    return decide(rows, compare_rows(rows, groups), groups, untouched)
 
 
 def named_rate(shares: list[float], rounds: int, **setting) -> float:
@@ -28,8 +28,8 @@ def named_rate(shares: list[float], rounds: int, **setting) -> float:
 def test_equal_rows_have_a_winner_no_more_often_than_the_level(
     rows: int, seeds: int, spread: float
 ) -> None:
-    rate = named_rate([0.5] * rows, 600, items=60, seeds=seeds, seed_spread=spread)
-    assert rate <= 0.05 + 2.6 * (0.05 * 0.95 / 600) ** 0.5
+    rate = named_rate([0.5] * rows, 300, items=60, seeds=seeds, seed_spread=spread)
+    assert rate <= 0.05 + 2.6 * (0.05 * 0.95 / 300) ** 0.5
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -107,11 +107,13 @@ def test_rows_that_answer_alike_are_not_told_apart() -> None:
     verdict = verdict_on(rows)
     assert verdict.winner is None
     assert verdict.ship is None
-    assert "told apart from the base prompt" in verdict.headline
+    assert "Nothing here beats the base prompt" in verdict.headline
 
 
 def general(accuracy: float) -> Forgetting:
-    return Forgetting(perplexity=20.0, qa_accuracy=accuracy, format_leak=0.0, kl=0.1)
+    return Forgetting(
+        perplexity=20.0, qa_accuracy=accuracy, qa_low=0.0, qa_high=1.0, format_leak=0.0, kl=0.1
+    )
 
 
 def test_a_row_that_forgets_less_is_shipped_when_it_is_not_told_apart() -> None:
@@ -119,7 +121,7 @@ def test_a_row_that_forgets_less_is_shipped_when_it_is_not_told_apart() -> None:
     best = row("LoRA", [[1] * 52 + [0] * 48], forgetting=general(0.05))
     kept = row("LoRA + replay", [[1] * 50 + [0] * 50], "replay", forgetting=general(0.75))
     rows = [base, best, kept]
-    verdict = verdict_on(rows)
+    verdict = verdict_on(rows, general(0.8))
     assert verdict.winner is None
     assert verdict.level == ("LoRA", "LoRA + replay")
     assert verdict.ship == "LoRA + replay"
