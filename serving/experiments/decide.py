@@ -17,6 +17,7 @@ from serving.experiments.sequential import (
     compare,
     is_mismatch,
     shares_log_e,
+    units_for,
 )
 from serving.experiments.store import Counts
 
@@ -33,6 +34,7 @@ class Reading:
     treated: float
     difference: Difference
     harmed: bool = False  # worse than the control, as far as a guardrail is concerned
+    units_needed: int | None = None  # of both arms, to tell a difference of this size
 
     def plain(self) -> dict[str, Any]:
         """Return it for JSON, where an interval without an end is null."""
@@ -99,7 +101,12 @@ def _read(experiment: Experiment, metric: Metric, arm: int, counts: Sequence[Cou
         or _is_worse_early(experiment, metric, arm, control, treated, alpha)
     )
     label = experiment.arms[arm].label
-    return Reading(metric.name, label, control.value, treated.value, difference, harmed)
+    share = treated.n / (control.n + treated.n) if treated.n else 0.0
+    needed = None
+    if not difference.collecting and difference.value:
+        deviation = math.sqrt(max(control.spread, treated.spread))
+        needed = units_for(abs(difference.value), deviation, share, alpha)
+    return Reading(metric.name, label, control.value, treated.value, difference, harmed, needed)
 
 
 def _alpha(experiment: Experiment, metric: Metric) -> float:
@@ -154,7 +161,7 @@ def _judge_primary(
     if any(reading.difference.collecting for reading in primary):
         sentence = f"Collecting: each arm needs {MIN_UNITS} units with some variation first."
         return Verdict("go on", sentence, None, readings, units)
-    texts = [f"{_versus(reading)}: not told apart{_interval(reading)}" for reading in primary]
+    texts = [f"{_versus(r)}: not told apart{_interval(r)}{_needed(r)}" for r in primary]
     return Verdict("go on", "; ".join(texts) + ".", None, readings, units)
 
 
@@ -168,6 +175,12 @@ def _versus(reading: Reading) -> str:
         f"{reading.metric} is {reading.treated:.4g} in {reading.arm} and {reading.control:.4g} "
         "in control"
     )
+
+
+def _needed(reading: Reading) -> str:
+    if reading.units_needed is None:
+        return ""
+    return f"; to tell a difference of this size takes about {reading.units_needed} units"
 
 
 def _interval(reading: Reading) -> str:

@@ -236,6 +236,10 @@ def test_a_worse_arm_is_a_loss_and_equal_arms_are_not_told_apart(store: Experime
     fill(store, equal, 1, 200, solved=103)
     verdict = decide(equal, store.counts(equal))
     assert (verdict.action, "not told apart" in verdict.sentence) == ("go on", True)
+    needed = verdict.readings[0].units_needed
+    assert needed is not None
+    assert needed > 10_000, "1.5 points at 50 % are a small difference"
+    assert str(needed) in verdict.sentence
 
 
 def test_a_harmed_guardrail_ends_it_even_when_the_primary_metric_is_better(
