@@ -22,7 +22,7 @@ from training.evaluation import forgetting
 from training.evaluation.evaluate import Answer, Evaluation, Variant, evaluate
 from training.evaluation.forgetting import measure_forgetting
 from training.evaluation.general import general_of
-from training.extract import Extraction, extract
+from training.extract import Extraction, FineTune, extract
 from training.model import Hardware, check_runnable
 from training.progress import Progress, Report, Stage
 from training.prompt import Prompter, load_prompter
@@ -127,7 +127,8 @@ class Bench:
         """Make an adapter of a full fine-tune, or find it again; it costs what both took."""
         started = time.process_time()
         wanted = Extraction.of(rank, None)
-        made = extract(full.adapter, self.base, {}, self.runs, wanted, progress=self.progress)
+        tuned = FineTune.in_folder(full.adapter)
+        made = extract(tuned, self.base, self.runs, wanted, progress=self.progress)
         run = made.folder.parent
         if full.taken and not (run / COST_FILE).is_file():
             spent = full.taken.cpu_seconds + time.process_time() - started

@@ -23,7 +23,7 @@ from training.comparison.plan import (
     count_cells,
 )
 from training.comparison.space import chooser, parse_space
-from training.comparison.sweep import sweep
+from training.comparison.sweep import Sweep, sweep
 from training.data.examples import Data, ask, digest_examples
 from training.errors import RecipeError, RunFailed
 from training.evaluation.evaluate import Ask
@@ -130,6 +130,27 @@ def test_a_comparison_chooses_by_validation_asks_once_and_is_found_again(
     assert again.rows == found.rows
 
 
+def test_every_strategy_has_its_row(
+    tmp_path: Path, short: Recipe, sides: Data, tiny_base: BaseModel
+) -> None:
+    """Prompts with and without list and examples, LoRA, self-replay, full, and its extraction."""
+    bench = bench_in(tmp_path, short, sides, tiny_base, Oracle())
+    found = compare(bench, plan_of("fewshot", "lora", "replay", "full", "extract"))
+    assert [(row.name, row.strategy, row.hot_swaps) for row in found.rows] == [
+        ("base prompt", "prompt", True),
+        ("base prompt + list", "few-shot", True),
+        ("few-shot, 4 examples", "few-shot", True),
+        ("LoRA", "LoRA", True),
+        ("LoRA + self-replay", "replay", True),
+        ("full fine-tune", "full", False),
+        ("full, extracted r 64", "extracted", True),
+    ]
+    full, extracted = found.row("full fine-tune"), found.row("full, extracted r 64")
+    assert (extracted.cost.cpu_seconds or 0) >= (full.cost.cpu_seconds or 0) > 0
+    assert "replay.share=0.125" in found.row("LoRA + self-replay").ship
+    assert write_report(tmp_path / "report", found).is_file()
+
+
 def test_what_the_minutes_leave_out_is_named(
     tmp_path: Path, short: Recipe, sides: Data, tiny_base: BaseModel
 ) -> None:
@@ -167,9 +188,13 @@ def test_a_sweep_keeps_the_best_by_validation_with_its_lineage(
 ) -> None:
     recipe, space = parse_space(short, ["train.learning_rate=2e-2,1e-2", "method.r=2,4"])
     oracle = Oracle()
-    for _ in range(2):  # the second time everything is found again
+
+    def run() -> Sweep:
         bench = bench_in(tmp_path, recipe, sides, tiny_base, oracle)
-        found = sweep(bench, space, "grid", chooser(space, "grid", None, 0), 4)
+        return sweep(bench, space, "grid", chooser(space, "grid", None, 0), 4)
+
+    first, found = run(), run()  # the second finds all again
+    assert first == found
     assert len(oracle.asked) == 4 * 9
     assert found.best.trial == ("train.learning_rate=1e-2", "method.r=2")
     lineage = read_card(found.best.cell.adapter)["lineage"]["sweep"]
