@@ -572,7 +572,6 @@ def bench_for(
     from serving.offline import OfflineEngines
     from training.comparison.bench import Bench
     from training.data.load import load_data
-    from training.evaluation.memory import remembered
     from training.evaluation.peft_answers import with_peft
     from training.model import detect_hardware
     from training.screen import progress_bars
@@ -587,7 +586,7 @@ def bench_for(
             runs=place / "runs",
             folder=place / "comparisons",
             hardware=detect_hardware(),
-            answer=remembered(place / "runs" / "base-answers", base, with_peft(engines.answer)),
+            answer=with_peft(engines.answer),
             progress=report,
             minutes=minutes,
             stage=stage,

@@ -22,6 +22,7 @@ from training.evaluation import forgetting
 from training.evaluation.evaluate import Answer, Evaluation, Variant, evaluate
 from training.evaluation.forgetting import measure_forgetting
 from training.evaluation.general import general_of
+from training.evaluation.memory import remembered
 from training.extract import Extraction, FineTune, extract
 from training.model import Hardware, check_runnable
 from training.progress import Progress, Report, Stage
@@ -31,6 +32,7 @@ from training.replay import replay_rows
 from training.run import replace_file
 from training.train import TrainedAdapter
 
+ANSWERS = "base-answers"  # beside the runs, as `wardrobe train` has them
 RESERVE = 0.3  # of the minutes, kept for asking the held-out items at the end
 
 
@@ -85,7 +87,9 @@ class Bench:
         self.runs, self.folder, self.hardware = runs, folder, hardware
         self.left_out: list[LeftOut] = []
         self.prompter: Prompter = load_prompter(base.path, recipe.task.system)
-        self.answer, self.progress = answer, progress
+        # A run that replays finds there what the base says: nobody can be asked in its process.
+        self.answer = remembered(runs / ANSWERS, base, answer)
+        self.progress = progress
         self._minutes = minutes
         self._stage: Stage = stage
         self._started = time.monotonic()
@@ -136,7 +140,7 @@ class Bench:
         return Cell(full.recipe, run, read_taken(run))
 
     def remember_replay(self, recipe: Recipe) -> None:
-        """Let the base answer what a run will replay: nobody can be asked in its process."""
+        """Let the base answer what a run will replay."""
         replay_rows(recipe, self.base, self.answer, self.progress)
 
     def again(self, cell: Cell) -> TrainedAdapter:
@@ -188,7 +192,7 @@ class Bench:
             self.progress(replace(progress, text=name))
 
         started = time.monotonic()
-        job = Job(recipe, data, self.base, self.runs, self.runs / "base-answers")
+        job = Job(recipe, data, self.base, self.runs, self.runs / ANSWERS)
         trained = train_apart(job, report)
         if not trained.reused:
             rows = recipe.train.steps * recipe.train.batch_size
