@@ -153,7 +153,7 @@ def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"),
-    [(4, 2, 16), (9, 3, 64), (7, 1, 32), (16, 2, 8), (5, 5, 80), (6, 1, 256)],
+    [(9, 3, 64), (7, 1, 32), (16, 2, 8), (3, 3, 20), (5, 1, 144)],
 )
 @pytest.mark.parametrize("window", [None, 1, 70])
 def test_attention_equals_float64_for_sequences_of_every_length(
@@ -161,12 +161,12 @@ def test_attention_equals_float64_for_sequences_of_every_length(
 ) -> None:
     """Nothing beyond a row's own keys is read: it is NaN there."""
     positions = torch.tensor([0, 1, 15, 16, 63, 64, 130, 511, 512, 700, 1099])
-    slots = torch.randperm(13)[: len(positions)]
+    slots = torch.randperm(len(positions))
     length = 1100
     q = torch.randn(len(positions), heads, dim).to(library.dtype)
-    keys = torch.randn(13, kv_heads, length, dim).to(library.dtype)
-    values = torch.randn(13, kv_heads, length, dim).to(library.dtype)
-    free = torch.ones(13, length, dtype=torch.bool)
+    keys = torch.randn(11, kv_heads, length, dim).to(library.dtype)
+    values = torch.randn(11, kv_heads, length, dim).to(library.dtype)
+    free = torch.ones(11, length, dtype=torch.bool)
     for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
         free[slot, : position + 1] = False
     for half in (keys, values):
