@@ -6,7 +6,6 @@ Neither tokenizer nor template ever comes from a request or an adapter.
 
 import asyncio
 import re
-import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from registry.chat import ChatEncoder
 from registry.errors import WardrobeError
 from serving.detokenizer import Detokenizer
 
@@ -55,13 +55,9 @@ class Tokens:
         loaded: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_fast=True
         )
-        self._template = loaded
+        self.has_chat_template = bool(loaded.chat_template)
         self._tokenizer: Tokenizer = loaded.backend_tokenizer
-        self._literal = Tokenizer.from_str(self._tokenizer.to_str())
-        self._literal.encode_special_tokens = True
-        added = self._tokenizer.get_added_tokens_decoder()
-        specials = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self._chat = ChatEncoder(loaded)
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         self._longest_token = max(map(len, vocabulary)) * _UTF8_MAX
@@ -72,24 +68,18 @@ class Tokens:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._template.chat_template)
-
     async def encode(self, text: str, max_tokens: int) -> list[int]:
         """Encode a raw prompt. Control tokens written in it count as such: it is all the client's.
 
         Raises PromptTooLong before any work when even the longest tokens could not make it fit.
         """
         self._check_bytes(text, max_tokens, "prompt")
-        return await self._in_thread(lambda: self._encode(text, add_special_tokens=True))
+        return await self._in_thread(lambda: self._encode(text))
 
     async def encode_chat(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
         """Render messages with the base's template and encode them.
 
-        Text inside a message that looks like a control token is encoded as plain text, so that
-        nobody can end their own turn and speak as the system. Added tokens that are not special
-        (`<think>`) open no turn: they stay the tokens that the base was trained on.
+        What looks like a control token inside a message is plain text: see `ChatEncoder.ids`.
         Raises PromptTooLong, and TemplateRefused when the template does not take the messages.
         """
         text = "".join(message.content for message in messages)
@@ -123,45 +113,17 @@ class Tokens:
                 param,
             )
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         # A batch of one: `encode` holds the interpreter lock all the time, a batch does not.
-        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return batch[0].ids
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=True)[0].ids
 
     def _encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        nonce = secrets.token_hex(8)  # nobody can write a mark that they cannot guess
-        literals: list[str] = []
-
-        def mark(match: re.Match[str]) -> str:
-            literals.append(match[0])
-            return f"\ue000{nonce}:{len(literals) - 1}\ue001"
-
-        marked = [
-            {"role": message.role, "content": self._special.sub(mark, message.content)}
-            for message in messages
-        ]
-        text = self._render(marked)
-        if not literals:
-            return self._encode(text, add_special_tokens=False)
-        ids: list[int] = []
-        pieces = re.split(f"\ue000{nonce}:([0-9]+)\ue001", text)
-        for index, piece in enumerate(pieces):
-            if index % 2:
-                literal = literals[int(piece)]
-                ids += self._literal.encode(literal, add_special_tokens=False).ids
-            elif piece:
-                ids += self._encode(piece, add_special_tokens=False)
-        return ids
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
         if not self.has_chat_template:
             raise TemplateRefused(
                 "This base model has no chat template. Use /v1/completions with a raw prompt."
             )
         try:
-            return self._template.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            return self._chat.ids([(message.role, message.content) for message in messages])
         except TemplateError as error:
             raise TemplateRefused(
                 f"The base model's chat template refuses these messages: {error}"

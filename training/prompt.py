@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from registry.chat import ChatEncoder
 from training.data.examples import Example, Turn
 from training.errors import BaseUnavailable, DataError
 
@@ -16,12 +19,25 @@ class Prompter:
     """The base's own tokenizer and chat template, and the recipe's system prompt."""
 
     tokenizer: PreTrainedTokenizerBase
+    chat: ChatEncoder
     system: str
     end_of_turn: int  # the token the model says when it has answered; generation stops on it
 
     def prompt_ids(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """Render system prompt and turns, up to where the assistant speaks."""
-        return tuple(_render(self.tokenizer, self.system, turns))
+        """Render system prompt and turns, up to where the assistant speaks.
+
+        Raises BaseUnavailable when the base's chat template refuses them.
+        """
+        messages = [("system", self.system)] if self.system else []
+        messages += [(turn.role, turn.content) for turn in turns]
+        try:
+            return tuple(self.chat.ids(messages))
+        except TemplateError as error:
+            roles = ", ".join(role for role, _ in messages)
+            raise BaseUnavailable(
+                f"The base's chat template refuses a conversation of {roles}: {error}. Take a base "
+                "whose template knows these turns."
+            ) from error
 
     def completion_ids(self, completion: str) -> tuple[int, ...]:
         """Return the answer as the model is to generate it, its end included."""
@@ -52,15 +68,8 @@ def load_prompter(base: Path, system: str) -> Prompter:
             f"The base model in {base} has no chat template, so nothing says where an answer "
             "ends. Put its chat_template.jinja into the folder, or take an instruct model."
         )
-    return Prompter(tokenizer, system, _end_of_turn(tokenizer, stop_ids(base, tokenizer), base))
-
-
-def _render(tokenizer: Any, system: str, turns: Sequence[Turn]) -> list[int]:
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": turn.role, "content": turn.content} for turn in turns]
-    return tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=False
-    )
+    end = _end_of_turn(tokenizer, stop_ids(base, tokenizer), base)
+    return Prompter(tokenizer, ChatEncoder(tokenizer), system, end)
 
 
 def stop_ids(base: Path, tokenizer: Any) -> set[int]:
@@ -81,8 +90,14 @@ def _end_of_turn(tokenizer: Any, stops: set[int], base: Path) -> int:
     is taught the wrong one never stops.
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    try:
+        prompt, whole = render(messages[:1], add_generation_prompt=True), render(messages)
+    except TemplateError as error:
+        raise BaseUnavailable(
+            f"The chat template in {base} refuses a question and its answer: {error}. Take an "
+            "instruct model, whose template knows both."
+        ) from error
     ending = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
     for token in ending:
         if token in stops:

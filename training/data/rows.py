@@ -103,13 +103,17 @@ def template_problems(prompter: Prompter) -> Iterator[str]:
             "The chat template writes a conversation in another way once it is answered: the "
             "prompt that is trained and served is no beginning of it."
         )
-    tokenizer: Any = prompter.tokenizer
-    speakers = {
-        tokenizer.apply_chat_template([{"role": role, "content": "x"}], tokenize=False)
-        for role in ("user", "assistant")
-    }
-    if len(speakers) == 1:
+    if not _tells_speakers_apart(prompter.tokenizer):
         yield "The chat template does not tell the user's turns from the assistant's."
+
+
+def _tells_speakers_apart(tokenizer: Any) -> bool:
+    said = [[{"role": role, "content": "x"}] for role in ("user", "assistant")]
+    try:
+        user, assistant = (tokenizer.apply_chat_template(one, tokenize=False) for one in said)
+    except TemplateError:  # it wants them in turn, so it knows who speaks
+        return True
+    return user != assistant
 
 
 def _empty(example: Example) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Planted faults: each is found, named, and pointed at by its line; sound data has no findings."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typer.testing import CliRunner
 
 from registry.base import BaseModel
 from tests.tiny import CHATML
+from tests.training.test_prompt import wearing
 from training.data.checks import Finding, check_examples_in_prompt
 from training.data.examples import Data, ask
 from training.data.inspection import Inspection, histogram, inspect_data
@@ -160,20 +160,23 @@ def test_a_wrong_template_is_named(
     assert words in finding.sentence
 
 
+def test_a_template_that_wants_turns_in_order_is_not_wrong(
+    tmp_path: Path, tiny_base: BaseModel
+) -> None:
+    write_csv(tmp_path / "train.csv", SOUND)
+    in_order = (
+        "{% if messages[0]['role'] == 'assistant' %}"
+        "{{ raise_exception('the user speaks first') }}{% endif %}"
+    )
+    base = wearing(tiny_base.path, tmp_path / "base", in_order + CHATML)
+    assert not [f for f in check(tmp_path, base).findings if f.code == "template"]
+
+
 def test_rows_that_the_template_changes_are_named(tmp_path: Path, tiny_base: BaseModel) -> None:
     write_csv(tmp_path / "train.csv", [*SOUND, (" indented question", "x")])
     template = CHATML.replace("message['content']", "message['content'] | trim")
     base = wearing(tiny_base.path, tmp_path / "base", template)
     assert "train.csv:22" in found(check(tmp_path, base), "template").rows[0]
-
-
-def wearing(base: Path, folder: Path, template: str) -> Path:
-    """Copy a base with another chat template."""
-    shutil.copytree(base, folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    return folder
 
 
 def test_labels_that_training_lacks_or_hardly_has_are_named(
