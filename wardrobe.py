@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -138,7 +139,7 @@ def train(
     from training.model import check_runnable, detect_hardware
     from training.processes import is_launched, launch
     from training.recipe import PROMPT_KINDS, apply_overrides, load_recipe
-    from training.results import check_pushable
+    from training.results import check_pushable, is_measured_only
 
     if copy_to and (copy_to.exists() or len(recipes) > 1):
         raise WardrobeError(f"--out {copy_to} must be a folder that is not there, of one recipe.")
@@ -147,6 +148,10 @@ def train(
         check_runnable(recipe.method, detect_hardware())
         if push or promote:
             check_pushable(recipe, promote)
+        if is_measured_only(recipe) and (copy_to or forgetting):
+            raise WardrobeError(
+                f"{recipe.name} is only measured: leave out --out and --forgetting."
+            )
         if accelerate_config and (together or recipe.method.kind in PROMPT_KINDS):
             raise WardrobeError("--accelerate-config is for training one adapter at a time.")
     if accelerate_config and not is_launched():
@@ -179,12 +184,15 @@ def train_one(
     from training.data.load import load_data
     from training.evaluation.memory import remembered
     from training.processes import first_alone, is_first_process
+    from training.results import is_measured_only
     from training.train import train as fit
 
     base = first_alone(lambda: find_base(recipe.base))
     data = first_alone(lambda: load_data(recipe))
     answer = remembered(runs / "base-answers", base, answer_offline)
-    if is_first_process():
+    if is_measured_only(recipe):
+        tell_measured(recipe, data, base, answer)
+    elif is_first_process():
         keep(recipe, specialised(recipe, data, base, runs, answer, forgetting))
     else:
         fit(recipe, data, base, runs, progress=lambda _: None, show=lambda _: None, answer=answer)
@@ -257,6 +265,8 @@ def tell_data(recipe: "Recipe", data: "Data") -> None:
     out.print(f"{recipe.name}: {', '.join(counts)}, {len(data.held_out)} held out by group")
     if data.duplicates:
         out.print(f"[yellow]{data.duplicates} examples left out: held out too, or repeated[/]")
+    if data.near_duplicates:
+        out.print(f"[yellow]{data.near_duplicates} examples left out: near another, or judged[/]")
 
 
 def show_row(sample: "MaskedSample") -> None:
@@ -304,19 +314,26 @@ def prompted(
     report: "Report",
 ) -> "TrainedAdapter":
     """Find a prompt instead of training; show what was measured on the way."""
-    from training.fewshot.measure import measure
     from training.fewshot.screen import measured_table
-    from training.fewshot.version import facts_of, make_prompt
+    from training.fewshot.version import make_prompt
 
-    if recipe.method.kind == "fewshot" and recipe.fewshot.choose == "nearest":
-        measured = measure(recipe, data, base, answer=answer, progress=report)
-        out.print(measured_table(facts_of(measured)), soft_wrap=False)
-        out.print("measured only: examples that depend on the request are no fixed version")
-        raise typer.Exit
     trained = make_prompt(recipe, data, base, runs, answer=answer, progress=report)
     if recipe.method.kind == "fewshot":
         out.print(measured_table(trained.card["lineage"]), soft_wrap=False)
     return trained
+
+
+def tell_measured(recipe: "Recipe", data: "Data", base: BaseModel, answer: "Answer") -> None:
+    from training.fewshot.measure import measure
+    from training.fewshot.screen import measured_table
+    from training.fewshot.version import facts_of
+    from training.screen import progress_bars
+
+    tell_data(recipe, data)
+    with progress_bars() as report:
+        measured = measure(recipe, data, base, answer=answer, progress=report)
+    out.print(measured_table(facts_of(measured)), soft_wrap=False)
+    out.print("measured only: examples that depend on the request are no fixed version")
 
 
 @app.command()
@@ -358,6 +375,7 @@ def extract(
         base = find_base(tuned.base_id)
         made = make_adapter(tuned, base, runs, Extraction.of(rank, energy), progress=report)
         if chosen:
+            made = unjudged_for(chosen, made)
             answer = remembered(runs / "base-answers", base, answer_offline)
             made = evaluated(chosen, load_data(chosen), base, made, answer, report)
     out.print(extraction_table(made.card), soft_wrap=False)
@@ -368,6 +386,17 @@ def extract(
         shutil.copytree(made.folder, copy_to)
     if push:
         push_trained(tuned.name, base, made, home, alias=None)
+
+
+def unjudged_for(recipe: "Recipe", made: "TrainedAdapter") -> "TrainedAdapter":
+    """Forget a verdict, which may be another recipe's. Raises WardrobeError for another prompt."""
+    system = made.card.get("prompt", {}).get("system", "")
+    if recipe.task.system != system:
+        raise WardrobeError(
+            f"--recipe asks under the system prompt {recipe.task.system!r}, and the fine-tune is "
+            f"served with {system!r}: the verdict would be of another version."
+        )
+    return replace(made, card=made.card | {"metrics": {}})
 
 
 def evaluated(
@@ -480,6 +509,8 @@ def push_trained(
         pushed = registry.push(trained.folder, name, base=base.id, actor=actor())
     said = "pushed" if pushed.created else "is there already:"
     out.print(f"{said} [bold]{pushed.version.ref.label}[/]", highlight=False)
+    for _, text in pushed.warnings:
+        out.print(f"[yellow]{escape(text)}[/]", highlight=False)
     if alias:
         label, reason = pushed.version.ref.label, "passed its gate after training"
         registry_commands.promote(label, reason=reason, alias=alias, home=home)

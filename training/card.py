@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from registry.base import BaseModel
 from training.data.examples import Data
@@ -14,7 +14,7 @@ from training.recipe import Recipe
 from training.run import replace_file
 
 CARD_FILE = "wardrobe.json"
-NOT_EVALUATED = "The adapter was not evaluated on held-out examples yet."
+NOT_EVALUATED = "It was not evaluated on held-out examples yet."
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,33 @@ def new_card(
 
     `rows` is the lineage of rows that are not in the data: the base's own answers, or pairs.
     """
+    lineage = {
+        **asdict(fitted),
+        **rows,
+        "device": hardware.device,
+        "dtype": hardware.dtype,
+        "versions": versions_of(recipe),
+        **({"conversion": conversion} if conversion else {}),
+    }
+    kind = "full" if recipe.method.kind == "full" else "lora"
+    prompt = {"system": recipe.task.system}
+    return unjudged_card(kind, recipe, data, base, prompt, lineage, {"train": asdict(recipe.train)})
+
+
+def unjudged_card(
+    kind: Literal["lora", "full", "prompt"],
+    recipe: Recipe,
+    data: Data,
+    base: BaseModel,
+    prompt: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what every card has; `lineage` and the recipe's `settings` are added to it."""
     return {
-        "kind": "full" if recipe.method.kind == "full" else "lora",
+        "kind": kind,
         "base": {"id": base.id, "fingerprint": base.fingerprint, "structure": base.structure},
-        "prompt": {"system": recipe.task.system},
+        "prompt": prompt,
         "metrics": {},
         "gate": {"passed": False, "failures": [NOT_EVALUATED], "rules": asdict(recipe.gate)},
         "lineage": {
@@ -75,19 +98,16 @@ def new_card(
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
             "seed": recipe.seed,
-            **asdict(fitted),
-            **rows,
-            "device": hardware.device,
-            "dtype": hardware.dtype,
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-            **({"conversion": conversion} if conversion else {}),
+            **lineage,
         },
-        "recipe": {
-            "name": recipe.name,
-            "method": recipe.method.settings,
-            "train": asdict(recipe.train),
-        },
+        "recipe": {"name": recipe.name, "method": recipe.method.settings, **settings},
     }
+
+
+def versions_of(recipe: Recipe) -> dict[str, str]:
+    """Return the versions of the packages that a trained adapter's bytes depend on."""
+    names = ["torch", "transformers", "peft", *(["trl"] if recipe.preference else [])]
+    return {name: version(name) for name in names}
 
 
 def read_card(folder: Path) -> dict[str, Any]:

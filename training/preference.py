@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from registry.jsonfile import canonical
 from training.arguments import one_device
 from training.batches import Sample, Schedule
+from training.data.duplicates import normalise
 from training.data.examples import Data, ask
 from training.errors import DataError, RecipeError
 from training.prompt import Prompter
@@ -53,16 +54,17 @@ def read_pairs(recipe: Recipe, preference: Preference, data: Data, prompter: Pro
     """Read and encode the pairs of a recipe.
 
     Raises DataError naming the line: when it is no pair, is longer than train.max_length, or asks
-    what is held out.
+    what is held out or validates. Raises RecipeError without the extra.
     """
+    _check_installed()
     path = recipe.folder / preference.path
-    held_out = {example.text for example in data.held_out}
+    judged = data.judged_prompts()
     pairs: list[Pair] = []
     for number, row in _rows(path):
-        if row.prompt in held_out:
+        if normalise(row.prompt) in judged:
             raise DataError(
-                f"Line {number} of {path} asks what is held out: {row.prompt[:60]!r}. Take it out, "
-                "or the evaluation measures memory."
+                f"Line {number} of {path} asks what is held out or validates: "
+                f"{row.prompt[:60]!r}. Take it out, or the evaluation measures memory."
             )
         chosen, rejected = (
             _sample(row.prompt, answer, prompter) for answer in (row.chosen, row.rejected)
@@ -93,13 +95,7 @@ def preference_trainer(
     prompter: Prompter,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
-    """Return TRL's trainer over the pairs in their order. Raises RecipeError without the extra."""
-    for package in ("trl", "datasets"):
-        if find_spec(package) is None:
-            raise RecipeError(
-                f"[preference] needs the package {package!r}, which is not installed. Install the "
-                "extra: pip install 'wardrobe[dpo]'."
-            )
+    """Return TRL's trainer over the pairs in their order."""
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -133,6 +129,15 @@ def preference_trainer(
     return trainer
 
 
+def _check_installed() -> None:
+    for package in ("trl", "datasets"):
+        if find_spec(package) is None:
+            raise RecipeError(
+                f"[preference] needs the package {package!r}, which is not installed. Install the "
+                "extra: pip install 'wardrobe[dpo]'."
+            )
+
+
 @contextmanager
 def _names_of_before() -> Iterator[None]:
     """TRL 1.16 uses names that transformers 5.23 changed; nobody here can act on it."""
@@ -151,7 +156,7 @@ def _rows(path: Path) -> list[tuple[int, PairRow]]:
         if line.strip():
             try:
                 rows.append((number, msgspec.json.decode(line, type=PairRow)))
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DataError(
                     f"Line {number} of {path} is no {{prompt, chosen, rejected}}: {error}."
                 ) from error

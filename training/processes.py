@@ -53,6 +53,14 @@ def is_launched() -> bool:
     return LAUNCHED in os.environ
 
 
+def launch_options(config: Path) -> list[str]:
+    """Return the launcher's options: the file's, but for what would change the numbers.
+
+    The recipe and the hardware say in which format a run computes, and its key knows only that.
+    """
+    return ["--config_file", str(config), "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
 def launch(config: Path, command: Sequence[str]) -> None:
     """Run `wardrobe COMMAND…` in the processes that an accelerate configuration describes.
 
@@ -67,7 +75,7 @@ def launch(config: Path, command: Sequence[str]) -> None:
             f"{config} says distributed_type: {kind}, which shards the model. Only data "
             "parallelism is supported: every process holds the whole model."
         )
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *launch_options(config)]
     done = subprocess.run(  # noqa: S603  # our own command line again
         [*launcher, "-m", "wardrobe", *command], env=os.environ | {LAUNCHED: "1"}, check=False
     )

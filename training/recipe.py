@@ -19,8 +19,10 @@ from training.errors import RecipeError
 FILE = "recipe.toml"
 FILE_KEYS = ("path", "validation_path", "held_out_path")  # of [data]: relative to the recipe
 TASK_FILES = ("function", "general_text", "general_questions")  # of [task], likewise
+OWN_QUESTIONS = "general"  # of replay.source: the one that is no file
 PATH_KEYS = (
     "preference.path",
+    "replay.source",
     *(f"data.{key}" for key in FILE_KEYS),
     *(f"task.{key}" for key in TASK_FILES),
 )
@@ -175,7 +177,7 @@ class Replay:
     """General questions with the base's own answers among the rows, against forgetting."""
 
     share: Annotated[float, Meta(gt=0, lt=1)] = 0.125  # of the rows
-    source: Name = "general"  # our own questions, or a .txt or .jsonl relative to the recipe
+    source: Name = OWN_QUESTIONS  # our own questions, or a .txt or .jsonl relative to the recipe
     system: Annotated[str, Meta(max_length=4000)] = ""  # "": what the chat template says itself
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 64  # of an answer
 
@@ -237,6 +239,8 @@ class Recipe:
                 value["task"][key] = _file_digest(self.folder, f"task.{key}", place)
         if self.preference is not None:
             del value["preference"]["path"]
+        if self.replay is not None:
+            del value["replay"]["source"]
         del value["report_to"]
         return hashlib.sha256(canonical(value)).hexdigest()
 
@@ -257,9 +261,9 @@ def load_recipe(place: Path) -> Recipe:
 
 def parse_recipe(value: Mapping[str, Any], folder: Path) -> Recipe:
     """Check keys, types and bounds, then the rules between them."""
-    if value.get("method", {}).get("kind") in PROMPT_KINDS:
-        value = {"train": {"steps": 1}, **value}  # nothing is trained
     _refuse_unknown_keys(value, Recipe, "")
+    if _kind_of(value) in PROMPT_KINDS:
+        value = {"train": {"steps": 1}, **value}  # nothing is trained
     try:
         recipe = msgspec.convert(value, Recipe)
     except msgspec.ValidationError as error:
@@ -291,9 +295,16 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         _set(value, key.strip(), _toml_value(text.strip()))
         if key.strip() == "method.kind":
             value["method"] = _usable(value["method"])
-        if key.strip() in PATH_KEYS:
+            if _kind_of(value) in PROMPT_KINDS:
+                value.pop("replay", None)
+        if key.strip() in PATH_KEYS and text.strip() != OWN_QUESTIONS:
             _set(value, key.strip(), str(Path(text.strip()).absolute()))
     return parse_recipe(value, recipe.folder)
+
+
+def _kind_of(value: Mapping[str, Any]) -> Any:
+    method = value.get("method")
+    return method.get("kind") if isinstance(method, Mapping) else None
 
 
 def _as_toml(recipe: Recipe) -> dict[str, Any]:
@@ -387,6 +398,11 @@ def _check_training(recipe: Recipe) -> None:
     if train.patience is not None and train.eval_every is None:
         raise RecipeError(
             "train.patience counts looks at the validation loss: set train.eval_every, too."
+        )
+    if recipe.method.kind in PROMPT_KINDS and recipe.replay is not None:
+        raise RecipeError(
+            f"[replay] does nothing for method.kind = {recipe.method.kind!r}, which trains "
+            "nothing. Take it out."
         )
     if recipe.preference is None:
         return

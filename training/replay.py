@@ -20,7 +20,7 @@ from training.errors import DataError, RecipeError
 from training.evaluation.evaluate import Answer
 from training.progress import Progress, Report
 from training.prompt import Prompter, load_prompter
-from training.recipe import Recipe, Replay
+from training.recipe import OWN_QUESTIONS, Recipe, Replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _sample(
 
 def read_questions(recipe: Recipe, replay: Replay) -> Sequence[str]:
     """Return our own general questions, or those of a file: a line each, or {"prompt": …} each."""
-    if replay.source == "general":
+    if replay.source == OWN_QUESTIONS:
         return QUESTIONS
     path = recipe.folder / replay.source
     try:

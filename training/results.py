@@ -14,6 +14,11 @@ from training.whole import write_whole
 NOT_LOW_RANK = ("ia3", "prompt-tuning", "prefix-tuning")  # kinds that no LoRA can stand for
 
 
+def is_measured_only(recipe: Recipe) -> bool:
+    """Tell whether the recipe takes other examples for every request: no version comes of it."""
+    return recipe.method.kind == "fewshot" and recipe.fewshot.choose == "nearest"
+
+
 def check_pushable(recipe: Recipe, promote: bool) -> None:
     """Raise RecipeError where the registry will not take, or not promote, what the method makes."""
     if recipe.method.kind == "full" and promote:
@@ -21,7 +26,7 @@ def check_pushable(recipe: Recipe, promote: bool) -> None:
             "A full fine-tune is kept whole and cannot be promoted. Train it with --push, then "
             "make an adapter of it: wardrobe extract NAMESPACE/NAME@vN --push"
         )
-    if recipe.method.kind == "fewshot" and recipe.fewshot.choose == "nearest":
+    if is_measured_only(recipe):
         raise RecipeError(
             'fewshot.choose = "nearest" takes other examples for every request, and a version is '
             "one fixed prompt. Measure it without --push; for a version use another "

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.batches import MaskedSample, Sample, Schedule, encode_examples, masked_sample
+from training.data.duplicates import normalise
 from training.data.examples import Data
-from training.errors import RecipeError
+from training.errors import DataError, RecipeError
+from training.evaluation.general import general_of
 from training.preference import Pair, read_pairs
 from training.prompt import Prompter
 from training.recipe import Recipe
@@ -41,6 +43,7 @@ def make_rows(recipe: Recipe, data: Data, prompter: Prompter, replayed: Replayed
         pairs = read_pairs(recipe, recipe.preference, data, prompter)
         shown = masked_sample([pair.chosen for pair in pairs.pairs], prompter)
         return Rows(Schedule(pairs.pairs, count, recipe.seed), (), shown, 0, pairs.lineage)
+    _refuse_judged(recipe, data, replayed)
     samples, dropped = encode_examples(data.train, prompter, recipe.train)
     validation: list[Sample] = []
     if recipe.train.eval_every is not None:
@@ -50,3 +53,17 @@ def make_rows(recipe: Recipe, data: Data, prompter: Prompter, replayed: Replayed
     share = recipe.replay.share if recipe.replay else 0.0
     schedule = Schedule(samples, count, recipe.seed, replayed.samples, share)
     return Rows(schedule, validation, shown, dropped, replayed.lineage)
+
+
+def _refuse_judged(recipe: Recipe, data: Data, replayed: Replayed) -> None:
+    """Raise DataError where a replayed question is one that measures the task or forgetting."""
+    if not replayed.samples:
+        return
+    general = {normalise(question.question) for question in general_of(recipe).questions}
+    judged = data.judged_prompts() | general
+    for sample in replayed.samples:
+        if normalise(sample.example.text) in judged:
+            raise DataError(
+                f"replay.source asks {sample.example.text[:60]!r}, which is held out, validates, "
+                "or measures forgetting. Take it out, or the evaluation measures memory."
+            )

@@ -101,6 +101,7 @@ class Run:
         """Let the finished adapter appear, then drop what only resuming needed."""
         for path in prepared.iterdir():
             _sync(path)
+        _sync(prepared)
         prepared.rename(self.adapter)
         _sync(self.folder)
         shutil.rmtree(self.checkpoints, ignore_errors=True)

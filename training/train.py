@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from registry.base import BaseModel
 from training.arguments import one_device, trackers, trainer_arguments
 from training.batches import MaskedSample, collate
-from training.card import Fitted, fitted_of, new_card, read_card, write_card
+from training.card import Fitted, fitted_of, new_card, read_card, versions_of, write_card
 from training.conversion import starting_weights
 from training.curve import draw_curve
 from training.data.examples import Data
@@ -121,7 +120,7 @@ def run_facts(
         "seed": recipe.seed,
         "hardware": asdict(hardware),
         "processes": process_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": versions_of(recipe),
     }
 
 

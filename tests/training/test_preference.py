@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from transformers import AutoModelForCausalLM
 import training.preference
 from registry.base import BaseModel
 from tests.tiny import peft_on_new_transformers
-from tests.training.test_train import bytes_of, run
-from training.data.examples import Data
+from tests.training.test_train import FP32, bytes_of, run
+from training.data.examples import Data, ask
 from training.errors import DataError, RecipeError
 from training.preference import Pair, read_pairs
 from training.progress import Progress
 from training.prompt import load_prompter
 from training.recipe import Recipe, apply_overrides
+from training.replay import Replayed
+from training.rows import make_rows
+from training.train import run_facts
 
 pytest.importorskip("trl", reason="the extra dpo")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,14 +105,31 @@ def test_pairs_that_cannot_be_used_are_named(
     recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     good = {"prompt": "leaf", "chosen": "green", "rejected": "blue"}
+    data = replace(data, validation=(ask("Sky", "blue", "v"),))
     for bad, words in (
         ({"prompt": "leaf", "chosen": "green"}, "Line 2.*rejected"),
         (good | {"prompt": "grass 10"}, "Line 2.*held out"),
+        (good | {"prompt": "Grass  11 "}, "Line 2.*held out"),
+        (good | {"prompt": "sky"}, "Line 2.*validates"),
         (good | {"rejected": "x" * 300}, r"Line 2.*train\.max_length"),
     ):
         write_pairs(tmp_path / "pairs.jsonl", [good, bad])
         with pytest.raises(DataError, match=words):
             run(recipe, data, tiny_base, tmp_path / "runs")
+    (tmp_path / "pairs.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match="Line 1"):
+        run(recipe, data, tiny_base, tmp_path / "runs")
+
+
+def test_a_run_of_pairs_depends_on_the_version_of_trl(
+    recipe: Recipe, data: Data, tiny_base: BaseModel
+) -> None:
+    prompter = load_prompter(tiny_base.path, recipe.task.system)
+    rows = make_rows(recipe, data, prompter, Replayed((), {}))
+    facts = run_facts(recipe, data, tiny_base, FP32, rows)
+    assert facts["versions"]["trl"] == version("trl")
+    plain = replace(recipe, preference=None)
+    assert "trl" not in run_facts(plain, data, tiny_base, FP32, rows)["versions"]
 
 
 def test_a_missing_extra_and_keys_that_do_nothing_here_are_refused(

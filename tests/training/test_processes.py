@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from numpy.linalg import norm
 from safetensors.numpy import load_file
 from transformers import TrainingArguments
@@ -16,7 +17,7 @@ from tests.live import Shop, free_port
 from training.arguments import one_device, trainer_arguments
 from training.errors import RecipeError, RunFailed
 from training.model import Hardware
-from training.processes import launch
+from training.processes import launch, launch_options
 from training.recipe import Recipe, apply_overrides
 from training.run import Run
 
@@ -121,6 +122,21 @@ def test_a_configuration_that_shards_or_is_not_there_is_refused(tmp_path: Path) 
         launch(write_config(tmp_path / "fsdp.yaml", "FSDP"), ["train"])
     with pytest.raises(RunFailed, match=r"no accelerate configuration at .*absent"):
         launch(tmp_path / "absent.yaml", ["train"])
+
+
+def test_a_configuration_changes_neither_number_format_nor_compiler(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "fp16.yaml", "MULTI_GPU")
+    text = path.read_text().replace("'no'", "fp16") + "dynamo_config:\n  dynamo_backend: INDUCTOR\n"
+    path.write_text(text)
+
+    def read(options: list[str]) -> tuple[str, str]:
+        parser = launch_command_parser()
+        arguments = parser.parse_args([*options, "x.py"])
+        found, *_ = _validate_launch_command(arguments)
+        return found.mixed_precision, found.dynamo_backend.upper()
+
+    assert read(["--config_file", str(path)]) == ("fp16", "INDUCTOR"), "what would happen"
+    assert read(launch_options(path)) == ("no", "NO")
 
 
 def test_a_batch_is_shared_out_evenly_or_refused(

@@ -60,6 +60,8 @@ def test_a_minimal_recipe_gets_the_documented_defaults() -> None:
         ({"gate": {"min_gain": 40}}, ["gate.min_gain"]),
         ({"seed": -1}, ["seed"]),
         ({"data": {}}, ["exactly one source"]),
+        ({"method": "lora"}, ["$.method", "object"]),
+        ({"method": {"kind": "fewshot"}, "replay": {}}, ["[replay] does nothing", "'fewshot'"]),
         ({"data": {"builder": "icd-10-chapters", "path": "x.csv"}}, ["exactly one source"]),
         ({"name": "Acme/Support"}, ["Acme", "a-z"]),
     ],
@@ -104,6 +106,9 @@ def test_another_kind_keeps_the_keys_it_uses_and_refuses_what_it_does_not() -> N
         apply_overrides(lora, ["method.alpha=4", "method.kind=full"])
     with pytest.raises(RecipeError, match=r"method\.kind"):
         apply_overrides(lora, ["method.kind=lroa"])
+    assert apply_overrides(parsed(replay={}), ["method.kind=base"]).replay is None
+    with pytest.raises(RecipeError, match=r"\[replay\] does nothing"):
+        apply_overrides(parsed(), ["method.kind=base", "replay.share=0.1"])
 
 
 def test_every_kind_says_which_keys_it_uses_and_no_key_is_without_a_kind() -> None:
@@ -119,11 +124,16 @@ def test_a_data_path_is_relative_to_the_recipe_and_an_override_to_the_shell(
     recipe = apply_overrides(parsed(), ["data.path=mine.csv"])
     assert recipe.data.path == str(tmp_path / "mine.csv")
     assert parsed().data.path == "rows.csv"
+    for text, source in (("mine.txt", str(tmp_path / "mine.txt")), ("general", "general")):
+        replay = apply_overrides(parsed(), [f"replay.source={text}"]).replay
+        assert replay is not None
+        assert replay.source == source
 
 
 def test_the_digest_sees_every_setting_and_no_place() -> None:
     assert parsed().digest == parse_recipe(minimal(), Path("/elsewhere")).digest
     assert parsed().digest == parsed(data={"path": "/abs/rows.csv"}).digest
+    assert parsed(replay={}).digest == parsed(replay={"source": "mine.txt"}).digest
     assert parsed().digest != apply_overrides(parsed(), ["train.steps=11"]).digest
     assert parsed().digest != apply_overrides(parsed(), ["gate.min_gain=0.1"]).digest
 

@@ -9,7 +9,7 @@ from tests.tiny import EOS
 from tests.training.answers import answer_with_transformers
 from tests.training.test_train import FP32, bytes_of, quiet
 from training.data.duplicates import nearest
-from training.data.examples import Data
+from training.data.examples import Data, ask
 from training.data.general import QUESTIONS
 from training.errors import DataError, RecipeError
 from training.evaluation.evaluate import Ask
@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def recipe(recipe: Recipe, tmp_path: Path) -> Recipe:
     (tmp_path / "general.txt").write_text("How are you?\n\nWhat is tea?\n")
     recipe = replace(recipe, folder=tmp_path)
-    return apply_overrides(recipe, ["replay.source=general.txt", "replay.max_new_tokens=8"])
+    return apply_overrides(
+        recipe, [f"replay.source={tmp_path / 'general.txt'}", "replay.max_new_tokens=8"]
+    )
 
 
 def fixed(*answers: tuple[int, ...]) -> Callable[..., list[list[int]]]:
@@ -116,13 +118,28 @@ def test_a_source_that_cannot_be_replayed_is_refused_by_name(
     ):
         with pytest.raises(DataError, match=words):
             replay_rows(
-                apply_overrides(recipe, [f"replay.source={source}"]), tiny_base, fixed(), quiet
+                apply_overrides(recipe, [f"replay.source={tmp_path / source}"]),
+                tiny_base,
+                fixed(),
+                quiet,
             )
     long = apply_overrides(recipe, ["train.max_length=16"])
     with pytest.raises(DataError, match=r"replay\.max_new_tokens = 8"):
         replay_rows(long, tiny_base, fixed((1,), (2,)), quiet)
     with pytest.raises(RecipeError, match="answer"):
         replay_rows(recipe, tiny_base, None, quiet)
+
+
+@pytest.mark.parametrize(
+    "question", ["  GRASS 10 ", "what is sky", load_general().questions[0].question]
+)
+def test_a_source_that_asks_what_is_held_out_or_validates_or_measures_forgetting_is_refused(
+    question: str, recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    data = replace(data, validation=(ask("What is  sky", "blue", "v"),))
+    (tmp_path / "general.txt").write_text(f"How are you?\n{question}\n")
+    with pytest.raises(DataError, match="which is held out, validates, or measures forgetting"):
+        run(recipe, data, tiny_base, tmp_path / "runs")
 
 
 def test_our_own_questions_are_different_short_questions() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from registry.jsonfile import canonical
+from training.data.duplicates import normalise
 
 Role = Literal["user", "assistant"]
 
@@ -47,6 +48,11 @@ class Data:
     duplicates: int  # training examples left out: the same text is held out, or came before
     digest: str  # sha256 hex over the sides, in order
     validation: tuple[Example, ...] = ()  # to choose by, so that nothing is chosen on held_out
+    near_duplicates: int = 0  # left out by data.selection.near_duplicates
+
+    def judged_prompts(self) -> frozenset[str]:
+        """Return what no row of any kind may ask, without differences of case and spacing."""
+        return frozenset(normalise(e.prompt) for e in (*self.validation, *self.held_out))
 
 
 def ask(text: str, completion: str, group: str) -> Example:

@@ -104,7 +104,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
 def _json_row(line: str) -> Row | str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"is not JSON: {error}"
     return row if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
 
@@ -112,13 +112,16 @@ def _json_row(line: str) -> Row | str:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     """Read rows; a class label becomes its name, which the file's own metadata holds."""
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ModuleNotFoundError as error:
         raise DataError(
             f"{path.name} is a parquet file, and reading one needs the package pyarrow: "
             "pip install pyarrow. Or give the rows as CSV: --set data.path=FILE.csv."
         ) from error
-    table = parquet.read_table(path)
+    try:
+        table = parquet.read_table(path)
+    except ArrowException as error:
+        raise DataError(f"{path} is no parquet file: {error}.") from error
     names = _label_names(table.schema.metadata or {})
     for number, row in enumerate(table.to_pylist(), start=1):
         yield (

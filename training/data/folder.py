@@ -80,6 +80,7 @@ def _card(
         "base": {"id": base.id, "fingerprint": base.fingerprint},
         "files": files,
         "left_out_as_repeated": data.duplicates,
+        "left_out_as_near": data.near_duplicates,
         "checks": [
             {"code": f.code, "severity": f.severity, "count": f.count, "sentence": f.sentence}
             for f in inspection.findings
@@ -120,6 +121,7 @@ def _readme(card: dict[str, Any]) -> str:
 - **Source**: `{json.dumps(card["source"], ensure_ascii=False)}`
 - **Split**: whole groups ({card["group"]}), seed {card["seed"]}
 - **Left out** because another row asks the same: {card["left_out_as_repeated"]}
+- **Left out** because another row asks nearly the same: {card["left_out_as_near"]}
 - **Selection**: `{json.dumps(card["selection"])}`
 - **System prompt**: {card["system"]!r}
 - **Lengths and templates checked with**: {card["base"]["id"]}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from training.data.duplicates import normalise
 from training.data.examples import Data, Example, digest_examples
-from training.data.selection import Difficulty, select
+from training.data.selection import Difficulty, select, without_near
 from training.data.source import Source, read_source
 from training.errors import DataError
 from training.recipe import Recipe
@@ -42,8 +42,9 @@ def divide(source: Source, recipe: Recipe, difficulty: Difficulty | None = None)
     if source.validation is None and data.validation:
         kept, validation = split_by_group(kept, data.validation, seed)
     validation = _draw(validation, data.validation_limit, seed)
-    kept = select(kept, [*validation, *held_out], data.selection, seed, difficulty)
-    kept = _draw(kept, data.train_limit, seed)
+    apart = without_near(kept, [*validation, *held_out], data.selection.near_duplicates)
+    near = len(kept) - len(apart)
+    kept = _draw(select(apart, data.selection, seed, difficulty), data.train_limit, seed)
     if not kept or not held_out:
         raise DataError(
             f"{len(train) + len(held_out)} examples leave {len(kept)} to train on and "
@@ -51,7 +52,7 @@ def divide(source: Source, recipe: Recipe, difficulty: Difficulty | None = None)
             "data.validation."
         )
     digest = digest_examples(kept, held_out, validation)
-    return Data(tuple(kept), tuple(held_out), duplicates, digest, tuple(validation))
+    return Data(tuple(kept), tuple(held_out), duplicates, digest, tuple(validation), near)
 
 
 def split_by_group(

@@ -24,22 +24,17 @@ Difficulty = Callable[[Sequence[Example]], Sequence[float]]
 
 
 def select(
-    train: Sequence[Example],
-    judged: Sequence[Example],
+    kept: Sequence[Example],
     selection: Selection,
     seed: int,
     difficulty: Difficulty | None = None,
 ) -> list[Example]:
     """Return the chosen training examples in their order; the same seed chooses the same.
 
-    `judged` is what the model is judged on: nothing near it is chosen. Raises DataError when the
-    rule needs the base's difficulty and none was handed in.
+    Raises DataError when the rule needs the base's difficulty and none was handed in.
     """
-    kept = list(train)
-    if selection.near_duplicates is not None:
-        kept = _without_near(kept, judged, selection.near_duplicates)
     if selection.rows is None or selection.rows >= len(kept):
-        return kept
+        return list(kept)
     match selection.by:
         case "diverse":
             chosen = _diverse(kept, selection.rows, seed)
@@ -57,10 +52,15 @@ def select(
     return [kept[place] for place in sorted(chosen[: selection.rows])]
 
 
-def _without_near(
-    train: Sequence[Example], judged: Sequence[Example], threshold: float
+def without_near(
+    train: Sequence[Example], judged: Sequence[Example], threshold: float | None
 ) -> list[Example]:
-    """Leave out what is near a judged example, or near an example that is kept before it."""
+    """Leave out what is near a judged example, or near an example that is kept before it.
+
+    Without a threshold nothing is.
+    """
+    if threshold is None:
+        return list(train)
     index = GramIndex(example.prompt for example in judged)
     kept: list[Example] = []
     for example in train:

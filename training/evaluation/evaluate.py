@@ -90,7 +90,7 @@ class Evaluation:
 
 def near_duplicates(data: Data) -> list[bool]:
     """Tell which held-out prompts have a training prompt that is nearly the same text."""
-    alike = nearest([e.text for e in data.held_out], [e.text for e in data.train])
+    alike = nearest([e.prompt for e in data.held_out], [e.prompt for e in data.train])
     return [similarity >= NEAR for similarity in alike]
 
 

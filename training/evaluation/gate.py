@@ -38,7 +38,7 @@ def decide(gate: Gate, adapter: Score, base: Score | None) -> GateDecision:
             failures.append("gate.min_gain is set and the base model was not evaluated.")
         elif value - base.share.value < gate.min_gain:
             failures.append(
-                f"The adapter has {adapter.share} and the base {base.share}: a gain of "
+                f"It has {adapter.share} and the base {base.share}: a gain of "
                 f"{100 * (value - base.share.value):.1f} points, below gate.min_gain = "
                 f"{100 * gate.min_gain:g} points."
             )

@@ -34,6 +34,8 @@ def with_peft(engine: Answer) -> Answer:
         fast = [place for place in range(len(asks)) if place not in set(slow)]
         answers: dict[int, list[int]] = {}
         for places, answer in ((fast, engine), (slow, answer_by_peft)):
+            if not places:  # no engine is started for nothing
+                continue
             before = len(answers)
             told = [asks[place] for place in places]
             said = answer(model, told, max_new_tokens, lambda n, before=before: done(before + n))

@@ -4,7 +4,8 @@ import math
 
 from scipy.special import ndtri
 
-Z_95 = float(ndtri(0.975))  # both sides
+from training.evaluation.statistics import Z_95
+
 Z_POWER = float(ndtri(0.8))
 
 

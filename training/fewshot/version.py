@@ -1,7 +1,6 @@
 """The run that ends in a prompt: a card that the registry takes as a version without weights."""
 
 import json
-import shutil
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -10,7 +9,7 @@ from typing import Any
 
 from registry.base import BaseModel
 from registry.jsonfile import canonical
-from training.card import NOT_EVALUATED, read_card, write_card
+from training.card import read_card, unjudged_card, write_card
 from training.data.examples import Data
 from training.evaluation.evaluate import Answer
 from training.fewshot.measure import Measured, Measurement, measure
@@ -50,6 +49,7 @@ def _fill(
     started = time.monotonic()
     prompt: dict[str, Any] = {"system": recipe.task.system}
     lineage: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if recipe.method.kind == "fewshot":
         measured = measure(recipe, data, base, answer=answer, progress=progress)
         prompt["system"] = measured.prompt.system
@@ -58,11 +58,14 @@ def _fill(
         lineage = facts_of(measured)
         lines = [json.dumps(line) + "\n" for line in lineage["measurements"]]
         replace_file(run.metrics, "".join(lines).encode())
-    lineage["seconds"] = round(time.monotonic() - started, 1)
-    prepared = run.folder / "adapter.partial"
-    shutil.rmtree(prepared, ignore_errors=True)
-    prepared.mkdir()
-    write_card(prepared, new_prompt_card(recipe, data, base, prompt, lineage))
+        settings["fewshot"] = asdict(recipe.fewshot)
+    lineage |= {
+        "seconds": round(time.monotonic() - started, 1),
+        "prompt_bytes": len(canonical(prompt)),
+        "versions": {"torch": version("torch")},
+    }
+    prepared = run.prepare()
+    write_card(prepared, unjudged_card("prompt", recipe, data, base, prompt, lineage, settings))
     run.publish(prepared)
 
 
@@ -86,35 +89,3 @@ def _line(measurement: Measurement) -> dict[str, Any]:
     facts = asdict(measurement)
     cell = facts.pop("cell")
     return cell | {key: round(value, 4) for key, value in facts.items()}
-
-
-def new_prompt_card(
-    recipe: Recipe,
-    data: Data,
-    base: BaseModel,
-    prompt: dict[str, Any],
-    lineage: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the card of a prompt that is not judged yet."""
-    return {
-        "kind": "prompt",
-        "base": {"id": base.id, "fingerprint": base.fingerprint, "structure": base.structure},
-        "prompt": prompt,
-        "metrics": {},
-        "gate": {"passed": False, "failures": [NOT_EVALUATED], "rules": asdict(recipe.gate)},
-        "lineage": {
-            "recipe_sha256": recipe.digest,
-            "data_sha256": data.digest,
-            "train_examples": len(data.train),
-            "held_out_examples": len(data.held_out),
-            "seed": recipe.seed,
-            "prompt_bytes": len(canonical(prompt)),
-            "versions": {"torch": version("torch")},
-            **lineage,
-        },
-        "recipe": {
-            "name": recipe.name,
-            "method": recipe.method.settings,
-            **({"fewshot": asdict(recipe.fewshot)} if recipe.method.kind == "fewshot" else {}),
-        },
-    }

@@ -95,6 +95,18 @@ def test_every_bad_row_is_told_with_its_line_and_the_others_are_read(tmp_path: P
     ]
 
 
+def test_a_file_that_is_no_parquet_and_json_nested_beyond_reading_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "x.parquet").write_text("prompt,completion\na,b\n")
+    with pytest.raises(DataError, match=r"x\.parquet is no parquet file"):
+        list(read_rows(tmp_path / "x.parquet", DataSource(), "", {}))
+    deep = '{"prompt": ' + "[" * 200_000
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' + deep + "\n")
+    _, bad = read_rows(tmp_path / "x.jsonl", DataSource(), "", {})
+    assert isinstance(bad, BadRow)
+    assert "not JSON" in bad.message
+
+
 def test_a_csv_that_breaks_off_and_a_file_that_is_no_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('prompt,completion\na,b\n"c,d\n')
     good, bad = read_rows(tmp_path / "x.csv", DataSource(), "", {})

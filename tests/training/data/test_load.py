@@ -90,6 +90,19 @@ def test_a_validation_file_wins_over_a_share_and_is_not_trained_on(tmp_path: Pat
     assert data.duplicates == 2
 
 
+def test_rows_near_another_or_near_what_is_judged_are_counted_when_they_are_left_out(
+    tmp_path: Path,
+) -> None:
+    rows = ["turn on the lamp", "turn on the lamp!", "who wrote Faust", "open a window"]
+    (tmp_path / "a.csv").write_text("\n".join(["prompt,completion", *(f"{r},x" for r in rows)]))
+    (tmp_path / "b.csv").write_text("prompt,completion\nwho wrote Faust?,x\n")
+    files = {"path": "a.csv", "held_out_path": "b.csv"}
+    data = load_data(recipe_for(tmp_path, **files, selection={"near_duplicates": 0.6}))
+    assert sorted(e.text for e in data.train) == ["open a window", "turn on the lamp"]
+    assert (data.duplicates, data.near_duplicates) == (0, 2)
+    assert load_data(recipe_for(tmp_path, **files)).near_duplicates == 0
+
+
 def test_only_rows_with_a_named_label_are_kept(tmp_path: Path) -> None:
     columns = {"path": banking_csv(tmp_path).name, "prompt": "text", "completion": "category"}
     data = load_data(recipe_for(tmp_path, **columns, labels=["label_1", "label_3"]))

@@ -11,7 +11,7 @@ from registry.base import BaseModel
 from training.data.difficulty import difficulty_of
 from training.data.duplicates import similarity
 from training.data.examples import Example, ask
-from training.data.selection import select
+from training.data.selection import select, without_near
 from training.errors import DataError, RecipeError
 from training.prompt import load_prompter
 from training.recipe import Selection, apply_overrides, parse_recipe
@@ -31,7 +31,8 @@ def prompts(examples: Sequence[Example]) -> list[str]:
 
 def test_near_duplicates_of_each_other_and_of_what_is_judged_are_left_out() -> None:
     judged = [ask("who wrote Faust I?", "other", "x")]
-    kept = select(EXAMPLES, judged, Selection(near_duplicates=0.6), seed=0)
+    kept = without_near(EXAMPLES, judged, 0.6)
+    assert without_near(EXAMPLES, judged, None) == EXAMPLES
     assert 2 <= len(kept) < len(EXAMPLES)
     assert "who wrote Faust?" not in prompts(kept)
     assert all(similarity(a, b) < 0.6 for a, b in combinations(prompts([*kept, *judged]), 2))
@@ -40,7 +41,7 @@ def test_near_duplicates_of_each_other_and_of_what_is_judged_are_left_out() -> N
 
 
 def test_a_diverse_choice_is_farthest_first() -> None:
-    chosen = select(EXAMPLES, [], Selection(rows=6, by="diverse"), seed=3)
+    chosen = select(EXAMPLES, Selection(rows=6, by="diverse"), seed=3)
     texts = prompts(EXAMPLES)
     # The definition, step by step: each next one minimises its greatest similarity to the chosen.
     for start in range(len(texts)):
@@ -56,10 +57,10 @@ def test_a_diverse_choice_is_farthest_first() -> None:
 
 
 def test_a_balanced_choice_takes_every_label_in_turn() -> None:
-    chosen = select(EXAMPLES, [], Selection(rows=10, by="balanced"), seed=0)
+    chosen = select(EXAMPLES, Selection(rows=10, by="balanced"), seed=0)
     assert Counter(e.completion for e in chosen) == {"on": 4, "off": 4, "other": 2}
-    again = select(EXAMPLES, [], Selection(rows=10, by="balanced"), seed=0)
-    other = select(EXAMPLES, [], Selection(rows=10, by="balanced"), seed=1)
+    again = select(EXAMPLES, Selection(rows=10, by="balanced"), seed=0)
+    other = select(EXAMPLES, Selection(rows=10, by="balanced"), seed=1)
     assert prompts(chosen) == prompts(again) != prompts(other)
 
 
@@ -67,12 +68,12 @@ def test_difficulty_chooses_from_either_end() -> None:
     def length(examples: Sequence[Example]) -> list[float]:
         return [float(len(example.prompt)) for example in examples]
 
-    hard = select(EXAMPLES, [], Selection(rows=3, by="hard"), 0, length)
-    easy = select(EXAMPLES, [], Selection(rows=2, by="easy"), 0, length)
+    hard = select(EXAMPLES, Selection(rows=3, by="hard"), 0, length)
+    easy = select(EXAMPLES, Selection(rows=2, by="easy"), 0, length)
     assert min(map(len, prompts(hard))) == len("please turn the curtain off number 0")
     assert prompts(easy) == ["who wrote Faust?", "what is 7 times 8?"]
     with pytest.raises(DataError, match="wardrobe data split"):
-        select(EXAMPLES, [], Selection(rows=3, by="hard"), 0)
+        select(EXAMPLES, Selection(rows=3, by="hard"), 0)
 
 
 def test_a_number_of_rows_and_a_rule_need_each_other() -> None:
