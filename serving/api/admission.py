@@ -38,7 +38,10 @@ async def _take_part(
 ) -> Route:
     """Return the route of the unit's arm, or the given one for a unit that is not exposed."""
     experiment = running.experiment
-    unit = unit_of(experiment.salt, key or record.request_id)
+    if running.routes[0].fingerprint != route.fingerprint:
+        return route  # production was moved, perhaps away from what is broken: no arm holds it up
+    # Of two tenants, each has its own user 17.
+    unit = unit_of(experiment.salt, f"{record.tenant}\x1f{key or record.request_id}")
     arm = experiment.assign(unit)
     if arm is None:
         return route

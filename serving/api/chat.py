@@ -42,7 +42,7 @@ async def _plan(services: Services, fields: ChatRequest, route: Route, request_i
     asked = fields.max_completion_tokens or fields.max_tokens
     default = min(context - len(prompt), services.settings.default_max_tokens)
     wanted = asked or max(default, 1)
-    before = f"{route.label} puts {len(route.examples)} examples before your messages. "
+    before = f"{route.shown_as} puts {len(route.examples)} examples before your messages. "
     note = before if route.examples else ""
     room_for_answer(prompt, wanted, context, "messages", note)
     return make_plan(

@@ -43,8 +43,8 @@ async def _plan(
 ) -> Plan:
     if route.only_prompt:
         raise RequestError(
-            f"{route.label} is a prompt without an adapter: it goes before the messages of a chat "
-            "and has no place in a raw prompt. Use /v1/chat/completions.",
+            f"{route.shown_as} is a prompt without an adapter: it goes before the messages of a "
+            "chat and has no place in a raw prompt. Use /v1/chat/completions.",
             param="model",
             code="prompt_version",
         )

@@ -159,7 +159,10 @@ def _judge_primary(
         texts = [f"{_versus(reading)}: worse{_interval(reading)}" for reading in primary]
         return Verdict("loss", "; ".join(texts) + ".", 0, readings, units)
     if any(reading.difference.collecting for reading in primary):
-        sentence = f"Collecting: each arm needs {MIN_UNITS} units with some variation first."
+        sentence = (
+            f"Collecting: nothing is said until each arm has {MIN_UNITS} units that count, or "
+            "while all of them are alike."
+        )
         return Verdict("go on", sentence, None, readings, units)
     texts = [f"{_versus(r)}: not told apart{_interval(r)}{_needed(r)}" for r in primary]
     return Verdict("go on", "; ".join(texts) + ".", None, readings, units)

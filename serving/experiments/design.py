@@ -12,6 +12,7 @@ BASE = "base"
 MAX_ARMS = 8
 MAX_METRICS = 16
 CONTROL = "control"
+MIN_SHARE = 0.001  # of an arm: below it no unit would come in a lifetime
 
 
 class DesignInvalid(WardrobeError):
@@ -30,8 +31,10 @@ def make_arms(
     """
     if not 1 <= len(treatments) < MAX_ARMS:
         raise DesignInvalid(f"An experiment has 1 to {MAX_ARMS - 1} treatments beside the control.")
-    if not 0 < share < 1:
-        raise DesignInvalid(f"The share of the treatments is {share}; it must be above 0, below 1.")
+    if not min(share / len(treatments), 1 - share) >= MIN_SHARE:  # so that NaN is refused, too
+        raise DesignInvalid(
+            f"The share of the treatments is {share}; each arm needs {MIN_SHARE} or more."
+        )
     production = registry.resolve(Selector(name, alias=PRODUCTION))
     base = registry.bases.get(production.base_id)
     control = Arm(CONTROL, 1 - share, name, production.number, production.digest)
@@ -50,13 +53,14 @@ def _treatment(
 ) -> Arm:
     if text == BASE:
         return Arm(label, share, None, None, base.fingerprint)
-    version = registry.resolve(Selector.parse(f"{name}{text}" if text.startswith("@") else text))
+    selector = Selector.parse(f"{name}{text}" if text.startswith("@") else text, name.namespace)
+    if selector.name.namespace != name.namespace:  # before a look: a guess must learn nothing
+        raise DesignInvalid(f"{selector.name} belongs to another tenant than {name}.")
+    version = registry.resolve(selector)
     if version.base_id != base.id:
         raise DesignInvalid(
             f"{version.ref.label} is for {version.base_id}, and {name} runs on {base.id}."
         )
-    if version.name.namespace != name.namespace:
-        raise DesignInvalid(f"{version.ref.label} belongs to another tenant than {name}.")
     return Arm(label, share, version.name, version.number, version.digest)
 
 

@@ -1,7 +1,8 @@
 """The experiments that split traffic in this server now, and the loop that judges them.
 
-A new or changed experiment is taken up within `POLL_SECONDS`: its arms are loaded and checked
-first, as a promote is; one that cannot be served pauses the experiment, and production goes on.
+A change of an experiment is followed within `POLL_SECONDS`. The arms of a new one are loaded and
+checked first, as a promote is; one that cannot be served pauses it, and production goes on. So
+does production that is moved by somebody else: the control would be no control any more.
 """
 
 import asyncio
@@ -9,18 +10,22 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from registry.adapter import PRODUCTION, AdapterName, Selector, Version
 from registry.base import BaseModel
 from registry.errors import BaseMismatch, Conflict, IntegrityError, StoreUnavailable, WardrobeError
+from registry.records import Alias
 from registry.store import Registry
 from serving.experiments.decide import Verdict, decide
-from serving.experiments.experiment import Arm, Experiment
+from serving.experiments.experiment import Arm, Experiment, State
 from serving.experiments.store import Experiments
 from serving.routing import Route
 
 POLL_SECONDS = 0.25
-JUDGE_SECONDS = 1.0  # and never more than a twentieth of the time is spent on it
+JUDGE_SECONDS = 1.0
+JUDGE_REST = 20  # times what a judgement took: never more than a twentieth of the time
+TAKE_UP_SECONDS = 120.0  # arms that are not ready by then cannot be served
 ACTOR = "wardrobe"  # who decides when nobody does
 
 log = logging.getLogger("wardrobe.experiments")
@@ -32,6 +37,12 @@ class Running:
 
     experiment: Experiment
     routes: tuple[Route, ...]  # one for each arm
+
+
+class NotPromoted(WardrobeError):
+    """A winner that the registry did not take."""
+
+    code = "not_promoted"
 
 
 class LiveExperiments:
@@ -49,6 +60,7 @@ class LiveExperiments:
         self._base = base
         self._make_ready = make_ready
         self._running: dict[AdapterName, Running] = {}
+        self._taking: dict[str, asyncio.Task[None]] = {}  # experiment id → its arms being loaded
         self._loops: list[asyncio.Task[None]] = []
 
     def of(self, name: AdapterName) -> Running | None:
@@ -58,49 +70,72 @@ class LiveExperiments:
     async def start(self) -> None:
         self._loops = [
             asyncio.create_task(self._repeat(self._follow, POLL_SECONDS)),
-            asyncio.create_task(self._repeat(self._judge, JUDGE_SECONDS)),
+            asyncio.create_task(self._repeat(self._judge, JUDGE_SECONDS, rest=JUDGE_REST)),
         ]
 
     async def stop(self) -> None:
-        for task in self._loops:
+        tasks = [*self._loops, *self._taking.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _repeat(self, step: Callable[[], Awaitable[None]], seconds: float) -> None:
+    async def _repeat(
+        self, step: Callable[[], Awaitable[None]], seconds: float, rest: float = 0
+    ) -> None:
         while True:
             started = time.monotonic()
-            try:
-                await step()
-            except StoreUnavailable as error:
-                log.warning("experiments cannot be read, known ones go on: %s", error.message)
-            except Exception:
-                log.exception("following the experiments failed, trying again")
-            await asyncio.sleep(max(seconds, 20 * (time.monotonic() - started)))
+            await self._survive(step)
+            await asyncio.sleep(max(seconds, rest * (time.monotonic() - started)))
+
+    async def _survive(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Run a step that is tried again later, so that no failure ends what comes after it."""
+        try:
+            await step()
+        except StoreUnavailable as error:
+            log.warning("experiments cannot be read, known ones go on: %s", error.message)
+        except Exception:
+            log.exception("a step of the experiments failed, trying again")
 
     async def _follow(self) -> None:
         found = await asyncio.to_thread(self._store.find, ["running"])
-        here = {experiment.name: experiment for experiment in found}
-        for name in self._running.keys() - here.keys():
-            del self._running[name]
-        for name, experiment in here.items():
-            known = self._running.get(name)
-            if known is None or known.experiment.id != experiment.id:
-                self._running.pop(name, None)
-                await self._take_up(experiment)
-            elif known.experiment != experiment:  # a ramp: the arms are the same
-                self._running[name] = replace(known, experiment=experiment)
+        here = {experiment.id for experiment in found}
+        for name, known in list(self._running.items()):
+            if known.experiment.id not in here:
+                del self._running[name]
+        for experiment_id, task in self._taking.items():
+            if experiment_id not in here:
+                task.cancel()
+        for experiment in found:
+            known = self._running.get(experiment.name)
+            if known is None and experiment.id not in self._taking:
+                self._begin(experiment)
+            elif known is not None and known.experiment != experiment:  # a ramp: the same arms
+                self._running[experiment.name] = replace(known, experiment=experiment)
+
+    def _begin(self, experiment: Experiment) -> None:
+        """Load the arms on the side: a slow one must not keep others from being stopped."""
+        step = partial(self._take_up, experiment)
+        task = asyncio.create_task(self._survive(step))
+        self._taking[experiment.id] = task
+        task.add_done_callback(lambda _: self._taking.pop(experiment.id))
 
     async def _take_up(self, experiment: Experiment) -> None:
         try:
-            routes = [await self._route(arm) for arm in experiment.arms]
+            async with asyncio.timeout(TAKE_UP_SECONDS):
+                routes = [await self._route(arm) for arm in experiment.arms]
         except BaseMismatch:
             return  # for the servers of that base
+        except StoreUnavailable:
+            raise  # says nothing about the arms
+        except TimeoutError:
+            sentence = f"The arms are not ready after {TAKE_UP_SECONDS:.0f} seconds."
+            await self._move(experiment, "paused", "pause", sentence)
         except WardrobeError as error:
-            reason = f"An arm cannot be served: {error.message}"
-            await self._move(experiment, "paused", "pause", reason, None)
-            return
-        self._running[experiment.name] = Running(experiment, tuple(routes))
-        log.info("experiment=%s splits name=%s", experiment.id, experiment.name)
+            sentence = f"An arm cannot be served: {error.message}"
+            await self._move(experiment, "paused", "pause", sentence)
+        else:
+            self._running[experiment.name] = Running(experiment, tuple(routes))
+            log.info("experiment=%s splits name=%s", experiment.id, experiment.name)
 
     async def _route(self, arm: Arm) -> Route:
         if arm.name is None or arm.number is None:
@@ -118,10 +153,11 @@ class LiveExperiments:
 
     async def _judge(self) -> None:
         for running in list(self._running.values()):
-            counts = await asyncio.to_thread(self._store.counts, running.experiment)
-            await self._act(running.experiment, decide(running.experiment, counts))
+            await self._survive(partial(self._judge_one, running.experiment))
 
-    async def _act(self, experiment: Experiment, verdict: Verdict) -> None:
+    async def _judge_one(self, experiment: Experiment) -> None:
+        counts = await asyncio.to_thread(self._store.counts, experiment)
+        verdict = decide(experiment, counts)
         if verdict.action == "pause":
             await self._move(experiment, "paused", "pause", verdict.sentence, verdict)
         elif verdict.action in ("stop harmed", "loss"):
@@ -129,44 +165,71 @@ class LiveExperiments:
         elif verdict.action == "win" and experiment.on_win == "promote":
             assert verdict.winner is not None, "a win has its arm"
             await self._promote(experiment, experiment.arms[verdict.winner], verdict)
+        elif moved := await asyncio.to_thread(self._moved, experiment):
+            await self._move(experiment, "paused", "pause", moved, verdict)
+
+    def _moved(self, experiment: Experiment, *allowed: Arm) -> str:
+        """Say why the control is no control any more; empty while production is an allowed arm."""
+        now, control = self._production(experiment.name), experiment.arms[0]
+        if now.digest in (arm.digest for arm in (control, *allowed)):
+            return ""
+        return (
+            f"{experiment.name} is v{now.number} in production now, and the control is "
+            f"v{control.number}. Make another experiment for what production is now."
+        )
+
+    def _production(self, name: AdapterName) -> Alias:
+        return next(a for a in self._registry.aliases(name) if a.alias == PRODUCTION)
 
     async def _promote(self, experiment: Experiment, arm: Arm, verdict: Verdict) -> None:
-        """Promote first: after a crash in between, both are done again and change nothing."""
+        """Promote while the move to `stopped` is being written.
+
+        So nobody's stop or pause is overtaken. After a crash in between, both are done again and
+        the promote changes nothing.
+        """
         assert arm.number is not None, "a design that promotes has versions of the adapter as arms"
-        reason = f"{experiment.id}: {verdict.sentence}"[:2000]
+        number, reason = arm.number, f"{experiment.id}: {verdict.sentence}"[:2000]
+
+        def promote() -> None:
+            generation = self._production(experiment.name).generation
+            if moved := self._moved(experiment, arm):
+                raise NotPromoted(moved)
+            try:
+                self._registry.promote(
+                    experiment.name,
+                    number,
+                    reason=reason,
+                    actor=ACTOR,
+                    expected_generation=generation,
+                )
+            except Conflict as error:  # its gate forbids it: a person has to say so
+                raise NotPromoted(error.message) from error
+
         try:
-            await asyncio.to_thread(
-                self._registry.promote,
-                experiment.name,
-                arm.number,
-                alias=PRODUCTION,
-                reason=reason,
-                actor=ACTOR,
-            )
-        except Conflict as error:  # its gate forbids it: a person has to say so
+            await self._move(experiment, "stopped", "win", verdict.sentence, verdict, promote)
+        except NotPromoted as error:
             sentence = f"{verdict.sentence} Not promoted: {error.message}"
             await self._move(experiment, "paused", "pause", sentence, verdict)
-            return
-        await self._move(experiment, "stopped", "win", verdict.sentence, verdict)
 
     async def _move(
         self,
         experiment: Experiment,
-        state: str,
+        state: State,
         action: str,
         reason: str,
-        verdict: Verdict | None,
+        verdict: Verdict | None = None,
+        also: Callable[[], None] | None = None,
     ) -> None:
-        def move() -> None:
-            self._store.move(
-                experiment,
-                "paused" if state == "paused" else "stopped",
-                action=action,
-                actor=ACTOR,
-                reason=reason,
-                numbers=verdict.plain() if verdict else None,
-            )
-
+        move = partial(
+            self._store.move,
+            experiment,
+            state,
+            action=action,
+            actor=ACTOR,
+            reason=reason,
+            numbers=verdict.plain() if verdict else None,
+            also=also,
+        )
         log.warning("experiment=%s %s: %s", experiment.id, action, reason)
         try:
             await asyncio.to_thread(move)

@@ -8,7 +8,7 @@ from serving.experiments.store import Experiments
 # action → (states it is for, the state after it)
 MOVES: dict[str, tuple[tuple[State, ...], State]] = {
     "start": (("draft", "paused"), "running"),
-    "ramp": (("running", "paused"), "running"),
+    "ramp": (("running",), "running"),  # what was paused for a reason is started again, not ramped
     "pause": (("running",), "paused"),
     "stop": (("draft", "running", "paused"), "stopped"),
 }

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from registry.errors import StoreUnavailable, WardrobeError
@@ -33,7 +34,6 @@ class Recorder:
     """The writing thread, from `start` to `stop`."""
 
     store: Experiments
-    dropped: int = 0  # outcomes that found the queue full or the database gone
     _queue: "queue.Queue[_Entry | None]" = field(default_factory=lambda: queue.Queue(MAX_QUEUED))
     _thread: threading.Thread | None = None
 
@@ -62,7 +62,8 @@ class Recorder:
                 future.set_exception(error)
 
         def done(error: WardrobeError | None) -> None:
-            loop.call_soon_threadsafe(settle, error)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, error)
 
         try:
             self._queue.put_nowait(_Entry(row, done))
@@ -75,7 +76,7 @@ class Recorder:
         try:
             self._queue.put_nowait(_Entry(row))
         except queue.Full:
-            self.dropped += 1
+            log.error("the outcome of %s found the queue full and is lost", row.request_id)
 
     def _run(self) -> None:
         going = True
@@ -104,7 +105,9 @@ class Recorder:
         try:
             self.store.record(exposed, ended)
         except WardrobeError as error:
-            self.dropped += len(ended)
             log.error("exposures could not be written: %s", error.message)
             return error
+        except Exception as error:  # the thread goes on: without it every request would wait
+            log.exception("exposures could not be written")
+            return StoreUnavailable(f"Exposures could not be written: {error}")
         return None

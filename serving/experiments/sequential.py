@@ -21,6 +21,7 @@ from functools import lru_cache
 
 TAU = 0.1  # standard deviation of the standardised effect expected beforehand: effects are small
 MIN_UNITS = 100  # of each arm, before a mean is judged; the t form is asymptotic
+ROUNDING = 1e-9  # sums of floats differ by less without differing
 SRM_STRENGTH = 100.0  # of the Dirichlet prior around the intended split
 SRM_ALPHA = 0.001
 
@@ -32,7 +33,7 @@ class Sums:
     For a mean per unit, x is 1 for every unit. For a ratio, it is the unit's denominator.
     """
 
-    n: int  # units
+    n: int  # units; of a ratio, those that have a denominator
     y: float = 0.0
     yy: float = 0.0
     x: float = 0.0
@@ -54,7 +55,9 @@ class Sums:
         if self.n < 2 or not self.x:
             return 0.0
         r = self.value
-        residual = max(self.yy - 2 * r * self.xy + r * r * self.xx, 0.0)
+        residual = self.yy - 2 * r * self.xy + r * r * self.xx
+        if residual <= ROUNDING * self.yy:
+            return 0.0
         return residual / (self.x / self.n) ** 2 / (self.n - 1)
 
 
@@ -78,12 +81,16 @@ class Difference:
 
 
 def compare(first: Sums, second: Sums, alpha: float, *, tau: float = TAU) -> Difference:
-    """Compare two arms by the sequential t. `alpha` is spent over all looks together."""
+    """Compare two arms by the sequential t. `alpha` is spent over all looks together.
+
+    One arm may be without variation: a control that never fails is the usual case.
+    """
     value = second.value - first.value
     enough = min(first.n, second.n) >= MIN_UNITS
-    if not enough or first.spread == 0.0 or second.spread == 0.0:
+    variance = _squared_error(first, second) if enough else 0.0
+    if variance == 0.0:
         return Difference(value, -math.inf, math.inf, 0.0)
-    variance, freedom = _squared_error(first, second), first.n + second.n - 2
+    freedom = first.n + second.n - 2
     k = 1 + tau * tau * first.n * second.n / (first.n + second.n)
     t2 = value * value / variance
     log_e = -0.5 * math.log(k) + (freedom + 1) / 2 * (
@@ -94,8 +101,15 @@ def compare(first: Sums, second: Sums, alpha: float, *, tau: float = TAU) -> Dif
 
 
 def _squared_error(first: Sums, second: Sums) -> float:
-    """Return the larger of the pooled and of Welch's squared standard error."""
+    """Return the larger of the pooled and of Welch's squared standard error.
+
+    Where neither arm varies, it is that of all units around their common mean, d²/n: an arm that
+    always fails beside one that never does must not wait for variation. 0 for equal constants.
+    """
     freedom = first.n + second.n - 2
+    if first.spread == second.spread == 0.0:
+        same = math.isclose(first.value, second.value, rel_tol=ROUNDING)
+        return 0.0 if same else (second.value - first.value) ** 2 / (first.n + second.n)
     pooled = ((first.n - 1) * first.spread + (second.n - 1) * second.spread) / freedom
     return max(
         pooled * (1 / first.n + 1 / second.n),

@@ -1,7 +1,7 @@
 """Experiments on disk: their design and state, who was exposed, what came of it."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from registry.adapter import AdapterName
 from registry.database import Database, now
 from registry.errors import Conflict, NotFound, WardrobeError
-from serving.experiments.experiment import Arm, Experiment, Metric, State
+from serving.experiments.experiment import BUILT_IN, Arm, Experiment, Metric, State
 from serving.experiments.sequential import Sums
 from serving.experiments.sums import sums_of
 from serving.experiments.tables import (
@@ -160,11 +160,13 @@ class Experiments:
         actor: str,
         reason: str,
         numbers: dict[str, Any] | None = None,
+        also: Callable[[], None] | None = None,
     ) -> Experiment:
         """Change state or exposure, with its line in the log.
 
         Compare-and-set: of two that decide at once, one gets Conflict. Raises Conflict also when
-        another experiment splits the same adapter.
+        another experiment splits the same adapter. `also` is done once nobody else can move the
+        experiment; what it raises undoes the move.
         """
         after = exposure if exposure is not None else experiment.exposure
         with self._database.write() as connection:
@@ -187,6 +189,8 @@ class Experiments:
             if changed.rowcount == 0:
                 raise Conflict(f"{experiment.id} was changed meanwhile. Look again, then decide.")
             _log(connection, experiment.id, action, actor, reason, numbers or {})
+            if also is not None:
+                also()
             return _get(connection, experiment.id)
 
     def decisions(self, experiment_id: str) -> list[Decision]:
@@ -220,7 +224,7 @@ class Experiments:
     ) -> bool:
         """Record what came of an answer, however late; the last value counts, all are kept.
 
-        With `key`, sending the same again changes nothing: False. `tenant` None is the operator.
+        With `key`, sending the metric again changes nothing: False. `tenant` None is the operator.
         Raises NotFound for an answer that is in no experiment, or is another tenant's.
         """
         with self._database.write() as connection:
@@ -290,9 +294,9 @@ def _experiment_of(connection: Connection, request_id: str, tenant: str | None) 
 
 
 def _check_metric(experiment: Experiment, name: str, value: float) -> None:
-    taken = {m.name: m for m in experiment.metrics if m.name == name and m.kind != name}
+    taken = {m.name: m for m in experiment.metrics if m.name not in BUILT_IN}
     if name not in taken:
-        known = ", ".join(m.name for m in experiment.metrics if m.kind != m.name) or "none"
+        known = ", ".join(taken) or "none"
         raise NotFound(f"{experiment.id} takes no feedback {name!r}. It takes: {known}.")
     if taken[name].kind == "binary" and value not in (0.0, 1.0):
         raise FeedbackInvalid(f"{name} is 0 or 1, and {value} was sent.")

@@ -1,4 +1,8 @@
-"""What a metric adds up to in each arm: one row a unit, summed by the database."""
+"""What a metric adds up to in each arm: one row a unit, summed by the database.
+
+A unit without a denominator (no answer rated, none ended yet) is no unit of that ratio: it adds
+nothing to the sums, and counting it would let two ratings pass for a hundred.
+"""
 
 from typing import Any
 
@@ -17,6 +21,7 @@ def sums_of(connection: Connection, experiment: Experiment, metric: Metric) -> d
         .select_from(source)
         .where(exposures.c.experiment == experiment.id)
         .group_by(exposures.c.arm, exposures.c.unit)
+        .having(x > 0)
         .subquery()
     )
     products = [units.c.y, units.c.y * units.c.y, units.c.x, units.c.x * units.c.x]

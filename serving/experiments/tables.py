@@ -59,7 +59,8 @@ exposures = Table(
     Column("tenant", String(63), nullable=False),
     Column("keyed", Boolean, nullable=False),  # False: the unit is the request itself
     Column("at", String(40), nullable=False),
-    Index("exposures_of", "experiment", "arm", "unit"),
+    # Has all that the sums read of an exposure: the table itself is not touched.
+    Index("exposures_of", "experiment", "arm", "unit", "request_id"),
 )
 
 outcomes = Table(
@@ -69,6 +70,7 @@ outcomes = Table(
     Column("failed", Boolean, nullable=False),
     Column("seconds", Float, nullable=False),
     Column("tokens", Integer, nullable=False),
+    sqlite_with_rowid=False,  # found by its key in one step
 )
 
 # The value that counts now; every value ever sent is in `feedback_log`.
@@ -79,6 +81,7 @@ feedback = Table(
     Column("metric", String(63), primary_key=True),
     Column("value", Float, nullable=False),
     Column("at", String(40), nullable=False),
+    sqlite_with_rowid=False,
 )
 
 feedback_log = Table(
@@ -88,9 +91,9 @@ feedback_log = Table(
     Column("request_id", String(64), nullable=False),
     Column("metric", String(63), nullable=False),
     Column("value", Float, nullable=False),
-    Column("key", String(128)),  # the client's idempotency key
+    Column("key", String(128)),  # the client's idempotency key, for each metric of an answer
     Column("at", String(40), nullable=False),
-    Index("feedback_once", "request_id", "key", unique=True),
+    Index("feedback_once", "request_id", "metric", "key", unique=True),
     sqlite_autoincrement=True,
 )
 

@@ -110,6 +110,8 @@ def test_an_experiment_goes_only_where_its_state_allows(store: Experiments) -> N
     with pytest.raises(DesignInvalid, match="can only grow"):
         move(store, running, "ramp", exposure=0.1, actor="t", reason="x")
     paused = move(store, running, "pause", exposure=None, actor="t", reason="look")
+    with pytest.raises(Conflict, match="is paused"):
+        move(store, paused, "ramp", exposure=1, actor="script", reason="every morning")
     again = move(store, paused, "start", exposure=None, actor="t", reason="go on")
     assert (again.state, again.exposure) == ("running", 0.2)
     ended = move(store, again, "stop", exposure=None, actor="t", reason="done")
@@ -124,6 +126,24 @@ def test_of_two_that_decide_at_once_one_is_refused(store: Experiments) -> None:
     move(store, experiment, "pause", exposure=None, actor="one", reason="x")
     with pytest.raises(Conflict, match="changed meanwhile"):
         store.move(experiment, "stopped", action="stop", actor="two", reason="x")
+
+
+def test_what_is_done_with_a_move_happens_with_it_or_not_at_all(store: Experiments) -> None:
+    experiment = started(store)
+    done: list[str] = []
+
+    def refuse() -> None:
+        raise Conflict("the gate")
+
+    with pytest.raises(Conflict, match="the gate"):
+        store.move(experiment, "stopped", action="win", actor="t", reason="x", also=refuse)
+    assert store.get(experiment.id) == experiment
+    stopped = move(store, experiment, "stop", exposure=None, actor="person", reason="x")
+    with pytest.raises(Conflict, match="changed meanwhile"):
+        store.move(
+            experiment, "stopped", action="win", actor="t", reason="x", also=lambda: done.append("")
+        )
+    assert (done, store.get(experiment.id)) == ([], stopped), "a stop is not overtaken"
 
 
 def test_one_adapter_has_one_experiment_at_a_time(store: Experiments) -> None:
@@ -164,7 +184,37 @@ def test_an_average_is_over_answers_that_were_judged(store: Experiments) -> None
     for request_id, stars in zip(ids, (1, 2, 3), strict=False):
         feed(store, request_id, "stars", stars)
     stars = store.counts(experiment)[0].metrics["stars"]
-    assert (stars.n, stars.value) == (2, 2)
+    assert (stars.n, stars.value) == (1, 2), "v was not judged and is no unit of it"
+
+
+def test_an_idempotency_key_is_of_one_metric(store: Experiments) -> None:
+    experiment = started(store)
+    (request_id,) = expose(store, experiment, 0, "u")
+    assert feed(store, request_id, "solved", 1, key="order-4711")
+    assert feed(store, request_id, "stars", 5, key="order-4711")
+    assert store.counts(experiment)[0].metrics["stars"].y == 5
+
+
+def test_a_metric_may_be_called_as_its_kind(store: Experiments) -> None:
+    metrics = make_metrics("binary:binary", ["errors"], [])
+    experiment = store.create(
+        NAME, ARMS, metrics, alpha=0.05, on_win="tell", blind=False, actor="test"
+    )
+    (request_id,) = expose(store, experiment, 0, "u")
+    assert feed(store, request_id, "binary", 1)
+
+
+def test_times_and_tokens_are_means_over_the_answers_of_a_unit(store: Experiments) -> None:
+    metrics = make_metrics("latency", ["errors"], ["tokens"])
+    experiment = store.create(
+        NAME, ARMS, metrics, alpha=0.05, on_win="tell", blind=False, actor="test"
+    )
+    ids = expose(store, experiment, 0, "u", answers=2)
+    rows = [Exposure(f"{i}x", experiment.id, 0, "v", "acme", True) for i in ids]
+    store.record(rows, [Outcome(f"{ids[0]}x", False, math.e**3, 40)])
+    found = store.counts(experiment)[0].metrics
+    assert (found["latency"].n, found["latency"].x, found["tokens"].value) == (2, 3, 20)
+    assert found["latency"].value == pytest.approx(1.0), "ln 1, ln 1 and ln e³; one has not ended"
 
 
 def test_feedback_that_cannot_be_is_refused(store: Experiments) -> None:
@@ -258,6 +308,31 @@ def test_a_broken_arm_is_seen_before_the_t_form_may_speak(store: Experiments) ->
     fill(store, experiment, 0, 40, angry=1)
     fill(store, experiment, 1, 40, angry=30)
     assert decide(experiment, store.counts(experiment)).action == "stop harmed"
+
+
+@pytest.mark.parametrize("failing", [30, 100])
+def test_an_arm_that_fails_beside_a_control_that_never_does_is_stopped(
+    store: Experiments, failing: int
+) -> None:
+    """The usual control has no error at all, and so no variation."""
+    experiment = started(store)
+    fill(store, experiment, 0, 100)
+    ids = [f"req_bad_{i}" for i in range(100)]
+    rows = [Exposure(i, experiment.id, 1, i, "acme", True) for i in ids]
+    store.record(rows, [Outcome(r, i < failing, 1.0, 10) for i, r in enumerate(ids)])
+    verdict = decide(experiment, store.counts(experiment))
+    assert (verdict.action, "errors" in verdict.sentence) == ("stop harmed", True)
+
+
+def test_a_few_ratings_among_many_units_are_no_verdict(store: Experiments) -> None:
+    experiment = started(store)
+    for arm, stars in ((0, (5, 5, 5)), (1, (1, 1, 2))):
+        fill(store, experiment, arm, 200)
+        for number, value in enumerate(stars):
+            feed(store, f"req_{experiment.id}_{arm}-200_{number}", "stars", value)
+    verdict = decide(experiment, store.counts(experiment))
+    stars = next(reading for reading in verdict.readings if reading.metric == "stars")
+    assert stars.difference.collecting
 
 
 def test_a_split_that_is_not_what_was_meant_pauses_everything(store: Experiments) -> None:

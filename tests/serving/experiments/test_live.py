@@ -1,19 +1,26 @@
 """Experiments on a running server: real requests, real feedback, and what is done about it."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from serving.experiments.store import Experiments
+from registry.adapter import AdapterName
+from serving.experiments import live as live_experiments
+from serving.experiments.decide import Verdict
+from serving.experiments.experiment import Experiment
+from serving.experiments.live import POLL_SECONDS
+from serving.experiments.store import Counts, Experiments
 from serving.tenants.keys import SCOPES, add_key
 from serving.tokens import Tokens
+from tests.registry.making import make_adapter
 from tests.serving.live import CHAT, NAME, Running, Wardrobe, running
 from tests.serving.scripted import ScriptedEngine
 
+OTHER = AdapterName("acme", "other")
 PATH = "/v1/adapters/acme/support/experiments"
 DESIGN = {"treatments": ["@v2"], "metric": "solved:binary"}
 
@@ -58,6 +65,16 @@ def wait_for(happened: Callable[[], bool], seconds: float = 15) -> None:
 
 def state(client: httpx.Client, experiment: str) -> str:
     return client.get(f"/v1/experiments/{experiment}").json()["state"]
+
+
+def solve(client: httpx.Client) -> None:
+    """Let the treatment solve nine of ten, and the control one of ten."""
+    for number in range(260):
+        answer = ask(client, f"user {number}")
+        assert answer.status_code == 200
+        solved = int((answer.headers.get("x-arm") == "treatment") == (number % 10 > 0))
+        said = {"request_id": answer.headers["x-request-id"], "metric": "solved", "value": solved}
+        client.post("/v1/feedback", json=said)
 
 
 def test_units_are_split_and_each_keeps_its_arm(client: httpx.Client) -> None:
@@ -191,19 +208,104 @@ def test_a_winner_is_promoted_where_the_design_says_so(
     client: httpx.Client, wardrobe: Wardrobe
 ) -> None:
     experiment = start(client, on_win="promote")
-    answers = [ask(client, f"user {number}") for number in range(260)]
-    for number, answer in enumerate(answers):
-        better = int(answer.headers["x-arm"] == "treatment")
-        # One in ten goes the other way: without any variation there is nothing to compare.
-        solved = 1 - better if number % 10 == 0 else better
-        said = {"request_id": answer.headers["x-request-id"], "metric": "solved"}
-        client.post("/v1/feedback", json=said | {"value": solved})
+    solve(client)
     wait_for(lambda: state(client, experiment) == "stopped")
     wait_for(lambda: ask(client, "anybody").headers["x-adapter"] == "acme/support@v2")
     last = wardrobe.registry.history(NAME)[-1]
     assert (last.number, last.actor) == (2, "wardrobe")
     assert experiment in last.reason
-    assert Counter(a.status_code for a in answers) == {200: 260}
+
+
+def test_production_that_is_moved_goes_before_the_experiment(
+    client: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    """Whoever rolls back what is broken must not find it served on as a control."""
+    experiment = start(client)
+    wardrobe.push()
+    wait_for(lambda: ask(client, "u").headers["x-adapter"] == "acme/support@v3")
+    answers = [ask(client, f"user {number}") for number in range(20)]
+    assert {a.headers["x-adapter"] for a in answers} == {"acme/support@v3"}
+    assert {a.headers.get("x-arm") for a in answers} == {None}
+    wait_for(lambda: state(client, experiment) == "paused")
+    last = client.get(f"/v1/experiments/{experiment}").json()["decisions"][-1]
+    assert "v3 in production now, and the control is v1" in last["reason"]
+
+
+def test_a_winner_that_failed_its_gate_is_left_to_a_person(
+    client: httpx.Client, wardrobe: Wardrobe, tmp_path: Path
+) -> None:
+    card = {"gate": {"passed": False, "failures": ["accuracy 0.41 is under 0.60."]}}
+    source = make_adapter(tmp_path / "gated", seed=99, card=card)
+    number = wardrobe.registry.push(source, NAME, actor="test").version.number
+    experiment = start(client, on_win="promote", treatments=[f"@v{number}"])
+    solve(client)
+    wait_for(lambda: state(client, experiment) == "paused")
+    last = client.get(f"/v1/experiments/{experiment}").json()["decisions"][-1]
+    assert "better" in last["reason"]
+    assert "did not pass its gate" in last["reason"]
+    assert [event.number for event in wardrobe.registry.history(NAME)] == [1]
+
+
+def test_arms_that_load_slowly_hold_no_other_experiment_up(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    wardrobe.push(OTHER)
+    wardrobe.push(OTHER, promote=False)
+    experiment = start(client)
+    live.engine.load_seconds = 30.0
+    path = f"/v1/adapters/{OTHER}/experiments"
+    slow = client.post(path, json=DESIGN).json()["id"]
+    act(client, slow, "start", exposure=1.0)
+    time.sleep(2 * POLL_SECONDS)
+    act(client, experiment, "stop")
+    wait_for(lambda: "x-arm" not in ask(client, "u").headers, seconds=5)
+
+
+def test_an_experiment_that_cannot_be_judged_keeps_no_other_from_it(
+    client: httpx.Client, wardrobe: Wardrobe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wardrobe.push(OTHER)
+    wardrobe.push(OTHER, promote=False)
+    made = client.post(f"/v1/adapters/{OTHER}/experiments", json=DESIGN).json()["id"]
+    act(client, made, "start", exposure=1.0)
+    experiment = start(client)
+
+    def judge(judged: Experiment, counts: Sequence[Counts]) -> Verdict:
+        if judged.id == made:
+            raise ArithmeticError("sums that nobody foresaw")
+        return Verdict("loss", "as the test says")
+
+    monkeypatch.setattr(live_experiments, "decide", judge)
+    wait_for(lambda: state(client, experiment) == "stopped")
+
+
+def test_users_of_two_tenants_are_two_units(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    wardrobe.registry.share(NAME, "beta")
+    experiment = start(client)
+    headers = {"authorization": f"Bearer {add_key(wardrobe.registry, 'beta', SCOPES)}"}
+    before = sum(client.get(f"/v1/experiments/{experiment}").json()["units"])
+    with httpx.Client(base_url=live.url, headers=headers, timeout=30) as other:
+        wait_for(lambda: ask(other, "17").status_code == 200, seconds=3)
+    ask(client, "17")
+    assert sum(client.get(f"/v1/experiments/{experiment}").json()["units"]) == before + 2
+
+
+def test_a_treatment_of_another_tenant_tells_nothing_of_it(
+    client: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    wardrobe.push(AdapterName("beta", "legal"))
+    for name in ("beta/legal", "beta/nothing"):
+        for version in ("", "@v1", "@v9", "@canary"):
+            answer = client.post(PATH, json=DESIGN | {"treatments": [name + version]})
+            said = answer.json()["error"]["message"]
+            assert said == f"{name} belongs to another tenant than acme/support."
+
+
+def test_a_treatment_may_leave_the_namespace_out(client: httpx.Client) -> None:
+    made = client.post(PATH, json=DESIGN | {"treatments": ["support@v2"]})
+    assert made.json()["arms"][1]["version"] == "acme/support@v2"
 
 
 def test_an_arm_that_cannot_be_served_pauses_the_experiment(
@@ -226,6 +328,7 @@ def test_an_arm_that_cannot_be_served_pauses_the_experiment(
         ({"treatments": ["base"], "on_win": "promote"}, "promoted"),
         ({"metric": "solved:perhaps"}, "no metric"),
         ({"share": 1.5}, "share"),
+        ({"share": 0.9999999999999999}, "share"),
         ({"alpha": 0.9}, "alpha"),
         ({"tretments": ["@v2"]}, "tretments"),
     ],

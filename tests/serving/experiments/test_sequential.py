@@ -38,6 +38,8 @@ def test_golden_values_of_the_sequential_t() -> None:
     found = compare(binary(9000, 900), binary(1000, 70), ALPHA)
     assert (found.low, found.high) == pytest.approx((-0.05994, -0.0000566), abs=1e-5)
     assert found.log_e == pytest.approx(3.011410, abs=1e-5)
+    found = compare(binary(500, 0), binary(500, 40), ALPHA)
+    assert (found.low, found.high) == pytest.approx((0.0412, 0.1188), abs=1e-4)
 
 
 def test_golden_value_of_the_sample_ratio_mismatch() -> None:
@@ -57,7 +59,20 @@ def test_too_few_units_are_no_evidence() -> None:
     found = compare(binary(MIN_UNITS - 1, 0), binary(5000, 4000), ALPHA)
     assert found.collecting
     assert found.p == 1.0
-    assert compare(binary(500, 0), binary(500, 500), ALPHA).collecting, "no variance, no t"
+    assert compare(binary(500, 500), binary(900, 900), ALPHA).collecting, "all units are alike"
+
+
+def test_an_arm_that_always_fails_beside_one_that_never_does_is_told_apart() -> None:
+    found = compare(binary(MIN_UNITS, 0), binary(MIN_UNITS, MIN_UNITS), ALPHA)
+    assert found.low > 0
+    assert found.log_e > math.log(1 / ALPHA)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e9 / 7])
+def test_equal_constants_do_not_differ_by_rounding(value: float) -> None:
+    first, second = (np.full(n, value) for n in (150, 171))
+    sums = [Sums.of_means(len(v), sum(v.tolist()), sum((v * v).tolist())) for v in (first, second)]
+    assert compare(sums[0], sums[1], ALPHA).collecting
 
 
 def test_a_ratio_with_one_answer_a_unit_is_a_mean() -> None:
@@ -98,7 +113,7 @@ def log_e(first: list[Array], second: list[Array], *, welch_only: bool = False) 
         k = 1 + TAU**2 * n1 * n2 / (n1 + n2)
         t2 = (values[1] - values[0]) ** 2 / variance
         e = -0.5 * np.log(k) + (nu + 1) / 2 * (np.log1p(t2 / nu) - np.log1p(t2 / (nu * k)))
-    ready = (np.minimum(n1, n2) >= MIN_UNITS) & (spreads[0] > 0) & (spreads[1] > 0)
+    ready = (np.minimum(n1, n2) >= MIN_UNITS) & (variance > 0)
     return np.where(ready, e, 0.0).max(axis=1)
 
 
