@@ -436,17 +436,6 @@ def test_a_store_survives_being_closed_and_opened(
         assert reopened.verify().ok
 
 
-def test_a_store_of_a_newer_wardrobe_is_refused_in_clear_words(
-    registry: Registry, bases: Bases
-) -> None:
-    registry.close()
-    with sqlite3.connect(registry.home / "registry.sqlite") as database:
-        database.execute("UPDATE schema SET version = 2")
-    database.close()
-    with pytest.raises(StoreUnavailable, match="newer wardrobe"):
-        Registry.open(registry.home, bases)
-
-
 def test_a_database_that_is_none_is_refused_in_clear_words(tmp_path: Path, bases: Bases) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "registry.sqlite").write_bytes(b"not a database, " * 512)

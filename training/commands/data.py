@@ -1,4 +1,4 @@
-"""The commands of training that need no serving."""
+"""wardrobe data: check, split and generate the rows a recipe trains on."""
 
 import hashlib
 from pathlib import Path
@@ -7,51 +7,20 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from registry.base import BaseModel, Bases
 from registry.commands import Json, clear_errors
-from registry.errors import BaseNotFound, WardrobeError
-from registry.home import default_cache
+from registry.errors import WardrobeError
 from registry.screen import print_json, shown
+from training.commands.bases import find_base
+from training.commands.options import Overrides, RecipeFolder
 
 # torch and transformers are imported where a command needs them, so that `--help` answers at once.
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
-data_app = typer.Typer(
-    no_args_is_help=True, help="The rows a recipe trains on: check, split, generate."
-)
-app.add_typer(data_app, name="data")
+app = typer.Typer(no_args_is_help=True, help="The rows a recipe trains on: check, split, generate.")
 
-RecipeFolder = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A folder with a recipe.toml.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated."),
-]
 out = Console(soft_wrap=True)
 
 
-def known_bases() -> Bases:
-    return Bases(default_cache() / "bases")
-
-
-def find_base(spec: str) -> BaseModel:
-    """Return a base by its id; pull it when it is not on this machine yet."""
-    try:
-        return known_bases().get(spec)
-    except BaseNotFound:
-        return pull(spec)
-
-
-def pull(spec: str, base_id: str | None = None) -> BaseModel:
-    from training.base import pull_base
-    from training.screen import progress_bars
-
-    with progress_bars() as report:
-        return pull_base(spec, known_bases(), progress=report, base_id=base_id)
-
-
-@data_app.command("check")
+@app.command("check")
 @clear_errors()
 def data_check(
     recipe: RecipeFolder,
@@ -92,7 +61,7 @@ def data_check(
         raise typer.Exit(1)
 
 
-@data_app.command("split")
+@app.command("split")
 @clear_errors()
 def data_split(
     recipe: RecipeFolder,
@@ -126,7 +95,7 @@ def data_split(
     return None
 
 
-@data_app.command("generate")
+@app.command("generate")
 @clear_errors()
 def data_generate(
     recipe: RecipeFolder,
