@@ -83,15 +83,16 @@ async def create_experiment(
             actor=actor,
         )
 
-    return summarize(await asyncio.to_thread(create))
+    return summarize(await _moving(create))
 
 
 @get("/v1/experiments", opt=declare(EXPERIMENTS))
 async def list_experiments(request: AnyRequest) -> dict[str, Any]:
     """Return the caller's experiments, oldest first."""
-    found = await asyncio.to_thread(services_of(request.app).store.find)
-    mine = [summarize(e) for e in found if owns(request.user, e.name)]
-    return {"object": "list", "data": mine}
+    principal = request.user
+    namespace = None if principal.is_operator else principal.tenant
+    found = await asyncio.to_thread(services_of(request.app).store.find, namespace=namespace)
+    return {"object": "list", "data": [summarize(experiment) for experiment in found]}
 
 
 @get("/v1/experiments/{experiment:str}", opt=declare(EXPERIMENTS))

@@ -29,6 +29,7 @@ from serving.experiments.tables import (
 )
 
 ACTIVE = ("running", "paused")
+MAX_OPEN = 100  # experiments of one tenant that are not stopped
 
 
 class FeedbackInvalid(WardrobeError):
@@ -113,7 +114,10 @@ class Experiments:
         blind: bool,
         actor: str,
     ) -> Experiment:
-        """Write the design of an experiment down. It runs when it is started."""
+        """Write the design of an experiment down. It runs when it is started.
+
+        Raises Conflict when the tenant has MAX_OPEN of them already.
+        """
         design = {
             "arms": [_plain_arm(arm) for arm in arms],
             "metrics": [asdict(metric) for metric in metrics],
@@ -133,6 +137,7 @@ class Experiments:
             "created_at": now(),
         }
         with self._database.write() as connection:
+            _refuse_too_many(connection, name.namespace)
             connection.execute(insert(experiments).values(**row))
             _log(connection, row["id"], "create", actor, "", {})
             return _get(connection, row["id"])
@@ -142,11 +147,15 @@ class Experiments:
         with self._database.read() as connection:
             return _get(connection, experiment_id)
 
-    def find(self, states: Sequence[State] | None = None) -> list[Experiment]:
-        """Return experiments, oldest first."""
+    def find(
+        self, states: Sequence[State] | None = None, namespace: str | None = None
+    ) -> list[Experiment]:
+        """Return experiments, oldest first; those of one namespace where it is given."""
         query = select(experiments).order_by(experiments.c.created_at, experiments.c.id)
         if states is not None:
             query = query.where(experiments.c.state.in_(states))
+        if namespace is not None:
+            query = query.where(experiments.c.namespace == namespace)
         with self._database.read() as connection:
             return [_experiment(row) for row in connection.execute(query)]
 
@@ -273,6 +282,16 @@ def _sizes(connection: Connection, experiment: Experiment) -> dict[int, tuple[in
     return {arm: (units, answers) for arm, units, answers in connection.execute(query)}
 
 
+def _refuse_too_many(connection: Connection, namespace: str) -> None:
+    query = select(func.count()).where(
+        experiments.c.namespace == namespace, experiments.c.state != "stopped"
+    )
+    if connection.execute(query).scalar_one() >= MAX_OPEN:
+        raise Conflict(
+            f"{namespace} has {MAX_OPEN} experiments that are not stopped. Stop some of them first."
+        )
+
+
 def _refuse_second(connection: Connection, experiment: Experiment) -> None:
     """Two experiments on one adapter would be in each other's traffic."""
     query = select(experiments.c.id).where(
@@ -282,7 +301,7 @@ def _refuse_second(connection: Connection, experiment: Experiment) -> None:
         experiments.c.id != experiment.id,
     )
     if other := connection.execute(query).scalar():
-        raise Conflict(f"{other} is splitting the traffic of {experiment.name} now. Stop it first.")
+        raise Conflict(f"{other} splits the traffic of {experiment.name} or is paused. Stop it.")
 
 
 def _experiment_of(connection: Connection, request_id: str, tenant: str | None) -> Experiment:

@@ -32,7 +32,8 @@ class Access:
         return lambda name: owns(principal, name) or (name, principal.tenant) in shares
 
     async def _current(self) -> frozenset[tuple[AdapterName, str]]:
-        age = time.monotonic() - self._read_at
+        moment = time.monotonic()  # before the read, so that an old answer is not taken for new
+        age = moment - self._read_at
         if age < FRESH_SECONDS:
             return self._shares
         try:
@@ -42,7 +43,7 @@ class Access:
                 return self._shares
             raise
         self._shares = frozenset((row.name, row.tenant) for row in rows)
-        self._read_at = time.monotonic()
+        self._read_at = moment
         return self._shares
 
 

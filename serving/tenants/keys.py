@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 
 from registry.adapter import DEFAULT_NAMESPACE, check_name_part
 from registry.database import now
-from registry.errors import StoreUnavailable, WardrobeError
+from registry.errors import NotFound, StoreUnavailable, WardrobeError
 from registry.records import KeyRecord
 from registry.store import Registry
 
@@ -126,9 +126,23 @@ def add_key(
 
 
 def rotate_key(registry: Registry, key_id: str, grace: timedelta) -> str:
-    """Return a new key like this one, which goes on working for `grace`. Raises NotFound."""
-    old = registry.expire_key(key_id, _after(grace))
-    return add_key(registry, old.tenant, old.scopes)
+    """Return a new key like this one, which goes on working for `grace`.
+
+    The new one lives as long as the old one was to live. Raises NotFound for a key that is unknown
+    or has ended: what was revoked must not come back.
+    """
+    old = registry.find_key(key_id)
+    if old is None or not old.valid_at(now()):
+        raise NotFound(f"There is no valid key {key_id!r}. See: wardrobe key list")
+    new = add_key(registry, old.tenant, old.scopes, _lifetime(old))
+    registry.expire_key(key_id, _after(grace))
+    return new
+
+
+def _lifetime(key: KeyRecord) -> timedelta | None:
+    if key.expires_at is None:
+        return None
+    return datetime.fromisoformat(key.expires_at) - datetime.fromisoformat(key.created_at)
 
 
 def _after(lifetime: timedelta) -> str:

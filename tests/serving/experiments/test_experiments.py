@@ -153,6 +153,19 @@ def test_one_adapter_has_one_experiment_at_a_time(store: Experiments) -> None:
         move(store, second, "start", exposure=1, actor="t", reason="x")
 
 
+def test_a_tenant_has_so_many_experiments_and_no_more(
+    store: Experiments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.experiments.store.MAX_OPEN", 2)
+    first, second = created(store), created(store)
+    with pytest.raises(Conflict, match="Stop some"):
+        created(store)
+    move(store, first, "stop", exposure=None, actor="t", reason="x")
+    third = created(store)
+    assert [e.id for e in store.find(["draft"], "acme")] == [second.id, third.id]
+    assert store.find(namespace="beta") == []
+
+
 # Feedback and sums
 
 

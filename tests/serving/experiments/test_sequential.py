@@ -1,6 +1,9 @@
 """The statistics: golden values, and simulations in which faulty designs must be caught."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +22,32 @@ from serving.experiments.sequential import (
 )
 
 ALPHA = 0.05
-RUNS = 300
-UNITS = 3000
-BOUND = ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS)
+CHUNK = 100  # runs at once: the arrays of more would fill the memory
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long the simulations are."""
+
+    runs: int
+    units: int
+
+    @property
+    def bound(self) -> float:
+        """α and three standard errors of a share that was simulated so often."""
+        return ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / self.runs)
+
+
+SIZES = [
+    pytest.param(Size(300, 3000), id="short"),
+    pytest.param(Size(1000, 5000), id="long", marks=pytest.mark.long),
+]
+
+
+@pytest.fixture(params=SIZES)
+def size(request: pytest.FixtureRequest) -> Size:
+    return request.param
 
 
 def binary(n: int, successes: int) -> Sums:
@@ -117,12 +142,19 @@ def log_e(first: list[Array], second: list[Array], *, welch_only: bool = False) 
     return np.where(ready, e, 0.0).max(axis=1)
 
 
-def rejected(evidence: Array) -> float:
+def rejected(size: Size, largest_log_e: Callable[[], Array]) -> float:
+    """Return the share of runs whose evidence passes 1/α; the callable simulates CHUNK of them."""
+    evidence = np.concatenate([largest_log_e() for _ in range(size.runs // CHUNK)])
     return float((evidence > math.log(1 / ALPHA)).mean())
 
 
-def arms(rng: np.random.Generator, share: float, units: int = UNITS) -> NDArray[np.bool_]:
-    return rng.random((RUNS, units)) < share
+def arms(rng: np.random.Generator, share: float, units: int) -> NDArray[np.bool_]:
+    return rng.random((CHUNK, units)) < share
+
+
+def shares(rng: np.random.Generator, rate: float | NDArray[np.floating[Any]], units: int) -> Array:
+    """Return outcomes that are 1 at this rate."""
+    return (rng.random((CHUNK, units)) < rate).astype(float)
 
 
 def test_the_simulation_computes_what_the_product_does() -> None:
@@ -138,108 +170,143 @@ def test_the_simulation_computes_what_the_product_does() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.1])
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.5, 0.9])
-def test_equal_shares_are_told_apart_seldom(rate: float, share: float) -> None:
+def test_equal_shares_are_told_apart_seldom(size: Size, rate: float, share: float) -> None:
     rng = np.random.default_rng([round(100 * rate), round(10 * share)])
-    y = (rng.random((RUNS, UNITS)) < rate).astype(float)
-    assert rejected(looks(y, arms(rng, share))) <= BOUND
+
+    def run() -> Array:
+        return looks(shares(rng, rate, size.units), arms(rng, share, size.units))
+
+    assert rejected(size, run) <= size.bound
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1])
-def test_equal_means_of_skewed_values_are_told_apart_seldom(share: float) -> None:
+def test_equal_means_of_skewed_values_are_told_apart_seldom(size: Size, share: float) -> None:
     rng = np.random.default_rng([7, round(10 * share)])
-    y = rng.lognormal(0, 1, (RUNS, UNITS))
-    assert rejected(looks(y, arms(rng, share))) <= BOUND
+
+    def run() -> Array:
+        return looks(rng.lognormal(0, 1, (CHUNK, size.units)), arms(rng, share, size.units))
+
+    assert rejected(size, run) <= size.bound
 
 
-def test_equal_means_of_unequal_variance_are_told_apart_seldom() -> None:
+def test_equal_means_of_unequal_variance_are_told_apart_seldom(size: Size) -> None:
     rng = np.random.default_rng(11)
-    arm = arms(rng, 0.1)
-    y = rng.normal(0, 1, arm.shape) * np.where(arm, 3.0, 1.0)
-    assert rejected(looks(y, arm)) <= BOUND
+
+    def run() -> Array:
+        arm = arms(rng, 0.1, size.units)
+        return looks(rng.normal(0, 1, arm.shape) * np.where(arm, 3.0, 1.0), arm)
+
+    assert rejected(size, run) <= size.bound
 
 
-def clustered(rng: np.random.Generator) -> tuple[Array, Array, NDArray[np.bool_]]:
+def clustered(rng: np.random.Generator, size: Size) -> tuple[Array, Array, NDArray[np.bool_]]:
     """Users with 1 to 19 answers each and a taste of their own: (Σy, answers, arm) a user."""
-    users = 600
-    count = rng.integers(1, 20, (RUNS, users)).astype(float)
-    taste = rng.beta(1, 3, (RUNS, users))
+    users = size.units // 5
+    count = rng.integers(1, 20, (CHUNK, users)).astype(float)
+    taste = rng.beta(1, 3, (CHUNK, users))
     return rng.binomial(count.astype(int), taste).astype(float), count, arms(rng, 0.5, users)
 
 
-def test_users_with_many_answers_are_one_unit_each() -> None:
-    y, x, arm = clustered(np.random.default_rng(13))
-    assert rejected(looks(y, arm, x)) <= BOUND
+def test_users_with_many_answers_are_one_unit_each(size: Size) -> None:
+    rng = np.random.default_rng(13)
+
+    def run() -> Array:
+        y, x, arm = clustered(rng, size)
+        return looks(y, arm, x)
+
+    assert rejected(size, run) <= size.bound
 
 
-def ramped(rng: np.random.Generator) -> tuple[Array, NDArray[np.float64]]:
+def ramped(rng: np.random.Generator, units: int) -> tuple[Array, NDArray[np.intp]]:
     """A base rate that drifts while the ramp goes up: (outcomes, how far the ramp is)."""
-    stage = np.minimum(np.arange(UNITS) * 3 // UNITS, 2)
-    rate = np.array([0.1, 0.2, 0.3])[stage]
-    return (rng.random((RUNS, UNITS)) < rate).astype(float), stage.astype(float)
+    stage = np.minimum(np.arange(units) * 3 // units, 2)
+    return shares(rng, np.array([0.1, 0.2, 0.3])[stage], units), stage
 
 
-def test_a_ramp_of_exposure_keeps_its_fixed_split() -> None:
+def test_a_ramp_of_exposure_keeps_its_fixed_split(size: Size) -> None:
     rng = np.random.default_rng(17)
-    y, stage = ramped(rng)
-    exposed = rng.random((RUNS, UNITS)) < np.array([0.02, 0.2, 1.0])[stage.astype(int)]
-    arm = rng.random((RUNS, UNITS)) < 0.5
-    parts = []
-    for chosen in (exposed & ~arm, exposed & arm):
-        keep = chosen.astype(float)
-        parts.append([np.cumsum(v * keep, 1) for v in (keep, y, y * y, keep, keep, y)])
-    assert rejected(log_e(parts[0], parts[1])) <= BOUND
+
+    def run() -> Array:
+        y, stage = ramped(rng, size.units)
+        exposed = rng.random(y.shape) < np.array([0.02, 0.2, 1.0])[stage]
+        arm = arms(rng, 0.5, size.units)
+        parts = []
+        for chosen in (exposed & ~arm, exposed & arm):
+            keep = chosen.astype(float)
+            parts.append([np.cumsum(v * keep, 1) for v in (keep, y, y * y, keep, keep, y)])
+        return log_e(parts[0], parts[1])
+
+    assert rejected(size, run) <= size.bound
 
 
 # Negative controls: designs that are known to fail must fail here too.
 
 
-def test_control_a_plain_z_that_is_looked_at_fails() -> None:
+def test_control_a_plain_z_that_is_looked_at_fails(size: Size) -> None:
     rng = np.random.default_rng(19)
-    y, arm = (rng.random((RUNS, UNITS)) < 0.1).astype(float), arms(rng, 0.5)
-    n2 = np.cumsum(arm, 1)
-    n1 = np.cumsum(~arm, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p1, p2 = np.cumsum(y * ~arm, 1) / n1, np.cumsum(y * arm, 1) / n2
-        p = np.cumsum(y, 1) / (n1 + n2)
-        z = np.abs(p2 - p1) / np.sqrt(p * (1 - p) * (1 / n1 + 1 / n2))
-    crossed = np.where(np.minimum(n1, n2) >= MIN_UNITS, z, 0.0).max(axis=1) > 1.96
-    assert crossed.mean() > BOUND
+
+    def run() -> Array:
+        y, arm = shares(rng, 0.1, size.units), arms(rng, 0.5, size.units)
+        n1, n2 = np.cumsum(~arm, 1), np.cumsum(arm, 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p1, p2 = np.cumsum(y * ~arm, 1) / n1, np.cumsum(y * arm, 1) / n2
+            p = np.cumsum(y, 1) / (n1 + n2)
+            z = np.abs(p2 - p1) / np.sqrt(p * (1 - p) * (1 / n1 + 1 / n2))
+        crossed = np.where(np.minimum(n1, n2) >= MIN_UNITS, z, 0.0).max(axis=1) > 1.96
+        return np.where(crossed, np.inf, 0.0)
+
+    assert rejected(size, run) > size.bound
 
 
-def test_control_answers_taken_for_units_fail() -> None:
-    y, x, arm = clustered(np.random.default_rng(23))
-    totals = []
-    for chosen in (~arm, arm):
-        n, s = np.cumsum(x * chosen, 1), np.cumsum(y * chosen, 1)
-        totals.append([n, s, s, n, n, s])  # as if every answer were a unit: y² = y
-    assert rejected(log_e(totals[0], totals[1])) > BOUND
+def test_control_answers_taken_for_units_fail(size: Size) -> None:
+    rng = np.random.default_rng(23)
+
+    def run() -> Array:
+        y, x, arm = clustered(rng, size)
+        totals = []
+        for chosen in (~arm, arm):
+            n, s = np.cumsum(x * chosen, 1), np.cumsum(y * chosen, 1)
+            totals.append([n, s, s, n, n, s])  # as if every answer were a unit: y² = y
+        return log_e(totals[0], totals[1])
+
+    assert rejected(size, run) > size.bound
 
 
-def test_control_a_ramp_by_weights_fails() -> None:
+def test_control_a_ramp_by_weights_fails(size: Size) -> None:
     rng = np.random.default_rng(29)
-    y, stage = ramped(rng)
-    arm = rng.random((RUNS, UNITS)) < np.array([0.1, 0.25, 0.5])[stage.astype(int)]
-    assert rejected(looks(y, arm)) > BOUND
+
+    def run() -> Array:
+        y, stage = ramped(rng, size.units)
+        return looks(y, rng.random(y.shape) < np.array([0.1, 0.25, 0.5])[stage])
+
+    assert rejected(size, run) > size.bound
 
 
 @pytest.mark.parametrize(
     ("base", "lift", "share"), [(0.1, 0.03, 0.5), (0.5, 0.05, 0.5), (0.1, 0.05, 0.1)]
 )
 def test_the_interval_covers_a_real_effect_at_every_look(
-    base: float, lift: float, share: float
+    size: Size, base: float, lift: float, share: float
 ) -> None:
     rng = np.random.default_rng([31, round(100 * base), round(100 * lift)])
-    arm = arms(rng, share)
-    y = (rng.random(arm.shape) < base + lift * arm).astype(float)
-    # Taking the true lift away from the treated leaves no difference to find.
-    assert rejected(looks(np.asarray(y - lift * arm, float), arm)) <= BOUND
+
+    def run() -> Array:
+        arm = arms(rng, share, size.units)
+        y = shares(rng, base + lift * arm, size.units)
+        # Taking the true lift away from the treated leaves no difference to find.
+        return looks(np.asarray(y - lift * arm, float), arm)
+
+    assert rejected(size, run) <= size.bound
 
 
-def test_a_planted_effect_is_found() -> None:
+def test_a_planted_effect_is_found(size: Size) -> None:
     rng = np.random.default_rng(37)
-    arm = arms(rng, 0.5)
-    y = (rng.random(arm.shape) < 0.1 + 0.08 * arm).astype(float)
-    assert rejected(looks(y, arm)) > 0.9
+
+    def run() -> Array:
+        arm = arms(rng, 0.5, size.units)
+        return looks(shares(rng, 0.1 + 0.08 * arm, size.units), arm)
+
+    assert rejected(size, run) > 0.9
 
 
 def test_a_fair_split_raises_no_alarm_and_a_skewed_one_does() -> None:
@@ -256,10 +323,10 @@ def test_a_fair_split_raises_no_alarm_and_a_skewed_one_does() -> None:
 
 
 @pytest.mark.parametrize(("rate", "share"), [(0.5, 0.5), (0.02, 0.5), (0.02, 0.1)])
-def test_the_exact_test_of_few_units_holds_its_level(rate: float, share: float) -> None:
+def test_the_exact_test_of_few_units_holds_its_level(size: Size, rate: float, share: float) -> None:
     rng = np.random.default_rng([43, round(100 * rate), round(10 * share)])
     crossed = 0
-    for _ in range(RUNS):
+    for _ in range(size.runs):
         arm, y = rng.random(400) < share, rng.random(400) < rate
         for n in range(10, 401, 10):
             seen, done = arm[:n], y[:n]
@@ -268,7 +335,7 @@ def test_the_exact_test_of_few_units_holds_its_level(rate: float, share: float) 
             if shares_log_e(first, second, share) > math.log(1 / ALPHA):
                 crossed += 1
                 break
-    assert crossed / RUNS <= BOUND
+    assert crossed / size.runs <= size.bound
 
 
 def test_the_exact_test_sees_a_broken_arm_early() -> None:
@@ -276,10 +343,13 @@ def test_the_exact_test_sees_a_broken_arm_early() -> None:
     assert shares_log_e((40, 2), (40, 3), 0.5) < 0.5
 
 
-def test_the_planned_units_show_the_effect_about_every_second_time() -> None:
+def test_the_planned_units_show_the_effect_about_every_second_time(size: Size) -> None:
     units = units_for(0.08, math.sqrt(0.14 * 0.86), 0.5, ALPHA)
     rng = np.random.default_rng(47)
-    arm = arms(rng, 0.5, units)
-    y = (rng.random(arm.shape) < 0.1 + 0.08 * arm).astype(float)
+
+    def run() -> Array:
+        arm = arms(rng, 0.5, units)
+        return looks(shares(rng, 0.1 + 0.08 * arm, units), arm)
+
     # Looking all the way crosses somewhat more often than the last look alone.
-    assert 0.4 < rejected(looks(y, arm)) < 0.85
+    assert 0.4 < rejected(size, run) < 0.85

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 
 from registry.adapter import AdapterName
+from registry.errors import NotFound
 from serving.tenants.keys import FRESH_SECONDS, SCOPES, add_key, rotate_key
 from tests.serving.live import CHAT, Running, Wardrobe
 
@@ -170,4 +171,12 @@ def test_an_expired_key_is_no_key_and_rotation_leaves_a_grace(
     assert chat(two, new, "acme/support").status_code == 200
     replacement = registry.find_key(new.split("_")[1])
     assert replacement is not None
-    assert (replacement.expires_at, replacement.scopes) == (None, ("infer",))
+    assert replacement.scopes == ("infer",)
+    lives = datetime.fromisoformat(str(replacement.expires_at)) - datetime.now(UTC)
+    assert timedelta(hours=23) < lives < timedelta(hours=25), "as long as the old one was to live"
+    forever = add_key(registry, "acme", ["infer"]).split("_")[1]
+    successor = registry.find_key(rotate_key(registry, forever, timedelta(0)).split("_")[1])
+    assert successor is not None
+    assert successor.expires_at is None
+    with pytest.raises(NotFound, match="no valid key"):
+        rotate_key(registry, forever, timedelta(hours=1))
