@@ -28,6 +28,7 @@ FP32 = Hardware("cpu", "float32", 1)
 BF16 = Hardware("cpu", "bfloat16", 1)
 ELSEWHERE = ("qlora", "fewshot", "base")  # not trained here, or not at all
 KINDS = [kind for kind in METHOD_KEYS if kind not in ELSEWHERE]
+SLOW = ("rslora", "olora", "loha", "lokr")  # each takes the path of another one: lora, pissa, dora
 LORA_KINDS = [kind for kind in KINDS if kind not in (*NOT_LOW_RANK, "full")]
 
 
@@ -77,7 +78,9 @@ def trained_models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return kept
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.long) if k in SLOW else k for k in KINDS]
+)
 def test_a_run_of_every_method_continues_to_the_same_bytes(
     kind: str, recipe: Recipe, data: Data, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
