@@ -13,6 +13,8 @@ from registry.base import BaseModel
 from registry.errors import WardrobeError
 from tests.training.test_train import quiet
 from training.card import write_card
+from training.commands.train import push_trained
+from training.commands.versions import unjudged_for
 from training.data.examples import Data
 from training.evaluation.evaluate import Ask
 from training.fewshot.version import make_prompt
@@ -40,12 +42,22 @@ def say_nothing(model: BaseModel, asks: Sequence[Ask], *rest: object) -> list[li
     return [[] for _ in asks]
 
 
+class Silent:
+    """Engines that answer nothing."""
+
+    def answer(self, model: BaseModel, asks: Sequence[Ask], *rest: object) -> list[list[int]]:
+        return say_nothing(model, asks)
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture
 def folders(tmp_path: Path, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Recipes that train nothing: one that is only measured, and the bare base."""
     monkeypatch.setenv("WARDROBE_CACHE", str(tiny_base.path.parents[1]))
     monkeypatch.setenv("WARDROBE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(wardrobe, "answer_offline", say_nothing)
+    monkeypatch.setattr(wardrobe, "offline_engines", Silent)
     words = ("river", "castle", "violin", "tomato", "glacier", "lantern", "bicycle", "harbour")
     for kind in ("fewshot", "base"):
         (tmp_path / kind).mkdir()
@@ -82,11 +94,11 @@ def test_a_card_that_the_store_does_not_take_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     name = AdapterName.parse("acme/base")
-    wardrobe.push_trained(name, tiny_base, prompt, None, alias=None)
+    push_trained(name, tiny_base, prompt, None, alias=None)
     assert "card" not in capsys.readouterr().out
     card = prompt.card | {"metrics": {"forgetting": {}}}
     write_card(prompt.folder, card)
-    wardrobe.push_trained(name, tiny_base, replace(prompt, card=card), None, alias=None)
+    push_trained(name, tiny_base, replace(prompt, card=card), None, alias=None)
     assert "its card was kept, this one was not" in capsys.readouterr().out
 
 
@@ -94,6 +106,6 @@ def test_a_verdict_is_of_the_recipe_that_was_given_and_of_the_prompt_that_is_ser
     recipe: Recipe, prompt: TrainedAdapter
 ) -> None:
     judged = replace(prompt, card=prompt.card | {"metrics": {"metric": "exact"}})
-    assert wardrobe.unjudged_for(recipe, judged).card["metrics"] == {}
+    assert unjudged_for(recipe, judged).card["metrics"] == {}
     with pytest.raises(WardrobeError, match="system prompt 'Be brief'"):
-        wardrobe.unjudged_for(apply_overrides(recipe, ["task.system=Be brief"]), judged)
+        unjudged_for(apply_overrides(recipe, ["task.system=Be brief"]), judged)
