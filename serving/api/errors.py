@@ -18,7 +18,7 @@ from registry import errors as domain
 from serving.api.record import record_of
 from serving.engine import boundary as engine
 from serving.experiments.design import DesignInvalid
-from serving.experiments.store import FeedbackInvalid
+from serving.experiments.store import ExperimentNotFound, FeedbackInvalid
 from serving.routing import ModelNotLive
 from serving.selfcheck import SelfCheckFailed
 from serving.tenants.keys import InvalidKey, ScopeMissing
@@ -76,6 +76,7 @@ TABLE: dict[type[Exception], Rule] = {
     DesignInvalid: Rule(400, INVALID),
     FeedbackInvalid: Rule(400, INVALID, param="value"),
     domain.NotFound: Rule(404, "not_found_error", param="model"),
+    ExperimentNotFound: Rule(404, "not_found_error"),
     domain.Refused: Rule(422, INVALID),
     domain.BaseMismatch: Rule(422, INVALID, param="model"),
     # The beginning of a digest that fits several versions. Not 409: clients send that again.

@@ -10,7 +10,7 @@ from litestar import Request, get, post
 from litestar.params import FromPath
 from msgspec import Meta
 
-from registry.errors import Conflict, NotFound
+from registry.errors import Conflict
 from serving.api.adapters import decode_body, own_adapter
 from serving.api.auth import declare
 from serving.api.errors import RequestError
@@ -20,6 +20,7 @@ from serving.experiments.design import check_policy, make_arms, make_metrics
 from serving.experiments.experiment import Experiment
 from serving.experiments.moves import move
 from serving.experiments.report import describe, summarize
+from serving.experiments.store import no_experiment
 from serving.tenants.access import owns
 from serving.tenants.keys import EXPERIMENTS, FEEDBACK
 
@@ -141,7 +142,7 @@ async def give_feedback(request: AnyRequest) -> dict[str, Any]:
 async def _own(request: AnyRequest, experiment_id: str) -> Experiment:
     experiment = await asyncio.to_thread(services_of(request.app).store.get, experiment_id)
     if not owns(request.user, experiment.name):
-        raise NotFound(f"There is no experiment {experiment_id!r}. See: wardrobe experiment list")
+        raise no_experiment(experiment_id)
     return experiment
 
 

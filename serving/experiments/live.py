@@ -134,6 +134,8 @@ class LiveExperiments:
             sentence = f"An arm cannot be served: {error.message}"
             await self._move(experiment, "paused", "pause", sentence)
         else:
+            if await asyncio.to_thread(self._store.get, experiment.id) != experiment:
+                return  # it was stopped or ramped meanwhile: the next look takes it as it is
             self._running[experiment.name] = Running(experiment, tuple(routes))
             log.info("experiment=%s splits name=%s", experiment.id, experiment.name)
 

@@ -32,6 +32,12 @@ ACTIVE = ("running", "paused")
 MAX_OPEN = 100  # experiments of one tenant that are not stopped
 
 
+class ExperimentNotFound(NotFound):
+    """No experiment, or none that this caller may know of."""
+
+    code = "experiment_not_found"
+
+
 class FeedbackInvalid(WardrobeError):
     code = "feedback_invalid"
 
@@ -308,7 +314,7 @@ def _experiment_of(connection: Connection, request_id: str, tenant: str | None) 
     query = select(exposures).where(exposures.c.request_id == request_id)
     row = connection.execute(query).first()
     if row is None or (tenant is not None and row.tenant != tenant):
-        raise NotFound(f"No experiment knows an answer {request_id!r}.")
+        raise ExperimentNotFound(f"No experiment knows an answer {request_id!r}.")
     return _get(connection, row.experiment)
 
 
@@ -316,7 +322,7 @@ def _check_metric(experiment: Experiment, name: str, value: float) -> None:
     taken = {m.name: m for m in experiment.metrics if m.name not in BUILT_IN}
     if name not in taken:
         known = ", ".join(taken) or "none"
-        raise NotFound(f"{experiment.id} takes no feedback {name!r}. It takes: {known}.")
+        raise ExperimentNotFound(f"{experiment.id} takes no feedback {name!r}. It takes: {known}.")
     if taken[name].kind == "binary" and value not in (0.0, 1.0):
         raise FeedbackInvalid(f"{name} is 0 or 1, and {value} was sent.")
 
@@ -325,8 +331,14 @@ def _get(connection: Connection, experiment_id: str) -> Experiment:
     query = select(experiments).where(experiments.c.id == experiment_id)
     row = connection.execute(query).first()
     if row is None:
-        raise NotFound(f"There is no experiment {experiment_id!r}. See: wardrobe experiment list")
+        raise no_experiment(experiment_id)
     return _experiment(row)
+
+
+def no_experiment(experiment_id: str) -> ExperimentNotFound:
+    return ExperimentNotFound(
+        f"There is no experiment {experiment_id!r}. See: wardrobe experiment list"
+    )
 
 
 def _experiment(row: Row[Any]) -> Experiment:

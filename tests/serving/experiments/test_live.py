@@ -19,6 +19,7 @@ from serving.tokens import Tokens
 from tests.registry.making import make_adapter
 from tests.serving.live import CHAT, NAME, Running, Wardrobe, running
 from tests.serving.scripted import ScriptedEngine
+from tests.serving.test_prompt_versions import push_prompt
 
 OTHER = AdapterName("acme", "other")
 PATH = "/v1/adapters/acme/support/experiments"
@@ -148,7 +149,8 @@ def test_feedback_reaches_the_arm_and_only_the_owner_gives_it(
     assert wrong.status_code == 400
     beta = {"authorization": f"Bearer {add_key(wardrobe.registry, 'beta', SCOPES)}"}
     with httpx.Client(base_url=live.url, headers=beta) as other:
-        assert other.post("/v1/feedback", json=body).status_code == 404
+        answer = other.post("/v1/feedback", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, None)
         assert other.get(f"/v1/experiments/{experiment}").status_code == 404
         assert other.get("/v1/experiments").json()["data"] == []
         assert (
@@ -168,6 +170,18 @@ def test_a_blind_experiment_does_not_say_which_arm_it_was(client: httpx.Client) 
         assert answer.headers["x-adapter"] == experiment == answer.json()["model"]
         assert {"x-adapter-digest", "x-arm"}.isdisjoint(answer.headers)
         assert "v1" not in answer.json()["system_fingerprint"]
+
+
+def test_a_blind_arm_that_refuses_does_not_say_its_name(
+    client: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    push_prompt(wardrobe)
+    experiment = start(client, blind=True, treatments=["@v3"])
+    body = {"model": "acme/support", "prompt": "a", "max_tokens": 2}
+    answers = [client.post("/v1/completions", json=body) for _ in range(20)]
+    refused = [a.json()["error"]["message"] for a in answers if a.status_code == 400]
+    assert refused, "a prompt has no place in a raw prompt"
+    assert all(experiment in text and "@v" not in text for text in refused)
 
 
 def test_a_bad_version_is_taken_back_by_itself_and_no_request_fails(
