@@ -164,17 +164,17 @@ def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
 ) -> None:
     """A wish that was given up must not keep draining the adapter it had claimed."""
     settings = EngineSettings(
-        device="cpu", dtype="float32", max_running=2, max_model_len=2048, adapter_slots=1
+        device="cpu", dtype="float32", max_running=2, max_model_len=512, adapter_slots=1
     )
     refs = tiny_folders.refs
 
     async def main() -> None:
         engine = TorchEngine.create(base_of(tiny_base), tiny_folders, settings)
-        # Some hundred milliseconds of steps: the wish is given up long before they end.
-        running = aiter(engine.generate(request("x", refs["a"], max_tokens=2000)))
+        # Tens of milliseconds of steps: the wish is given up long before they end.
+        running = aiter(engine.generate(request("x", refs["a"], max_tokens=480)))
         await anext(running)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.01):
+            async with asyncio.timeout(0.005):
                 await engine.warm(refs["b"])
         async with asyncio.timeout(30):
             await complete(engine, request("y", refs["a"], max_tokens=1))
