@@ -27,7 +27,8 @@ from rich.table import Table
 ROOT = Path(__file__).parent
 SMART_HOME = "home/smart-home"
 ICD10 = "clinic/icd-10"
-DRAFT_STEPS = 25  # v1 of the smart-home adapter: stopped early, so that v2 has something to beat
+# v1 of the smart-home adapter: stopped early and judged on fewer items, for v2 to beat
+DRAFT = ("train.steps=25", "data.held_out_limit=40")
 
 QUESTIONS = (
     (SMART_HOME, "turn on the lights in the kitchen"),
@@ -157,8 +158,8 @@ def train_and_push(home: Path) -> None:
     wardrobe(home, "base", "pull")
     say("2. Two domains, two adapters: trained, evaluated on held-out groups, pushed")
     if not versions_or_none(home, SMART_HOME):
-        draft = ("--set", f"train.steps={DRAFT_STEPS}", "--push")
-        wardrobe(home, "train", "adapters/smart-home", *draft)
+        draft = [word for setting in DRAFT for word in ("--set", setting)]
+        wardrobe(home, "train", "adapters/smart-home", *draft, "--push")
         console.print("  Its gate says no. Forced, with a reason that stays in the history:")
         reason = ("--force", "--reason", "a first version, until the real one is trained")
         wardrobe(home, "promote", f"{SMART_HOME}@v1", *reason)
