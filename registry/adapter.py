@@ -138,6 +138,16 @@ def check_name_part(part: str, whole: str) -> str:
     return part
 
 
+def check_tenant(tenant: str) -> str:
+    """A tenant is the namespace of its adapters."""
+    if not _PART.fullmatch(tenant):
+        raise InvalidName(
+            f"{tenant!r} is not a tenant: use 1 to 63 of a-z 0-9 . _ - that start with a letter or "
+            "digit, for example acme."
+        )
+    return tenant
+
+
 def check_alias(alias: str) -> str:
     if not _PART.fullmatch(alias) or _NUMBER.fullmatch(alias):
         raise InvalidName(

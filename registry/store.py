@@ -19,7 +19,7 @@ from registry.adapter import (
     Selector,
     Version,
     check_alias,
-    check_name_part,
+    check_tenant,
 )
 from registry.base import Bases
 from registry.blobs import Blobs
@@ -321,7 +321,7 @@ class Registry:
 
     def share(self, name: AdapterName, tenant: str) -> Share:
         """Let a tenant use an adapter of another one. Idempotent. Raises AdapterNotFound."""
-        check_name_part(tenant, tenant)
+        check_tenant(tenant)
         with self._database.write() as connection:
             return shares.share(connection, name, tenant)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from registry.adapter import DEFAULT_NAMESPACE, check_name_part
+from registry.adapter import DEFAULT_NAMESPACE, check_tenant
 from registry.database import now
 from registry.errors import NotFound, StoreUnavailable, WardrobeError
 from registry.records import KeyRecord
@@ -111,7 +111,7 @@ def add_key(
 
     Raises InvalidName for what cannot be a tenant and ScopeUnknown for what is no scope.
     """
-    check_name_part(tenant, tenant)
+    check_tenant(tenant)
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         raise ScopeUnknown(

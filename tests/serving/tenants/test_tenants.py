@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from registry.adapter import AdapterName
-from registry.errors import NotFound
+from registry.errors import InvalidName, NotFound
 from serving.tenants.keys import FRESH_SECONDS, SCOPES, add_key, rotate_key
 from tests.serving.live import CHAT, Running, Wardrobe
 
@@ -180,3 +180,8 @@ def test_an_expired_key_is_no_key_and_rotation_leaves_a_grace(
     assert successor.expires_at is None
     with pytest.raises(NotFound, match="no valid key"):
         rotate_key(registry, forever, timedelta(hours=1))
+
+
+def test_what_cannot_be_a_tenant_is_called_one_and_no_adapter(wardrobe: Wardrobe) -> None:
+    with pytest.raises(InvalidName, match="'Acme!' is not a tenant"):
+        add_key(wardrobe.registry, "Acme!", SCOPES)
