@@ -1,6 +1,5 @@
 """kill -9 of the server and of pushes at random points: nothing acknowledged is lost."""
 
-import json
 import os
 import random
 import subprocess
@@ -15,6 +14,7 @@ from registry.adapter import AdapterName
 from registry.base import Bases
 from registry.store import Registry
 from tests.live import DEFAULT_BASE, Shop
+from tests.registry.crashing import acknowledged
 from tests.tiny import make_adapter, make_base
 
 # Pushes fresh content for ever and notes each acknowledged version in a file, synced.
@@ -28,10 +28,12 @@ from registry.base import Bases
 from registry.store import Registry
 home, bases, made, log, seed = (Path(p) for p in sys.argv[1:6])
 name, work = AdapterName.parse("acme/kill"), log.with_suffix(".work")
-shutil.copytree(made, work, dirs_exist_ok=True)
+shutil.rmtree(work, ignore_errors=True)  # a killed save left a temporary file in it
+shutil.copytree(made, work)
 weights = load_file(made / "adapter_model.safetensors")
 key, rng = sorted(weights)[0], np.random.default_rng(int(seed.name))
 with Registry.open(home, Bases(bases)) as registry, log.open("a") as acknowledged:
+    print(file=acknowledged, flush=True)  # what a kill tore stays a line by itself
     for i in range(10_000):
         weights[key] = rng.normal(size=weights[key].shape).astype(np.float32)
         save_file(weights, work / "adapter_model.safetensors")
@@ -55,12 +57,6 @@ def start_pusher(shop: Shop, made: Path, log: Path, seed: int) -> "subprocess.Po
     arguments = [str(shop.home), str(shop.cache / "bases"), str(made), str(log), str(seed)]
     command = [sys.executable, "-c", PUSHER, *arguments, DEFAULT_BASE]
     return subprocess.Popen(command, cwd=Path(__file__).parent.parent)
-
-
-def acknowledged(log: Path) -> list[tuple[int, str]]:
-    """Every whole line; the last one may be torn by the kill and was then not acknowledged."""
-    text = log.read_text() if log.exists() else ""
-    return [tuple(json.loads(line)) for line in text.split("\n")[:-1] if line]
 
 
 def check_nothing_is_lost(shop: Shop, log: Path) -> int:

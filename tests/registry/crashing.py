@@ -1,9 +1,11 @@
 """What the crash tests run in other processes: `python -m tests.registry.crashing COMMAND …`."""
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -24,6 +26,7 @@ def work(root: Path, log: Path, seed: int) -> None:
     prompt = root / f"prompt-{seed}"
     prompt.mkdir()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, b"\n")  # what a killed worker left half written stays a line by itself
 
     def acknowledge(what: str, number: int, key: str) -> None:
         os.write(descriptor, json.dumps([what, number, key]).encode() + b"\n")
@@ -49,6 +52,15 @@ def work(root: Path, log: Path, seed: int) -> None:
             if rng.random() < 0.3 and version.number > 1:
                 move = registry.rollback(NAME, reason="test", actor="test")
                 acknowledge("rollback", move.alias.number, str(move.alias.generation))
+
+
+def acknowledged(log: Path) -> list[list[Any]]:
+    """What the workers noted. A line that a kill tore was not acknowledged."""
+    notes = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            notes.append(json.loads(line))
+    return notes
 
 
 def zygote(root: Path, log: Path) -> None:

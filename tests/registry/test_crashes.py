@@ -19,7 +19,7 @@ from registry.adapter import PRODUCTION, Selector
 from registry.base import Bases
 from registry.errors import StoreUnavailable
 from registry.store import Registry
-from tests.registry.crashing import ACK, NAME
+from tests.registry.crashing import ACK, NAME, acknowledged
 
 Adapter = Callable[..., Path]
 ROOT = Path(__file__).parent.parent.parent
@@ -45,7 +45,7 @@ def kill_campaign(root: Path, bases: Bases, kills: int, rng: random.Random) -> i
             before = log.stat().st_size if log.exists() else 0
             worker = int(zygote.stdout.readline())
             if seed % 2:  # every second one gets something acknowledged, however slow the machine
-                wait_for_growth(log, before)
+                wait_for_growth(log, before + 1)  # one byte is the new worker's line end
             time.sleep(rng.uniform(0.02, 0.25))
             os.kill(worker, signal.SIGKILL)
             if seed % 20 == 19:
@@ -61,25 +61,24 @@ def wait_for_growth(log: Path, before: int) -> None:
 
 
 def check_store(root: Path, bases: Bases, log: Path) -> int:
-    lines = log.read_text().split("\n")[:-1]  # a torn last line was not acknowledged
-    acknowledged = [json.loads(line) for line in lines]
+    notes = acknowledged(log)
     with Registry.open(root / "home", bases) as registry:
         report = registry.verify()
         assert report.ok, report.problems
-        if not acknowledged:
+        if not notes:
             return 0
         stored = {version.number: version.digest for version in registry.versions(NAME)}
         assert list(stored) == list(range(1, len(stored) + 1))
         moves = registry.history(NAME, PRODUCTION)
         assert [move.generation for move in moves] == list(range(1, len(moves) + 1))
-        for what, number, key in acknowledged:
+        for what, number, key in notes:
             if what == "push":
                 assert stored[number] == key
             else:
                 move = moves[int(key) - 1]
                 assert (move.action, move.number) == (what, number)
         assert registry.resolve(Selector(NAME, alias=PRODUCTION)).number == moves[-1].number
-    return len(acknowledged)
+    return len(notes)
 
 
 def test_kill_9_at_100_random_points_loses_nothing_acknowledged(
