@@ -52,7 +52,8 @@ async def _take_part(
         await services.recorder.expose(row)
     except StoreUnavailable:
         return route  # production answers, and nobody is counted: not a silent arm
-    record.on_end = partial(_end, services.recorder)
+    record.on_end.append(partial(_end, services.recorder))
+    record.experiment, record.arm = experiment.id, str(arm)
     label = "" if experiment.blind else experiment.arms[arm].label
     return replace(running.routes[arm], experiment=experiment.id, arm=label, blind=experiment.blind)
 

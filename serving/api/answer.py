@@ -143,7 +143,12 @@ class Answer:
                     self._metrics.itl.observe(now - before)
                 else:
                     self._metrics.ttft.observe(now - record.started)
+                    record.first_token = record.first_token or now - record.started
                 self._completion_tokens[piece.index] = piece.completion_tokens
+                if piece.finish_reason:
+                    record.finish_reasons.append(piece.finish_reason)
+                for watch in record.watchers:
+                    watch(piece)
                 yield piece
 
     def _usage(self) -> Usage:

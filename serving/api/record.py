@@ -1,6 +1,6 @@
-"""What one request did: for the log line, the metrics and the response headers.
+"""What one request did: for the log line, the request log, the metrics and the response headers.
 
-Never holds a prompt, an answer or a key.
+Never holds a prompt, an answer or a key; `watchers` see the answer pass by.
 """
 
 import logging
@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
+
+from serving.api.sequence import Piece
 
 SCOPE_KEY = "wardrobe.record"
 
@@ -26,10 +28,15 @@ class RequestRecord:
     tenant: str = ""
     label: str = ""
     digest: str = ""
+    experiment: str = ""
+    arm: str = ""  # its number in the experiment, which a blind answer does not show
     status: int = 0  # 0: nothing was sent
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    on_end: "Callable[[RequestRecord], None] | None" = None  # told once, however it ended
+    first_token: float | None = None  # seconds from the start
+    finish_reasons: list[str] = field(default_factory=list[str])
+    watchers: list[Callable[[Piece], None]] = field(default_factory=list)
+    on_end: "list[Callable[[RequestRecord], None]]" = field(default_factory=list)
     outcome: str = ""  # why it did not end normally: disconnect, drain, or an error code
 
     @property
@@ -37,9 +44,9 @@ class RequestRecord:
         return time.monotonic() - self.started
 
     def write(self) -> None:
-        """Write the log line, and tell whoever waits for the end."""
-        if self.on_end is not None:
-            self.on_end(self)
+        """Write the log line, and tell whoever waits for the end, however it ended."""
+        for told in self.on_end:
+            told(self)
         log.info(
             "id=%s tenant=%s method=%s path=%s status=%d label=%s digest=%s prompt_tokens=%d "
             "completion_tokens=%d ms=%.1f outcome=%s",

@@ -37,6 +37,7 @@ class Piece:
     logprobs: tuple[PlacedLogprob, ...]
     finish_reason: FinishReason | None
     completion_tokens: int  # so far
+    token_ids: tuple[int, ...] = ()  # of this step; what a stop string cuts off is among them
 
 
 class _Writer:
@@ -68,22 +69,22 @@ class _Writer:
             self._written += len(added)
             text += added if self._tokens <= self._min_tokens else self._matcher.push(added)
             if self._matcher.stopped:
-                return self._piece(text, "stop")
+                return self._piece(delta, text, "stop")
         if delta.finish_reason is None:
-            return self._piece(text, None)
+            return self._piece(delta, text, None)
         self._tokens = delta.completion_tokens
         text += self._matcher.push(self._detokenizer.finish())
         if self._matcher.stopped:
-            return self._piece(text, "stop")
-        return self._piece(text + self._matcher.finish(), delta.finish_reason)
+            return self._piece(delta, text, "stop")
+        return self._piece(delta, text + self._matcher.finish(), delta.finish_reason)
 
-    def _piece(self, text: str, reason: FinishReason | None) -> Piece:
+    def _piece(self, delta: TokenDelta, text: str, reason: FinishReason | None) -> Piece:
         self._shown += len(text)
         uncut = reason is not None and not self._matcher.stopped
         logprobs: list[PlacedLogprob] = []
         while self._held and (uncut or self._held[0].offset < self._shown):
             logprobs.append(self._held.popleft())
-        return Piece(self._index, text, tuple(logprobs), reason, self._tokens)
+        return Piece(self._index, text, tuple(logprobs), reason, self._tokens, delta.token_ids)
 
 
 async def sequence(
