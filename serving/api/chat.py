@@ -11,7 +11,7 @@ from serving.api.admission import admit
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare
 from serving.api.plan import Plan, make_plan, room_for_answer
-from serving.api.record import record_of
+from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import ChatRequest, RequestDecoder
 from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
@@ -30,13 +30,15 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
     fields = _DECODER.decode(await read_json(request))
     record = record_of(request.scope)
     route = await admit(request, fields)
-    plan = await _plan(services, fields, route, record.request_id)
+    plan = await _plan(services, fields, route, record)
     record.prompt_tokens = plan.prompt_tokens
     shape = ChatShape(services.tokens, plan, record.request_id, services.now())
     return services.answer(plan, shape)
 
 
-async def _plan(services: Services, fields: ChatRequest, route: Route, request_id: str) -> Plan:
+async def _plan(
+    services: Services, fields: ChatRequest, route: Route, record: RequestRecord
+) -> Plan:
     context = services.engine.max_model_len
     prompt = await services.tokens.encode_chat(messages_of(fields, route), context)
     asked = fields.max_completion_tokens or fields.max_tokens
@@ -48,7 +50,8 @@ async def _plan(services: Services, fields: ChatRequest, route: Route, request_i
     return make_plan(
         fields,
         [prompt],
-        request_id=request_id,
+        request_id=record.request_id,
+        tenant=record.tenant,
         route=route,
         max_tokens=wanted,
         logprobs=fields.top,

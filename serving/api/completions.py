@@ -12,7 +12,7 @@ from serving.api.answer import Choice, Usage
 from serving.api.auth import declare
 from serving.api.errors import RequestError
 from serving.api.plan import Plan, make_plan, room_for_answer
-from serving.api.record import record_of
+from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import CompletionRequest, RequestDecoder
 from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
@@ -32,14 +32,14 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     fields = _DECODER.decode(await read_json(request))
     record = record_of(request.scope)
     route = await admit(request, fields)
-    plan = await _plan(services, fields, route, record.request_id)
+    plan = await _plan(services, fields, route, record)
     record.prompt_tokens = plan.prompt_tokens
     shape = CompletionShape(services.tokens, plan, record.request_id, services.now())
     return services.answer(plan, shape)
 
 
 async def _plan(
-    services: Services, fields: CompletionRequest, route: Route, request_id: str
+    services: Services, fields: CompletionRequest, route: Route, record: RequestRecord
 ) -> Plan:
     if route.only_prompt:
         raise RequestError(
@@ -66,7 +66,8 @@ async def _plan(
     return make_plan(
         fields,
         encoded,
-        request_id=request_id,
+        request_id=record.request_id,
+        tenant=record.tenant,
         route=route,
         max_tokens=wanted,
         logprobs=fields.logprobs,

@@ -28,6 +28,7 @@ def make_plan(
     prompts: Sequence[Sequence[int]],
     *,
     request_id: str,
+    tenant: str,
     route: Route,
     max_tokens: int,
     logprobs: int | None,
@@ -49,6 +50,7 @@ def make_plan(
             tuple(prompt),
             sampling(fields, choice, max_tokens, logprobs),
             route.adapter,
+            tenant,
         )
         for number, prompt in enumerate(prompts)
         for choice in range(fields.n)

@@ -19,6 +19,7 @@ from registry.adapter import AdapterRef
 from registry.errors import WardrobeError
 
 FinishReason = Literal["stop", "length"]
+Priority = Literal["normal", "low"]
 
 
 class EngineError(WardrobeError):
@@ -75,6 +76,8 @@ class GenerateRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: AdapterRef | None = None  # None is the base model
+    tenant: str = ""  # whose share of the engine this takes
+    priority: Priority = "normal"  # low takes what normal leaves, and delays nobody
 
 
 @dataclass(frozen=True, slots=True)
