@@ -11,13 +11,16 @@ from safetensors.torch import load_file
 
 import training.together.model as shared
 from registry.base import BaseModel, Bases
+from registry.errors import BaseNotFound
+from registry.home import default_cache
 from registry.validate import validate
 from tests.tiny import make_base
 from training.data.examples import Data, ask, digest_examples
+from training.data.load import load_data
 from training.errors import RecipeError, RunFailed
 from training.model import Hardware
 from training.progress import Progress
-from training.recipe import Recipe, apply_overrides
+from training.recipe import Recipe, apply_overrides, load_recipe
 from training.together.lora import Batch, Span
 from training.together.tenant import Tenant
 from training.together.train import Job, train_together
@@ -25,6 +28,7 @@ from training.train import TrainedAdapter, train
 
 FP32 = Hardware("cpu", "float32", 1)
 BOUND = 1e-4
+ROOT = Path(__file__).parent.parent.parent
 
 
 def quiet(*told: Any) -> None:
@@ -142,6 +146,26 @@ def test_other_architectures_end_as_alone(arch: str, jobs: list[Job], tmp_path: 
     mixed = together(short, base, tmp_path / "together")
     for one, other in zip(mixed, alone(short, base, tmp_path / "alone"), strict=True):
         assert difference(one, other) < BOUND
+
+
+@pytest.mark.long
+def test_on_the_default_base_every_adapter_ends_as_it_does_alone(tmp_path: Path) -> None:
+    recipes = [load_recipe(ROOT / "adapters" / name) for name in ("smart-home", "icd-10")]
+    short = ["train.steps=4", "train.batch_size=2", "data.train_limit=40"]
+    short = [apply_overrides(recipe, short) for recipe in recipes]
+    base = default_base(short[0].base)
+    real = [Job(recipe, load_data(recipe)) for recipe in short]
+    mixed = together(real, base, tmp_path / "together")
+    for one, other in zip(mixed, alone(real, base, tmp_path / "alone"), strict=True):
+        assert difference(one, other) < BOUND
+        assert difference_from_start(other) > 10 * BOUND
+
+
+def default_base(base_id: str) -> BaseModel:
+    try:
+        return Bases(default_cache() / "bases").get(base_id)
+    except BaseNotFound:
+        pytest.skip(f"{base_id} is not here; wardrobe base pull fetches it")
 
 
 def wear_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
