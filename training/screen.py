@@ -23,8 +23,8 @@ from rich.text import Text
 from training.batches import MaskedSample
 from training.evaluation.evaluate import CLEAN_PART, NEAR_PART
 from training.evaluation.gate import ITEMS_FILE
-from training.evaluation.standings import LEVEL, Standings
-from training.evaluation.statistics import Interval
+from training.evaluation.standings import Standings
+from training.evaluation.statistics import LEVEL, Interval
 from training.progress import Progress, Report
 from training.recipe import Recipe
 from training.train import TrainedAdapter

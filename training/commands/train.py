@@ -224,7 +224,8 @@ def tell_measured(recipe: "Recipe", data: "Data", base: BaseModel, answer: "Answ
 
 
 def tell_data(recipe: "Recipe", data: "Data") -> None:
-    sides = ((data.train, "examples to train on"), (data.validation, "to validate"))
+    rows = "pairs" if recipe.preference else "examples"
+    sides = ((data.train, f"{rows} to train on"), (data.validation, "to validate"))
     counts = [f"{len(side)} {purpose}" for side, purpose in sides if side]
     out.print(f"{recipe.name}: {', '.join(counts)}, {len(data.held_out)} held out by group")
     if data.duplicates:

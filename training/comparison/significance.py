@@ -21,6 +21,7 @@ from training.data.examples import Example
 from training.evaluation.planning import Z_POWER
 from training.evaluation.resample import group_sums
 from training.evaluation.statistics import (
+    LEVEL,
     Z_95,
     Interval,
     clustered_error,
@@ -30,8 +31,6 @@ from training.evaluation.statistics import (
     share_of,
     wilson,
 )
-
-LEVEL = 0.05
 
 Values = NDArray[np.float64]  # [runs, items]
 Groups = Sequence[int]  # one for each item

@@ -8,8 +8,9 @@ bytes, best value. "Not told apart" alone would not do: with few items nearly no
 from collections.abc import Sequence
 
 from training.comparison.result import Forgetting, Pair, Row, Verdict
-from training.comparison.significance import LEVEL, Groups, interval
+from training.comparison.significance import Groups, interval
 from training.evaluation import planning
+from training.evaluation.statistics import LEVEL
 
 MARGIN = 0.05  # of the metric: what a cheaper row may lie below the best one
 FORGETS = 0.10  # below the base in general questions answered

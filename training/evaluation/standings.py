@@ -9,8 +9,6 @@ from training.evaluation.evaluate import Evaluation
 from training.evaluation.gate import facts_of, rounded
 from training.evaluation.statistics import Difference, holm, paired
 
-LEVEL = 0.05  # a pair is told apart below it
-
 
 @dataclass(frozen=True, slots=True)
 class Pair:

@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 
 from training.evaluation.resample import bootstrap, group_sums, sign_flips
 
+LEVEL = 0.05  # two are told apart below it
 NO_SPREAD = 1e-9  # equal but for rounding
 SEED = 0  # of every resample: the same answers, the same interval
 Z_95 = 1.959963984540054  # the 97.5 % point of the standard normal distribution
