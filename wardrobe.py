@@ -12,6 +12,8 @@ from registry.errors import WardrobeError
 from serving.experiments.commands import app as experiment_app
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app
+from serving.tenants.limit_commands import app as usage_app
+from serving.tenants.limit_commands import limit_app
 from training.commands import app as training_app
 from training.commands.bases import DEFAULT_BASE, find_base
 
@@ -31,6 +33,8 @@ app.add_typer(training_app)
 app.add_typer(registry_commands.app)
 app.add_typer(tenants_app)
 app.add_typer(key_app, name="key")
+app.add_typer(limit_app, name="limit")
+app.add_typer(usage_app)
 app.add_typer(experiment_app, name="experiment")
 
 out = Console(soft_wrap=True)

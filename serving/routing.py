@@ -39,6 +39,7 @@ class Route:
     label: str  # acme/support@v7, or the base's id
     fingerprint: str  # the version's digest, or the base's weights: 64 hex digits
     adapter: AdapterRef | None = None
+    name: str = BASE  # what was called, whatever version of it runs: acme/support
     system_prompt: str = ""
     examples: tuple[Shot, ...] = ()
     production_of: AdapterName | None = None  # whose alias was followed; an experiment may split it
@@ -48,8 +49,14 @@ class Route:
 
     @classmethod
     def to(cls, version: Version) -> "Route":
-        prompt, examples = version.system_prompt, version.examples
-        return cls(version.ref.label, version.digest, version.adapter, prompt, examples)
+        return cls(
+            version.ref.label,
+            version.digest,
+            version.adapter,
+            str(version.name),
+            version.system_prompt,
+            version.examples,
+        )
 
     @property
     def only_prompt(self) -> bool:

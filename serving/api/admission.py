@@ -8,6 +8,7 @@ from litestar import Request
 
 from registry.errors import StoreUnavailable
 from serving.api.errors import RequestError
+from serving.api.plan import Plan
 from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import SamplingFields
 from serving.api.services import Services, services_of
@@ -23,14 +24,26 @@ NOT_THE_ARMS_FAULT = (429, 499)  # too many requests, and a client that went
 
 
 async def admit(request: Request[Any, Any, Any], fields: SamplingFields) -> Route:
-    """Return what answers this request. An exposure is durable before this returns."""
+    """Return what answers this request. An exposure is durable before this returns.
+
+    Raises LimitReached before anything is done for a caller that has had its requests.
+    """
     services, record = services_of(request.app), record_of(request.scope)
     route = await services.router.resolve(fields.model, request.user)
+    record.lease = services.meter.lease(record.tenant, route.name)
+    record.lease.enter()
     running = services.experiments.of(route.production_of) if route.production_of else None
     if running is not None:
         route = await _take_part(services, running, route, _unit_key(request, fields), record)
     record.label, record.digest = route.label, route.fingerprint
     return route
+
+
+def reserve(record: RequestRecord, plan: Plan) -> None:
+    """Reserve the most tokens this can use. Raises LimitReached and NeverFits."""
+    assert record.lease is not None, "admit comes first"
+    answer = sum(request.sampling.max_tokens for request in plan.requests)
+    record.lease.reserve(plan.prompt_tokens, answer)
 
 
 async def _take_part(

@@ -84,8 +84,14 @@ class Answer:
                 await self._stream(record, receive, send)
             else:
                 await self._whole(record, receive, send)
+        except ClientGone:
+            # The engine may have been at the prompt for long: who asks and leaves has used it.
+            record.prompt_tokens = self._plan.prompt_tokens
+            raise
         finally:
             record.completion_tokens = sum(self._completion_tokens)
+            if record.completion_tokens:
+                record.prompt_tokens = self._plan.prompt_tokens
 
     async def _whole(self, record: RequestRecord, receive: Receive, send: Send) -> None:
         choices = [Choice() for _ in self._plan.requests]
@@ -131,7 +137,7 @@ class Answer:
     async def _pieces(self, record: RequestRecord) -> AsyncGenerator[Piece]:
         plan = self._plan
         streams = [
-            sequence(self._engine, self._tokens, request, plan.stops, index)
+            self._counted(sequence(self._engine, self._tokens, request, plan.stops, index))
             for index, request in enumerate(plan.requests)
         ]
         previous: list[float] = [0.0] * len(streams)
@@ -144,11 +150,17 @@ class Answer:
                 else:
                     self._metrics.ttft.observe(now - record.started)
                     record.first_token = record.first_token or now - record.started
-                self._completion_tokens[piece.index] = piece.completion_tokens
                 if piece.finish_reason:
                     record.finish_reasons.append(piece.finish_reason)
                 for watch in record.watchers:
                     watch(piece)
+                yield piece
+
+    async def _counted(self, stream: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+        """Count where the engine gives: a choice whose turn to be sent never came was made too."""
+        async with aclosing(stream):
+            async for piece in stream:
+                self._completion_tokens[piece.index] = piece.completion_tokens
                 yield piece
 
     def _usage(self) -> Usage:

@@ -24,11 +24,13 @@ from serving.api.experiments import (
 )
 from serving.api.guard import Guard
 from serving.api.health import live, metrics, ready
+from serving.api.limits import clear_limit, get_limits, list_limits, set_limit
 from serving.api.metrics import Metrics
 from serving.api.models import get_model, list_models
 from serving.api.push import push_version
 from serving.api.services import Services
 from serving.api.settings import ServerSettings
+from serving.api.usage import get_usage
 from serving.engine.boundary import Engine
 from serving.experiments.live import LiveExperiments
 from serving.experiments.recorder import Recorder
@@ -38,6 +40,8 @@ from serving.routing import LiveTable, Router
 from serving.selfcheck import make_ready
 from serving.tenants.access import Access
 from serving.tenants.keys import KeyRing
+from serving.tenants.ledger import Ledger
+from serving.tenants.meter import Meter
 from serving.tokens import Tokens
 
 HANDLERS = (
@@ -55,6 +59,11 @@ HANDLERS = (
     get_experiment,
     move_experiment,
     give_feedback,
+    list_limits,
+    get_limits,
+    set_limit,
+    clear_limit,
+    get_usage,
     live,
     ready,
     metrics,
@@ -85,6 +94,7 @@ def create_app(
         drain=Drain(),
         metrics=Metrics(),
         authentication=Authentication(KeyRing(registry) if settings.auth else None),
+        meter=Meter(Ledger(registry.home), settings.server_id),
     )
     app = Litestar(
         route_handlers=HANDLERS,
@@ -116,6 +126,7 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
             url=services.settings.url,
         )
         services.recorder.start()
+        services.meter.start()
         await follower.start()
         await services.experiments.start()
         try:
@@ -124,6 +135,7 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
             await services.experiments.stop()
             await follower.stop()
             await asyncio.to_thread(services.recorder.stop)
+            await asyncio.to_thread(services.meter.stop)
             services.store.close()
             await services.engine.aclose()
 

@@ -7,7 +7,7 @@ import msgspec
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from serving.api.admission import admit
+from serving.api.admission import admit, reserve
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare
 from serving.api.plan import Plan, make_plan, room_for_answer
@@ -31,7 +31,7 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
     record = record_of(request.scope)
     route = await admit(request, fields)
     plan = await _plan(services, fields, route, record)
-    record.prompt_tokens = plan.prompt_tokens
+    reserve(record, plan)
     shape = ChatShape(services.tokens, plan, record.request_id, services.now())
     return services.answer(plan, shape)
 

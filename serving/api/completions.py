@@ -7,7 +7,7 @@ import msgspec
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from serving.api.admission import admit
+from serving.api.admission import admit, reserve
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare
 from serving.api.errors import RequestError
@@ -33,7 +33,7 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     record = record_of(request.scope)
     route = await admit(request, fields)
     plan = await _plan(services, fields, route, record)
-    record.prompt_tokens = plan.prompt_tokens
+    reserve(record, plan)
     shape = CompletionShape(services.tokens, plan, record.request_id, services.now())
     return services.answer(plan, shape)
 

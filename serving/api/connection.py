@@ -5,14 +5,32 @@ decided where the bytes are: no handler and no stream has to think of them.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.api.errors import INVALID, Failure
+from serving.api.errors import INVALID, Failure, Unavailable, failure_of
 from serving.api.record import new_request_id
 from serving.api.settings import ServerSettings
+
+IDLE_CONNECTIONS = 4  # times max_requests: connections that wait for their next request
+
+
+async def crowded(_scope: Any, _receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+    """Answer every request of a connection that is one too many."""
+    failure = failure_of(Unavailable("This server has too many connections. Try again."))
+    body = failure.body(new_request_id())
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **failure.headers,
+    }
+    written = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": failure.status, "headers": written})
+    await send({"type": "http.response.body", "body": body})
 
 
 class Connection(H11Protocol):
@@ -25,6 +43,8 @@ class Connection(H11Protocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._await_headers()
+        if len(self.connections) > self.settings.max_requests * IDLE_CONNECTIONS:
+            self.app = crowded  # uvicorn's own refusal does not say when to come back
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._header_timer, self._stall_timer):

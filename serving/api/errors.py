@@ -22,6 +22,8 @@ from serving.experiments.store import ExperimentNotFound, FeedbackInvalid
 from serving.routing import ModelNotLive
 from serving.selfcheck import SelfCheckFailed
 from serving.tenants.keys import InvalidKey, ScopeMissing
+from serving.tenants.limit import LimitInvalid, LimitReached, NeverFits
+from serving.tenants.usage import SpanInvalid, TooManyRows
 from serving.tokens import PromptTooLong, TemplateRefused
 
 log = logging.getLogger("wardrobe.errors")
@@ -85,6 +87,11 @@ TABLE: dict[type[Exception], Rule] = {
     domain.StoreUnavailable: Rule(503, UNAVAILABLE),
     ModelNotLive: Rule(503, UNAVAILABLE, param="model"),
     Unavailable: Rule(503, UNAVAILABLE),
+    LimitInvalid: Rule(400, INVALID),
+    SpanInvalid: Rule(400, INVALID),
+    TooManyRows: Rule(400, INVALID),
+    NeverFits: Rule(400, INVALID, param="max_tokens"),
+    LimitReached: Rule(429, "rate_limit_error"),
     engine.EngineBusy: Rule(429, "rate_limit_error", "engine_busy"),
     engine.EngineUnavailable: Rule(503, UNAVAILABLE, "engine_unavailable"),
     engine.RequestRefused: Rule(400, INVALID, "request_refused"),

@@ -183,6 +183,7 @@ class _Responder:
             message["headers"] = [
                 *message["headers"],
                 (b"x-request-id", self._record.request_id.encode()),
+                *(self._record.lease.headers if self._record.lease else ()),
             ]
             if message["status"] >= 400:
                 await self._body.discard()

@@ -30,9 +30,11 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
         "live_aliases": len(services.live.versions),
         "failed_rollouts": len(services.live.failures),
         "registry_stale": services.live.stale,
+        "limits_shared": not services.meter.balances.problem,
     }
     if usable := await _visible(services, request):
         body["reason"] = reason
+        body["limits_problem"] = services.meter.balances.problem
         body["operators"] = (await services.engine.stats()).operators
         body["failures"] = [
             {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from serving.api.sequence import Piece
+from serving.tenants.meter import Lease
 
 SCOPE_KEY = "wardrobe.record"
 
@@ -31,12 +32,13 @@ class RequestRecord:
     experiment: str = ""
     arm: str = ""  # its number in the experiment, which a blind answer does not show
     status: int = 0  # 0: nothing was sent
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # that the engine was given
     completion_tokens: int = 0
     first_token: float | None = None  # seconds from the start
     finish_reasons: list[str] = field(default_factory=list[str])
     watchers: list[Callable[[Piece], None]] = field(default_factory=list)
     on_end: "list[Callable[[RequestRecord], None]]" = field(default_factory=list)
+    lease: Lease | None = None  # of an inference request
     outcome: str = ""  # why it did not end normally: disconnect, drain, or an error code
 
     @property
@@ -44,7 +46,14 @@ class RequestRecord:
         return time.monotonic() - self.started
 
     def write(self) -> None:
-        """Write the log line, and tell whoever waits for the end, however it ended."""
+        """Settle what was reserved, tell whoever waits for the end, and write the log line."""
+        if self.lease is not None:
+            self.lease.settle(
+                digest=self.digest,
+                version=self.label,
+                prompt=self.prompt_tokens,
+                completion=self.completion_tokens,
+            )
         for told in self.on_end:
             told(self)
         log.info(

@@ -31,7 +31,6 @@ from serving.tokens import Tokens
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CUT_SECONDS = 2.0  # for the error events of answers that were cut
 BACKLOG = 2048
-IDLE_CONNECTIONS = 4  # times max_requests: connections that wait for their next request
 
 log = logging.getLogger("wardrobe.server")
 
@@ -149,7 +148,6 @@ def _uvicorn_config(app: Litestar, settings: ServerSettings) -> uvicorn.Config:
         date_header=False,
         proxy_headers=False,  # nothing here believes X-Forwarded-*
         backlog=BACKLOG,
-        limit_concurrency=settings.max_requests * IDLE_CONNECTIONS,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=1,  # the drain is over by then
         h11_max_incomplete_event_size=64 * KIB,

@@ -22,6 +22,7 @@ from serving.experiments.recorder import Recorder
 from serving.experiments.store import Experiments
 from serving.routing import LiveTable, Route, Router
 from serving.tenants.access import Access
+from serving.tenants.meter import Meter
 from serving.tokens import Tokens
 
 JSON = "application/json"
@@ -45,6 +46,7 @@ class Services:
     drain: Drain
     metrics: Metrics
     authentication: Authentication
+    meter: Meter
 
     def now(self) -> int:
         return int(time.time())

@@ -20,6 +20,7 @@ EXAMPLES = {
     "model": "base",
     "namespace": "acme",
     "name": "support",
+    "tenant": "acme",
     "alias": "production",
     "experiment": "exp_000000000000",
     "action": "start",

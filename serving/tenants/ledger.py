@@ -1,0 +1,270 @@
+"""The database of limits and usage: what was set, by whom, and what was used."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from registry.database import Database, now
+from serving.tenants.limit import WHOLE, Limit, Subject
+from serving.tenants.tables import SCHEMA, buckets, holdings, limit_events, limits, spent, usage
+from serving.tenants.tally import Amount, Batch, Holding, UsageKey
+from serving.tenants.usage import MOST_ROWS, By, Span, TooManyRows, UsageRow
+
+_FIELDS = tuple(Limit.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitEvent:
+    """One change of a limit. None before or after: there was none."""
+
+    at: str
+    subject: Subject
+    before: Limit | None
+    after: Limit | None
+    actor: str
+    reason: str
+
+
+class Ledger:
+    """Safe for threads and for several processes at once; close it after use."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.path = home / "usage.sqlite"
+        with FileLock(home / ".usage.lock"):
+            # Not synced at every commit: a killed process loses nothing by it, and `checkpoint`
+            # bounds what a power cut takes.
+            self._database = Database(f"sqlite:///{self.path}", SCHEMA, synchronous="NORMAL")
+            self._database.prepare()
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Limits
+
+    def set_limit(
+        self, subject: Subject, values: Mapping[str, int | None], *, actor: str, reason: str
+    ) -> Limit:
+        """Replace these fields of a limit, with a line in its history; servers follow at once.
+
+        None takes one away. Raises LimitInvalid.
+        """
+        with self._database.write() as connection:
+            before = _limit(connection, subject)
+            after = (before or Limit()).changed(values)
+            row = {"tenant": subject.tenant, "name": subject.name, "set_at": now()}
+            put = upsert(limits).values(**row, **asdict(after))
+            replaced = {**asdict(after), "set_at": put.excluded.set_at}
+            connection.execute(put.on_conflict_do_update(set_=replaced))
+            _log(connection, subject, before, after, actor, reason)
+        return after
+
+    def clear_limit(self, subject: Subject, *, actor: str, reason: str) -> bool:
+        """Take a limit away; tell whether there was one."""
+        with self._database.write() as connection:
+            before = _limit(connection, subject)
+            if before is None:
+                return False
+            for table in (limits, buckets):
+                same = (table.c.tenant == subject.tenant) & (table.c.name == subject.name)
+                connection.execute(delete(table).where(same))
+            _log(connection, subject, before, None, actor, reason)
+        return True
+
+    def limits(self, tenant: str | None = None) -> dict[Subject, Limit]:
+        """Return the limits that are set, of one tenant or of all."""
+        query = select(limits).order_by(limits.c.tenant, limits.c.name)
+        if tenant is not None:
+            query = query.where(limits.c.tenant == tenant)
+        with self._database.read() as connection:
+            return {Subject(r.tenant, r.name): _limit_of(r) for r in connection.execute(query)}
+
+    def limit_history(self, tenant: str | None = None) -> list[LimitEvent]:
+        """Return who set which limit, when and why; oldest first."""
+        query = select(limit_events).order_by(limit_events.c.seq)
+        if tenant is not None:
+            query = query.where(limit_events.c.tenant == tenant)
+        with self._database.read() as connection:
+            return [
+                LimitEvent(
+                    r.at,
+                    Subject(r.tenant, r.name),
+                    _logged(r.before),
+                    _logged(r.after),
+                    r.actor,
+                    r.reason,
+                )
+                for r in connection.execute(query)
+            ]
+
+    # Usage
+
+    @contextmanager
+    def writing(self) -> Generator["LedgerWriter"]:
+        """Write usage in one transaction; the write lock is held from the start."""
+        with self._database.write() as connection:
+            yield LedgerWriter(connection)
+
+    def checkpoint(self) -> None:
+        """Sync what was committed to the disk. Waits for nobody."""
+        self._database.checkpoint()
+
+    def usage(self, span: Span, by: By, tenant: str | None = None) -> list[UsageRow]:
+        """Return what was used, in the order of time, tenant, name and version.
+
+        Raises TooManyRows for what nobody could read at once.
+        """
+        with self._database.read() as connection:
+            rows = [UsageRow(*row) for row in connection.execute(_sums(span, by, tenant))]
+        if len(rows) > MOST_ROWS:
+            raise TooManyRows(
+                f"This is more than {MOST_ROWS} rows. Ask for a shorter time, for one tenant, or "
+                "by day or version."
+            )
+        return rows
+
+    def spent(self, tenant: str, period: str) -> int:
+        """Return the tokens a tenant has used in a day or month."""
+        query = select(spent.c.tokens).where(
+            spent.c.tenant == tenant, spent.c.name == WHOLE, spent.c.period == period
+        )
+        with self._database.read() as connection:
+            return connection.execute(query).scalar() or 0
+
+
+class LedgerWriter:
+    """The rows of one transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def add(self, batch: Batch) -> None:
+        """Add what was used to the roll-ups and their sums; give back what was not."""
+        if batch.usage:
+            rows = [{**asdict(key), **asdict(amount)} for key, amount in batch.usage.items()]
+            self._connection.execute(_ADD_USAGE, rows)
+            self._connection.execute(_ADD_SPENT, _spent_rows(batch.usage))
+        for subject, tokens in batch.unused.items():
+            same = (buckets.c.tenant == subject.tenant) & (buckets.c.name == subject.name)
+            # Less than nothing may be taken then: whoever reads a bucket reads a full one.
+            self._connection.execute(
+                update(buckets).where(same).values(tokens=buckets.c.tokens - tokens)
+            )
+
+    def hold(self, server: str, held: Mapping[Subject, Holding], moment: float) -> None:
+        """Replace what a server's answers hold; `moment` as in `Balances`."""
+        self._connection.execute(delete(holdings).where(holdings.c.server == server))
+        rows = [
+            {"tenant": s.tenant, "name": s.name, "server": server, "seen_at": moment, **asdict(h)}
+            for s, h in held.items()
+        ]
+        if rows:
+            self._connection.execute(insert(holdings), rows)
+
+    def forget_dead(self, before: float, moment: float) -> None:
+        """Remove what servers hold that were seen last `before`, or before a reboot."""
+        dead = (holdings.c.seen_at < before) | (holdings.c.seen_at > moment)
+        self._connection.execute(delete(holdings).where(dead))
+
+
+_put_usage = upsert(usage)
+_ADD_USAGE = _put_usage.on_conflict_do_update(
+    set_={
+        "version": _put_usage.excluded.version,
+        "answers": usage.c.answers + _put_usage.excluded.answers,
+        "prompt_tokens": usage.c.prompt_tokens + _put_usage.excluded.prompt_tokens,
+        "completion_tokens": usage.c.completion_tokens + _put_usage.excluded.completion_tokens,
+    }
+)
+_put_spent = upsert(spent)
+_ADD_SPENT = _put_spent.on_conflict_do_update(
+    set_={"tokens": spent.c.tokens + _put_spent.excluded.tokens}
+)
+
+
+def _spent_rows(used: Mapping[UsageKey, Amount]) -> list[dict[str, Any]]:
+    sums: dict[tuple[str, str, str], int] = {}
+    for key, amount in used.items():
+        for name in (WHOLE, key.name):
+            for period in (key.hour[:10], key.hour[:7]):
+                row = (key.tenant, name, period)
+                sums[row] = sums.get(row, 0) + amount.tokens
+    return [
+        {"tenant": tenant, "name": name, "period": period, "tokens": tokens}
+        for (tenant, name, period), tokens in sums.items()
+    ]
+
+
+def _sums(span: Span, by: By, tenant: str | None) -> Any:
+    length = {"hour": 13, "day": 10, "version": 0}[by]
+    time = func.substr(usage.c.hour, 1, length)
+    dimensions = (time, usage.c.tenant, usage.c.name, usage.c.digest)
+    query = (
+        select(
+            time,
+            usage.c.tenant,
+            usage.c.name,
+            func.max(usage.c.version),
+            usage.c.digest,
+            func.sum(usage.c.answers),
+            func.sum(usage.c.prompt_tokens),
+            func.sum(usage.c.completion_tokens),
+        )
+        .where(
+            usage.c.hour >= span.first,
+            func.substr(usage.c.hour, 1, len(span.last)) <= span.last,
+        )
+        .group_by(*dimensions)
+        .order_by(*dimensions)
+        .limit(MOST_ROWS + 1)
+    )
+    return query if tenant is None else query.where(usage.c.tenant == tenant)
+
+
+def _limit(connection: Connection, subject: Subject) -> Limit | None:
+    query = select(limits).where(limits.c.tenant == subject.tenant, limits.c.name == subject.name)
+    row = connection.execute(query).first()
+    return _limit_of(row) if row else None
+
+
+def _limit_of(row: Row[Any]) -> Limit:
+    return Limit(*(getattr(row, name) for name in _FIELDS))
+
+
+def _logged(value: dict[str, int | None] | None) -> Limit | None:
+    return None if value is None else Limit(**value)
+
+
+def _log(
+    connection: Connection,
+    subject: Subject,
+    before: Limit | None,
+    after: Limit | None,
+    actor: str,
+    reason: str,
+) -> None:
+    row = {
+        "tenant": subject.tenant,
+        "name": subject.name,
+        "before": asdict(before) if before else None,
+        "after": asdict(after) if after else None,
+    }
+    connection.execute(insert(limit_events).values(**row, actor=actor, reason=reason, at=now()))

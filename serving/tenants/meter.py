@@ -1,0 +1,159 @@
+"""Counts what every answer used, and holds it to its limits: from admission to its last byte.
+
+Usage is written by a thread, many answers in one transaction, a quarter of a second after they
+ended at the latest. A server that is killed loses that much and the answers that ran.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from registry.errors import WardrobeError
+from serving.tenants.balances import DEAD_SECONDS, Balances
+from serving.tenants.ledger import Ledger
+from serving.tenants.limit import Subject
+from serving.tenants.standing import Period, Standing, headers_of
+from serving.tenants.tally import Amount, Batch, Tally, UsageKey
+
+PAUSE_SECONDS = 0.25  # between two writes
+CONFIRM_SECONDS = 2.0  # between signs of life of what is held; far below DEAD_SECONDS
+SYNC_SECONDS = 5.0  # a power cut takes the usage of so long at most
+
+log = logging.getLogger("wardrobe.usage")
+
+
+class Lease:
+    """One request: entered, reserved for, and settled exactly once, however it ends."""
+
+    def __init__(self, meter: "Meter", tenant: str, name: str) -> None:
+        self._meter = meter
+        self._tenant = tenant
+        self._name = name
+        self._entered = False
+        self._reserved = 0  # tokens
+        self._standings: list[Standing] = []
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The `x-ratelimit-*` headers, as of the last step."""
+        return headers_of(self._standings)
+
+    def enter(self) -> None:
+        """Take one request and one place. Raises LimitReached."""
+        self._step(Standing.enter)
+        self._entered = True
+
+    def reserve(self, prompt: int, answer: int) -> None:
+        """Take the most tokens it may use. Raises LimitReached and NeverFits."""
+        self._step(lambda standing: standing.reserve(prompt, answer))
+        self._reserved = prompt + answer
+
+    def _step(self, step: Callable[[Standing], Standing]) -> None:
+        found = self._meter.balances.step(self._tenant, self._name, step)
+        self._standings, refused = found
+        if refused is not None:
+            raise refused
+
+    def settle(self, *, digest: str, version: str, prompt: int, completion: int) -> None:
+        """Give back what was not used, and count what was."""
+        if not self._entered:
+            return
+        self._entered = False
+        amount = Amount(1, prompt, completion)
+        key = UsageKey(self._tenant, self._name, digest, version, self._meter.period().hour)
+        subjects = (Subject(self._tenant), Subject(self._tenant, self._name))
+        used = key if amount.tokens else None
+        self._meter.tally.settle(subjects, self._reserved, used, amount)
+        self._meter.wake()
+
+
+@dataclass(slots=True)
+class Meter:
+    """What one server's requests are measured with, from `start` to `stop`."""
+
+    ledger: Ledger
+    server: str
+    period: Callable[[], Period] = Period.now
+    clock: Callable[[], float] = time.monotonic
+    tally: Tally = field(default_factory=Tally)
+    balances: Balances = field(init=False)
+    _something: threading.Event = field(default_factory=threading.Event)
+    _ending: threading.Event = field(default_factory=threading.Event)
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+    _thread: threading.Thread | None = None
+    _unsynced: bool = False
+    _synced_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.balances = Balances(
+            self.ledger.path, self.server, self.tally, clock=self.clock, period=self.period
+        )
+
+    def lease(self, tenant: str, name: str) -> Lease:
+        return Lease(self, tenant, name)
+
+    def wake(self) -> None:
+        self._something.set()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what is left, then end."""
+        self._ending.set()
+        self._something.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.balances.close()
+        self.ledger.close()
+
+    def flush(self) -> None:
+        """Write everything that has ended. Raises StoreUnavailable, and keeps it then."""
+        batch: Batch | None = None
+        with self._writing:
+            try:
+                with self.ledger.writing() as writer:
+                    batch = self.tally.take()
+                    writer.add(batch)
+                    moment = self.clock()
+                    writer.hold(self.server, self.tally.holdings(), moment)
+                    writer.forget_dead(moment - DEAD_SECONDS, moment)
+            except BaseException:
+                if batch is not None:
+                    self.tally.put(batch)
+                raise
+            self._unsynced = True
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            if self._something.wait(CONFIRM_SECONDS) or self.tally.holdings():
+                self._something.clear()
+                self._try_flush()
+            if time.monotonic() - self._synced_at >= SYNC_SECONDS:
+                self._sync()
+            self._ending.wait(PAUSE_SECONDS)
+        self._try_flush()
+        self._sync()
+
+    def _try_flush(self) -> None:
+        try:
+            self.flush()
+        except WardrobeError as error:
+            log.error("usage could not be written, and is kept for the next time: %s", error)
+            self.wake()
+        except Exception:  # the thread goes on: it is the only one that writes
+            log.exception("usage could not be written, and is kept for the next time")
+            self.wake()
+
+    def _sync(self) -> None:
+        if not self._unsynced:
+            return
+        self._synced_at, self._unsynced = time.monotonic(), False
+        try:
+            self.ledger.checkpoint()
+        except WardrobeError as error:
+            log.error("usage could not be synced: %s", error)
