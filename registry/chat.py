@@ -3,7 +3,7 @@
 import re
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -22,7 +22,13 @@ class ChatEncoder:
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
     def ids(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Return the ids of (role, content) messages, up to where the assistant speaks.
+        """Return the ids of (role, content) messages, up to where the assistant speaks."""
+        return self.ids_of([{"role": role, "content": said} for role, said in messages])
+
+    def ids_of(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
+        """Return the ids of messages that may call and answer tools, with the tools on offer.
 
         Text inside a message that looks like a control token is encoded as plain text, so that
         nobody can end their own turn and speak as the system. Added tokens that are not special
@@ -32,15 +38,21 @@ class ChatEncoder:
         nonce = secrets.token_hex(8)  # nobody can write a mark that they cannot guess
         literals: list[str] = []
 
+        def plain(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._special.sub(mark, value)
+            if isinstance(value, list):
+                return [plain(each) for each in cast("list[Any]", value)]
+            if isinstance(value, dict):
+                found = cast("dict[str, Any]", value)
+                return {plain(key): plain(each) for key, each in found.items()}
+            return value
+
         def mark(match: re.Match[str]) -> str:
             literals.append(match[0])
             return f"\ue000{nonce}:{len(literals) - 1}\ue001"
 
-        text = self._template.apply_chat_template(
-            [{"role": role, "content": self._special.sub(mark, said)} for role, said in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        text = self.text(plain([*messages]), plain([*tools]))
         if not literals:
             return self._encode(text)
         ids: list[int] = []
@@ -51,6 +63,18 @@ class ChatEncoder:
             elif piece:
                 ids += self._encode(piece)
         return ids
+
+    def text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        answer: bool = True,
+    ) -> str:
+        """Render as the template has it; `answer`: up to where the assistant speaks."""
+        return self._template.apply_chat_template(
+            [*messages], tools=[*tools] or None, tokenize=False, add_generation_prompt=answer
+        )
 
     def _encode(self, text: str) -> list[int]:
         # A batch of one: `encode` holds the interpreter lock all the time, a batch does not.

@@ -5,11 +5,12 @@ Neither tokenizer nor template ever comes from a request or an adapter.
 """
 
 import asyncio
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import AutoTokenizer
 
 from registry.chat import ChatEncoder
 from registry.errors import WardrobeError
+from serving.calls import FORMATS, CallDelta, CallFormat, CallParser
 from serving.detokenizer import Detokenizer
+from serving.tools import Tool
 
 # One Unicode character takes at most this many UTF-8 bytes.
 _UTF8_MAX = 4
@@ -42,9 +45,41 @@ class TemplateRefused(WardrobeError):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant made, as history."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: str
     content: str
+    calls: tuple[ToolCall, ...] = ()  # of the role assistant
+    call_id: str = ""  # of the role tool: which call this answers
+
+    @property
+    def rendered(self) -> dict[str, Any]:
+        """The message as chat templates read it: a key that says nothing is not there."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in self.calls
+            ]
+        if self.call_id:
+            message["tool_call_id"] = self.call_id
+        return message
+
+
+_PROBE = Tool("probe_tool", {"type": "object", "properties": {"key": {"type": "string"}}})
+_PROBE_CALL = ToolCall("call00000", "probe_tool", {"key": "value"})  # Mistral wants 9 characters
 
 
 class Tokens:
@@ -57,6 +92,8 @@ class Tokens:
         )
         self.has_chat_template = bool(loaded.chat_template)
         self._tokenizer: Tokenizer = loaded.backend_tokenizer
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
         self._chat = ChatEncoder(loaded)
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
@@ -76,18 +113,54 @@ class Tokens:
         self._check_bytes(text, max_tokens, "prompt")
         return await self._in_thread(lambda: self._encode(text))
 
-    async def encode_chat(self, messages: Sequence[ChatMessage], max_tokens: int) -> list[int]:
-        """Render messages with the base's template and encode them.
+    async def encode_chat(
+        self, messages: Sequence[ChatMessage], max_tokens: int, tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """Render messages, and the tools on offer, with the base's template and encode them.
 
         What looks like a control token inside a message is plain text: see `ChatEncoder.ids`.
         Raises PromptTooLong, and TemplateRefused when the template does not take the messages.
         """
         text = "".join(message.content for message in messages)
         self._check_bytes(text, max_tokens, "messages")
-        return await self._in_thread(lambda: self._encode_chat(messages))
+        return await self._in_thread(lambda: self._encode_chat(messages, tools))
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.decode)
+    @cached_property
+    def call_format(self) -> CallFormat | None:
+        """How the base's template writes calls of tools; None: not at all, or in no known way.
+
+        The template itself is asked: it renders a call, and a format that reads it back is its own.
+        """
+        question, call = (
+            {"role": "user", "content": "?"},
+            ChatMessage("assistant", "", (_PROBE_CALL,)),
+        )
+        tools = [_PROBE.described]
+        try:
+            asked = self._chat.text([question], tools)
+            told = self._chat.text([question, call.rendered], tools, answer=False)
+        except (TemplateError, TypeError, ValueError):
+            return None  # it has no place for what it was given
+        if _PROBE.name not in asked:
+            return None
+        answer = told.removeprefix(asked)
+        return next((form for form in FORMATS if _reads(form, answer)), None)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the control token that this text is, or None."""
+        return self._special.get(text)
+
+    def detokenizer(self, shown: Collection[str] = ()) -> Detokenizer:
+        """Return one that leaves control tokens out, but for those of `shown`."""
+        hidden = {token_id for text, token_id in self._special.items() if text not in shown}
+        if len(hidden) == len(self._special):
+            return Detokenizer(self.decode)
+
+        def decode(ids: Sequence[int]) -> str:
+            seen = [token_id for token_id in ids if token_id not in hidden]
+            return self._tokenizer.decode(seen, skip_special_tokens=False)
+
+        return Detokenizer(decode)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a whole sequence, without control tokens."""
@@ -117,13 +190,15 @@ class Tokens:
         # A batch of one: `encode` holds the interpreter lock all the time, a batch does not.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=True)[0].ids
 
-    def _encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def _encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[int]:
         if not self.has_chat_template:
             raise TemplateRefused(
                 "This base model has no chat template. Use /v1/completions with a raw prompt."
             )
         try:
-            return self._chat.ids([(message.role, message.content) for message in messages])
+            return self._chat.ids_of(
+                [message.rendered for message in messages], [tool.described for tool in tools]
+            )
         except TemplateError as error:
             raise TemplateRefused(
                 f"The base model's chat template refuses these messages: {error}"
@@ -140,6 +215,19 @@ class Tokens:
         if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             return bytes([int(match[1], 16)])
         return token.replace("\u2581", " ").encode()
+
+
+def _reads(form: CallFormat, answer: str) -> bool:
+    parser = CallParser(form, frozenset({_PROBE.name}))
+    events = [
+        each for each in (*parser.push(answer), *parser.finish()) if isinstance(each, CallDelta)
+    ]
+    if [event.name for event in events if event.name] != [_PROBE.name]:
+        return False
+    try:
+        return json.loads("".join(event.arguments for event in events)) == _PROBE_CALL.arguments
+    except ValueError:
+        return False
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

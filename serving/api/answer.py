@@ -13,12 +13,12 @@ from typing import Any, Protocol
 from litestar.types import Receive, Scope, Send
 
 from serving.api.drain import Drain
-from serving.api.errors import ClientGone, failure_of
+from serving.api.errors import ClientGone, RequestError, failure_of
 from serving.api.metrics import Metrics
 from serving.api.plan import Plan
 from serving.api.record import RequestRecord, record_of
 from serving.api.sequence import Piece, PlacedLogprob, sequence, side_by_side
-from serving.engine.boundary import Engine
+from serving.engine.boundary import Engine, GrammarRefused
 from serving.tokens import Tokens
 
 DONE = b"data: [DONE]\n\n"
@@ -88,6 +88,9 @@ class Answer:
             # The engine may have been at the prompt for long: who asks and leaves has used it.
             record.prompt_tokens = self._plan.prompt_tokens
             raise
+        except GrammarRefused as error:  # before the first byte: every choice has the same grammar
+            field = self._plan.grammar_field
+            raise RequestError(str(error), param=field, code="grammar_refused") from error
         finally:
             record.completion_tokens = sum(self._completion_tokens)
             if record.completion_tokens:
@@ -136,8 +139,9 @@ class Answer:
 
     async def _pieces(self, record: RequestRecord) -> AsyncGenerator[Piece]:
         plan = self._plan
+        shown = plan.control_tokens
         streams = [
-            self._counted(sequence(self._engine, self._tokens, request, plan.stops, index))
+            self._counted(sequence(self._engine, self._tokens, request, plan.stops, index, shown))
             for index, request in enumerate(plan.requests)
         ]
         previous: list[float] = [0.0] * len(streams)

@@ -1,5 +1,7 @@
 """POST /v1/chat/completions, in the shapes of the OpenAI API."""
 
+import secrets
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import ChatRequest, RequestDecoder
 from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
+from serving.api.tools import call_of, toolbox_of
+from serving.calls import CallDelta, CallParser, Event
 from serving.prompt import put_before
 from serving.routing import Route
 from serving.tenants.keys import INFER
@@ -22,6 +26,7 @@ from serving.tokens import ChatMessage, Tokens
 
 _DECODER = RequestDecoder.of(ChatRequest)
 _encode = msgspec.json.Encoder().encode
+_ID_LETTERS = string.ascii_letters + string.digits
 
 
 @post("/v1/chat/completions", opt=declare(INFER), status_code=200)
@@ -40,7 +45,10 @@ async def _plan(
     services: Services, fields: ChatRequest, route: Route, record: RequestRecord
 ) -> Plan:
     context = services.engine.max_model_len
-    prompt = await services.tokens.encode_chat(messages_of(fields, route), context)
+    toolbox = toolbox_of(fields, services.tokens)
+    tools = toolbox.tools if toolbox else ()
+    messages = messages_of(fields, route)
+    prompt = await services.tokens.encode_chat(messages, context, tools)
     asked = fields.max_completion_tokens or fields.max_tokens
     default = min(context - len(prompt), services.settings.default_max_tokens)
     wanted = asked or max(default, 1)
@@ -55,6 +63,8 @@ async def _plan(
         route=route,
         max_tokens=wanted,
         logprobs=fields.top,
+        vocab=services.tokens.vocab_size,
+        toolbox=toolbox,
     )
 
 
@@ -64,7 +74,15 @@ def messages_of(fields: ChatRequest, route: Route) -> list[ChatMessage]:
     `developer` is the newer name of `system`; base models know only the older one.
     """
     roles = {"developer": "system"}
-    messages = [ChatMessage(roles.get(m.role, m.role), m.text) for m in fields.messages]
+    messages = [
+        ChatMessage(
+            roles.get(m.role, m.role),
+            m.text,
+            tuple(map(call_of, m.tool_calls or ())),
+            m.tool_call_id or "",
+        )
+        for m in fields.messages
+    ]
     return put_before(messages, route.system_prompt, route.examples)
 
 
@@ -74,6 +92,8 @@ class ChatShape:
     def __init__(self, tokens: Tokens, plan: Plan, request_id: str, created: int) -> None:
         self._tokens = tokens
         self._logprobs = plan.requests[0].sampling.logprobs is not None
+        self._toolbox = plan.toolbox
+        self._parsers: dict[int, CallParser] = {}  # of a stream's choices
         self._common = {
             "id": f"chatcmpl-{request_id}",
             "created": created,
@@ -87,13 +107,37 @@ class ChatShape:
         self.opening = b"".join(map(self._opening, range(len(plan.requests))))
 
     def event(self, piece: Piece) -> bytes:
+        deltas, called = self._deltas(piece)
+        logprobs = self._logprobs_of(piece.logprobs)
         events = b""
-        if piece.text or piece.logprobs:
-            logprobs = self._logprobs_of(piece.logprobs)
-            events = self._event(piece.index, {"content": piece.text}, logprobs)
+        for delta in deltas:
+            events += self._event(piece.index, delta, logprobs)
+            logprobs = None  # they stand beside the first thing that they say
         if piece.finish_reason:
-            events += self._event(piece.index, {}, None, piece.finish_reason)
+            events += self._event(piece.index, {}, None, _reason(piece.finish_reason, called))
         return events
+
+    def _deltas(self, piece: Piece) -> tuple[list[dict[str, Any]], bool]:
+        """Return what this piece adds to its message, and whether the message has calls."""
+        text = {"content": piece.text}
+        if self._toolbox is None:
+            return ([text] if piece.text or piece.logprobs else []), False
+        parser = self._parsers.setdefault(piece.index, self._toolbox.parser())
+        found = parser.push(piece.text)
+        if piece.finish_reason:
+            found += parser.finish()
+        deltas = [self._delta(event) for event in found]
+        return deltas or ([{"content": ""}] if piece.logprobs else []), parser.calls > 0
+
+    def _delta(self, event: Event) -> dict[str, Any]:
+        if isinstance(event, str):
+            return {"content": event}
+        call: dict[str, Any] = {"index": event.index}
+        function = {"arguments": event.arguments}
+        if event.name:
+            call |= {"id": _call_id(), "type": "function"}
+            function = {"name": event.name} | function
+        return {"tool_calls": [call | {"function": function}]}
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
@@ -103,30 +147,35 @@ class ChatShape:
             {
                 **self._common,
                 "object": "chat.completion",
-                "choices": [
-                    {
-                        "index": index,
-                        "message": {
-                            "role": "assistant",
-                            "content": "".join(choice.text),
-                            "refusal": None,
-                        },
-                        "logprobs": self._logprobs_of(choice.logprobs),
-                        "finish_reason": choice.finish_reason,
-                    }
-                    for index, choice in enumerate(choices)
-                ],
+                "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
                 "usage": usage,
             }
         )
 
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(choice.text),
+            "refusal": None,
+        }
+        if self._toolbox is not None:
+            parser = self._toolbox.parser()
+            message |= _message([*parser.push(message["content"]), *parser.finish()])
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs_of(choice.logprobs),
+            "finish_reason": _reason(choice.finish_reason, "tool_calls" in message),
+        }
+
     def _opening(self, index: int) -> bytes:
-        return self._event(index, {"role": "assistant", "content": ""}, None)
+        content = "" if self._toolbox is None else None  # there may be calls and no text
+        return self._event(index, {"role": "assistant", "content": content}, None)
 
     def _event(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: Any,
         finish_reason: str | None = None,
     ) -> bytes:
@@ -156,3 +205,25 @@ class ChatShape:
             "bytes": list(self._tokens.token_bytes(token_id)),
             "logprob": logprob,
         }
+
+
+def _message(events: Sequence[Event]) -> dict[str, Any]:
+    """Return the fields of a message that these events make; `tool_calls` only where there are."""
+    calls: list[dict[str, Any]] = []
+    for event in events:
+        if isinstance(event, CallDelta) and event.name:
+            function = {"name": event.name, "arguments": ""}
+            calls.append({"id": _call_id(), "type": "function", "function": function})
+        elif isinstance(event, CallDelta):
+            calls[event.index]["function"]["arguments"] += event.arguments
+    content = "".join(event for event in events if isinstance(event, str))
+    return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
+
+
+def _reason(reason: str, called: bool) -> str:
+    return "tool_calls" if called and reason == "stop" else reason
+
+
+def _call_id() -> str:
+    """Return a new id: nine letters and digits, which is what Mistral's templates insist on."""
+    return "".join(secrets.choice(_ID_LETTERS) for _ in range(9))

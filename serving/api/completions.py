@@ -16,6 +16,7 @@ from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import CompletionRequest, RequestDecoder
 from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
+from serving.engine.boundary import TokenLogprob
 from serving.routing import Route
 from serving.tenants.keys import INFER
 from serving.tokens import Tokens
@@ -71,6 +72,7 @@ async def _plan(
         route=route,
         max_tokens=wanted,
         logprobs=fields.logprobs,
+        vocab=services.tokens.vocab_size,
     )
 
 
@@ -138,12 +140,14 @@ class CompletionShape:
         return {
             "tokens": [self._name(placed.token.token_id) for placed in tokens],
             "token_logprobs": [placed.token.logprob for placed in tokens],
-            "top_logprobs": [
-                {self._name(token_id): logprob for token_id, logprob in placed.token.top}
-                for placed in tokens
-            ],
+            "top_logprobs": [self._top(placed.token) for placed in tokens],
             "text_offset": [placed.offset for placed in tokens],
         }
+
+    def _top(self, token: TokenLogprob) -> dict[str, float]:
+        """Name the most likely tokens, and the sampled one when it is not among them."""
+        named = dict(token.top) | {token.token_id: token.logprob}
+        return {self._name(token_id): logprob for token_id, logprob in named.items()}
 
     def _name(self, token_id: int) -> str:
         """Return a token's text; `bytes:\\xe6` for bytes that are none, so that names differ."""

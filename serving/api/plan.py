@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.api.errors import RequestError
+from serving.api.output import check_bias, grammar_of
 from serving.api.schemas import SamplingFields
-from serving.engine.boundary import GenerateRequest, SamplingParams
+from serving.api.tools import Toolbox
+from serving.engine.boundary import GenerateRequest, Grammar, SamplingParams
 from serving.routing import Route
 from serving.tokens import PromptTooLong
 
@@ -21,6 +23,12 @@ class Plan:
     prompt_tokens: int
     stream: bool
     include_usage: bool
+    toolbox: Toolbox | None = None  # what the answer may call
+    grammar_field: str = ""  # what asked for a grammar
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        return self.toolbox.control_tokens if self.toolbox else ()
 
 
 def make_plan(
@@ -32,6 +40,8 @@ def make_plan(
     route: Route,
     max_tokens: int,
     logprobs: int | None,
+    vocab: int,
+    toolbox: Toolbox | None = None,
 ) -> Plan:
     """Fan out to one engine request for each prompt and choice."""
     if fields.stream_options is not None and not fields.stream:
@@ -44,24 +54,39 @@ def make_plan(
             "request may have.",
             param="min_tokens",
         )
+    check_bias(fields.logit_bias, vocab)
+    grammar, grammar_field = grammar_of(fields.response_format), "response_format"
+    if toolbox is not None and toolbox.grammar is not None:
+        grammar, grammar_field = toolbox.grammar, "tools"
     requests = [
         GenerateRequest(
             f"{request_id}-{number * fields.n + choice}",
             tuple(prompt),
-            sampling(fields, choice, max_tokens, logprobs),
+            sampling(fields, choice, max_tokens, logprobs, grammar),
             route.adapter,
             tenant,
         )
         for number, prompt in enumerate(prompts)
         for choice in range(fields.n)
     ]
-    prompt_tokens = sum(map(len, prompts))
-    stops = tuple(fields.stops)
-    return Plan(route, tuple(requests), stops, prompt_tokens, fields.stream, fields.include_usage)
+    return Plan(
+        route=route,
+        requests=tuple(requests),
+        stops=tuple(fields.stops),
+        prompt_tokens=sum(map(len, prompts)),
+        stream=fields.stream,
+        include_usage=fields.include_usage,
+        toolbox=toolbox,
+        grammar_field=grammar_field,
+    )
 
 
 def sampling(
-    fields: SamplingFields, choice: int, max_tokens: int, logprobs: int | None
+    fields: SamplingFields,
+    choice: int,
+    max_tokens: int,
+    logprobs: int | None,
+    grammar: Grammar | None,
 ) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
@@ -76,6 +101,8 @@ def sampling(
         seed=None if fields.seed is None else seed_of_choice(fields.seed, choice),
         ignore_eos=fields.ignore_eos,
         logprobs=logprobs,
+        logit_bias=tuple(sorted(fields.logit_bias.items())),
+        grammar=grammar,
     )
 
 

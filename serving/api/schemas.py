@@ -4,7 +4,7 @@ Each field is decoded on its own, so that an error names its field. `null` means
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -17,6 +17,8 @@ MAX_TOKENS = 1_000_000
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 300
+MAX_TOOLS = 128
 
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
@@ -24,6 +26,8 @@ Count = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_TOKENS)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
@@ -35,20 +39,93 @@ class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
     text: str
 
 
+class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
+    name: ToolName
+    arguments: str  # JSON
+
+
+class CallField(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):
+    """A call in an answer that is sent back as history."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=256)]
+    function: CalledFunction
+
+
 class Message(Struct, frozen=True, forbid_unknown_fields=True):
-    role: Annotated[str, Meta(pattern="^(system|developer|user|assistant)$")]
-    content: str | Annotated[list[TextPart], Meta(max_length=MAX_PARTS)]
+    role: Annotated[str, Meta(pattern="^(system|developer|user|assistant|tool)$")]
+    content: str | Annotated[list[TextPart], Meta(max_length=MAX_PARTS)] | None = None
+    tool_calls: Annotated[list[CallField], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     # Clients send answers back as history, with every field that an answer may have.
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+
+    def __post_init__(self) -> None:
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError(f"`tool_calls` are of the assistant, not of {self.role!r}")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError(
+                "`tool_call_id` belongs to messages of the role `tool`, and to no other"
+            )
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("`content` is missing")
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
+
+
+class Function(Struct, frozen=True, forbid_unknown_fields=True):
+    name: ToolName
+    description: Annotated[str, Meta(max_length=16_384)] = ""
+    parameters: Raw = Raw(b"null")  # a JSON schema of an object; null: no parameters
+    strict: bool | None = None
+
+
+class ToolField(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):
+    function: Function
+
+
+class FunctionName(Struct, frozen=True, forbid_unknown_fields=True):
+    name: ToolName
+
+
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
+    """No format: free text."""
+
+
+class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="json_object"):
+    """Any JSON object."""
+
+
+class JsonSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    schema: Raw
+    description: str | None = None
+    strict: bool | None = None  # every answer follows the schema, asked for or not
+
+
+class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema"):
+    json_schema: JsonSchema
+
+
+class RegexFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="regex"):
+    """As text-generation-inference has it; the OpenAI API has none."""
+
+    value: Annotated[str, Meta(min_length=1)]
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat
 
 
 class SamplingFields(Struct, frozen=True, kw_only=True):
@@ -70,6 +147,8 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     max_tokens: Count | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     ignore_eos: bool = False
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)] = {}
+    response_format: ResponseFormat = TextFormat()
     # Who the answer is for: the unit of an experiment.
     user: Annotated[str, Meta(max_length=512)] | None = None
     safety_identifier: Annotated[str, Meta(max_length=512)] | None = None
@@ -95,6 +174,9 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
+    tools: Annotated[list[ToolField], Meta(max_length=MAX_TOOLS)] = []
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -140,7 +222,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),
@@ -148,7 +229,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),

@@ -88,14 +88,20 @@ class _Writer:
 
 
 async def sequence(
-    engine: Engine, tokens: Tokens, request: GenerateRequest, stops: Sequence[str], index: int
+    engine: Engine,
+    tokens: Tokens,
+    request: GenerateRequest,
+    stops: Sequence[str],
+    index: int,
+    shown: Sequence[str] = (),
 ) -> AsyncGenerator[Piece]:
     """Run one engine request. Closing this closes the engine's iterator, which aborts it.
 
-    Stop strings are looked for in what comes after the first `min_tokens` tokens. Pieces may
-    have no text while a character is unfinished or a stop string may have begun.
+    Control tokens are not text, but for those of `shown`. Stop strings are looked for in what
+    comes after the first `min_tokens` tokens. Pieces may have no text while a character is
+    unfinished or a stop string may have begun.
     """
-    writer = _Writer(index, tokens.detokenizer(), stops, request.sampling.min_tokens)
+    writer = _Writer(index, tokens.detokenizer(shown), stops, request.sampling.min_tokens)
     # The contract says that closing aborts; only a generator can be closed.
     deltas = cast("AsyncGenerator[TokenDelta]", engine.generate(request))
     async with aclosing(deltas):

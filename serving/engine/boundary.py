@@ -7,6 +7,7 @@ aliases or paths, so an engine can stand in this process, in another one, or be 
     ├── EngineBusy              the waiting queue is full; try again in `retry_after` seconds
     ├── EngineUnavailable       draining, closed or dead
     ├── RequestRefused          this request can never run here (too long, rank over the bound)
+    │   └── GrammarRefused      its grammar is wrong, too large, or takes too long to compile
     ├── AdapterLoadFailed       this adapter cannot be worn; other requests are not touched
     └── RequestFailed           this request failed while running; other requests are not touched
 """
@@ -42,12 +43,28 @@ class RequestRefused(EngineError):
     pass
 
 
+class GrammarRefused(RequestRefused):
+    pass
+
+
 class AdapterLoadFailed(EngineError):
     pass
 
 
 class RequestFailed(EngineError):
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole output must be: text that `source` describes.
+
+    `json` is a JSON schema, `regex` an expression in the syntax of Rust's regex crate, and `lark`
+    a grammar in llguidance's variant of Lark, which may embed both.
+    """
+
+    kind: Literal["json", "regex", "lark"]
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +83,8 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    grammar: Grammar | None = None  # the output ends where the grammar does, with "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +101,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural logarithms of the model's own distribution, before temperature and penalties."""
+    """Natural logarithms of the model's own distribution.
+
+    Temperature, penalties, biases and grammars come after it and do not change it.
+    """
 
     token_id: int
     logprob: float

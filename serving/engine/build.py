@@ -14,6 +14,7 @@ from serving.engine.adapter_file import read_adapter
 from serving.engine.boundary import EngineStats, EngineUnavailable
 from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
+from serving.engine.grammar import GrammarCompiler
 from serving.engine.hardware import choose_device, choose_dtype, total_memory
 from serving.engine.kv_cache import KVCache
 from serving.engine.linear import Linear, PackedLinear
@@ -43,6 +44,7 @@ class Parts:
     """What an engine's face needs to know of its inside."""
 
     core: EngineCore
+    grammars: GrammarCompiler
     max_model_len: int
     vocab: int
     stats: EngineStats  # of an engine that has done nothing yet
@@ -93,7 +95,8 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
         ModelRunner(model, cache, table, stacks),
         Sampler(model.greedy, spec.eos_ids),
     )
-    return Parts(core, model.length, spec.vocab, _blank_stats(settings, model))
+    grammars = GrammarCompiler(spec.folder, spec.vocab, spec.eos_ids)
+    return Parts(core, grammars, model.length, spec.vocab, _blank_stats(settings, model))
 
 
 def _max_model_len(

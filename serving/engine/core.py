@@ -209,10 +209,12 @@ class EngineCore:
         yield sequence, delta
 
     def _delta(self, sequence: Sequence, sampled: Sampled) -> TokenDelta:
-        params = sequence.sampling
-        if sampled.token_id in self.sampler.eos_ids and not params.ignore_eos:
+        params, constraint = sequence.sampling, sequence.constraint
+        if sampled.token_id in self.sampler.eos_ids and (constraint or not params.ignore_eos):
             return TokenDelta((), (), "stop", sequence.produced)
         reason: FinishReason | None = "length" if sequence.produced >= params.max_tokens else None
+        if constraint is not None and constraint.advance(sampled.token_id):
+            reason = "stop"
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
         return TokenDelta((sampled.token_id,), logprobs, reason, sequence.produced)
 

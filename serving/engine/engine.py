@@ -83,7 +83,9 @@ class TorchEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
         self._check(request)
-        stream = self._submit(Sequence(request))
+        grammar = request.sampling.grammar
+        constraint = None if grammar is None else await self._parts.grammars.start(grammar)
+        stream = self._submit(Sequence(request, constraint))
         try:
             while True:
                 item = await stream.items.get()
@@ -118,6 +120,7 @@ class TorchEngine:
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._core.residency.loader.close)
+        await asyncio.to_thread(self._parts.grammars.close)
 
     def _check(self, request: GenerateRequest) -> None:
         """Raise RequestRefused for what can never run here."""
@@ -130,7 +133,8 @@ class TorchEngine:
                 f"{prompt + wanted}, this model takes {self.max_model_len}."
             )
         vocab = self._parts.vocab
-        if strange := next((i for i in request.prompt_ids if not 0 <= i < vocab), None):
+        ids = (*request.prompt_ids, *(token_id for token_id, _ in request.sampling.logit_bias))
+        if strange := next((i for i in ids if not 0 <= i < vocab), None):
             raise RequestRefused(f"Token id {strange} is not in the vocabulary of {vocab}.")
 
     def _submit(self, ticket: Ticket) -> _Stream:

@@ -1,4 +1,4 @@
-"""Logits → tokens: penalties, end-of-text rules, choice, log-probabilities."""
+"""Logits → tokens: penalties, biases, grammars, end-of-text rules, choice, log-probabilities."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from serving.engine.boundary import RequestFailed, SamplingParams, TokenLogprob
+from serving.engine.grammar import GrammarFailed
 from serving.engine.ops.sampling import Shape, sample
 from serving.engine.sequence import Sequence
 
@@ -33,24 +34,31 @@ class Sampler:
     ) -> list[Sampled | RequestFailed]:
         """Return a token, or the failure of that row alone, for logits [rows, vocab]."""
         best, finite = self.greedy(logits)
-        tokens = self._tokens(logits, best.tolist(), sequences)
+        failures: dict[Sequence, RequestFailed] = {
+            sequence: _not_finite(sequence)
+            for ok, sequence in zip(finite.tolist(), sequences, strict=True)
+            if not ok
+        }
+        tokens = self._tokens(logits, best.tolist(), sequences, failures)
         logprobs = self._logprobs(logits, tokens, sequences)
         return [
-            Sampled(token, logprob) if ok else _not_finite(sequence)
-            for ok, token, logprob, sequence in zip(
-                finite.tolist(), tokens, logprobs, sequences, strict=True
-            )
+            failures.get(sequence) or Sampled(token, logprob)
+            for token, logprob, sequence in zip(tokens, logprobs, sequences, strict=True)
         ]
 
     def _tokens(
-        self, logits: torch.Tensor, tokens: list[int], sequences: Rows[Sequence]
+        self,
+        logits: torch.Tensor,
+        tokens: list[int],
+        sequences: Rows[Sequence],
+        failures: dict[Sequence, RequestFailed],
     ) -> list[int]:
         """Return the most likely tokens, or others where a request wants it so."""
         special = [i for i, sequence in enumerate(sequences) if not self._plain(sequence)]
         if not special:
             return tokens
         scores = logits[special].float()
-        chosen = self._shaped(scores, [sequences[i] for i in special])
+        chosen = self._shaped(scores, [sequences[i] for i in special], failures)
         for i, token in zip(special, chosen, strict=True):
             tokens[i] = token
         return tokens
@@ -58,17 +66,36 @@ class Sampler:
     def _plain(self, sequence: Sequence) -> bool:
         """Tell whether the most likely token of the raw logits is the answer."""
         params = sequence.sampling
-        return params.temperature == 0 and not _penalised(params) and not self._must_go_on(sequence)
+        return (
+            params.temperature == 0
+            and not _penalised(params)
+            and not params.logit_bias
+            and sequence.constraint is None
+            and not self._must_go_on(sequence)
+        )
 
     def _must_go_on(self, sequence: Sequence) -> bool:
         params = sequence.sampling
         return sequence.produced < params.min_tokens and not params.ignore_eos
 
-    def _shaped(self, scores: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    def _shaped(
+        self,
+        scores: torch.Tensor,
+        sequences: Rows[Sequence],
+        failures: dict[Sequence, RequestFailed],
+    ) -> list[int]:
         for row, sequence in zip(scores, sequences, strict=True):
             if _penalised(sequence.sampling):
                 _penalise(row, sequence)
-            if self._must_go_on(sequence) and self.eos_ids:
+            if sequence.sampling.logit_bias:
+                ids, values = zip(*sequence.sampling.logit_bias, strict=True)
+                row[list(ids)] += torch.tensor(values, device=row.device)
+            if sequence.constraint is not None:
+                try:
+                    row.masked_fill_(~self._allowed(sequence, row.device), -torch.inf)
+                except GrammarFailed as error:
+                    failures[sequence] = RequestFailed(str(error))
+            elif self._must_go_on(sequence) and self.eos_ids:
                 row[self.eos_ids] = -torch.inf
         greedy = scores.max(dim=-1).indices
         drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
@@ -76,6 +103,16 @@ class Sampler:
             shape = _shape([sequences[i] for i in drawn], scores.device)
             greedy[drawn] = sample(scores[drawn], shape)
         return greedy.tolist()
+
+    def _allowed(self, sequence: Sequence, device: torch.device) -> torch.Tensor:
+        """Return which tokens [vocab] the grammar allows; an unwanted end only if all else ends."""
+        assert sequence.constraint is not None
+        allowed = sequence.constraint.allowed()
+        if self._must_go_on(sequence) or sequence.sampling.ignore_eos:
+            longer = allowed.copy()
+            longer[self.eos_ids] = False
+            allowed = longer if longer.any() else allowed
+        return torch.from_numpy(allowed).to(device)
 
     def _logprobs(
         self, logits: torch.Tensor, tokens: Rows[int], sequences: Rows[Sequence]

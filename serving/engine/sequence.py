@@ -6,6 +6,7 @@ import numpy as np
 
 from registry.adapter import AdapterRef
 from serving.engine.boundary import GenerateRequest, SamplingParams
+from serving.engine.grammar import Constraint
 
 
 class Draws:
@@ -31,8 +32,9 @@ class Draws:
 class Sequence:
     """Prompt and output tokens, how far the model has read them, and where its state is."""
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, constraint: Constraint | None = None) -> None:
         self.request = request
+        self.constraint = constraint  # where the output is in its grammar
         self.tokens: list[int] = list(request.prompt_ids)
         self.prompt_length = len(request.prompt_ids)
         self.computed = 0  # tokens whose keys and values are in the cache

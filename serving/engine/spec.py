@@ -45,6 +45,7 @@ class ModelSpec:
     head_norm: bool  # Qwen3 normalises each query and key head
     tied: bool  # the output head is the embedding
     eos_ids: frozenset[int]
+    folder: Path = Path()  # tokenizer.json is here; a base of random weights has none
 
     @classmethod
     def read(cls, folder: Path) -> "ModelSpec":
@@ -69,6 +70,7 @@ class ModelSpec:
             head_norm=config.model_type == "qwen3",
             tied=bool(config.tie_word_embeddings),
             eos_ids=_eos_ids(config, folder),
+            folder=folder,
         )
 
     @property

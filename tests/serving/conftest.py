@@ -3,12 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from registry.base import Bases
-from registry.store import Registry
 from serving.tokens import Tokens
 from tests import tiny
-from tests.registry.making import BASE_ID, make_base
-from tests.serving.live import Running, Wardrobe, running
+from tests.serving.live import Running, Wardrobe, opened, running
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +19,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokens]:
 @pytest.fixture
 def wardrobe(tmp_path: Path) -> Iterator[Wardrobe]:
     """An empty registry with one base."""
-    bases = Bases(tmp_path / "bases")
-    base = bases.add(BASE_ID, make_base(tmp_path / "prepared"), origin="test")
-    with Registry.open(tmp_path / "home", bases) as registry:
-        yield Wardrobe(registry, base, tmp_path)
+    with opened(tmp_path) as wardrobe:
+        yield wardrobe
 
 
 @pytest.fixture

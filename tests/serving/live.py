@@ -12,7 +12,7 @@ import httpx
 from openai import OpenAI
 
 from registry.adapter import AdapterName
-from registry.base import BaseModel
+from registry.base import BaseModel, Bases
 from registry.store import Registry
 from serving.api.app import create_app
 from serving.api.server import DrainingServer, listen
@@ -20,7 +20,7 @@ from serving.api.services import Services, services_of
 from serving.api.settings import ServerSettings
 from serving.tenants.keys import rotate_operator_key
 from serving.tokens import Tokens
-from tests.registry.making import make_adapter
+from tests.registry.making import BASE_ID, make_adapter, make_base
 from tests.serving.scripted import ScriptedEngine
 
 NAME = AdapterName("acme", "support")
@@ -47,6 +47,15 @@ class Wardrobe:
 
     def promote(self, number: int, name: AdapterName = NAME) -> None:
         self.registry.promote(name, number, reason="test", actor="test", force=True)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Wardrobe]:
+    """An empty registry with one base, in an empty folder."""
+    bases = Bases(folder / "bases")
+    base = bases.add(BASE_ID, make_base(folder / "prepared"), origin="test")
+    with Registry.open(folder / "home", bases) as registry:
+        yield Wardrobe(registry, base, folder)
 
 
 @dataclass(slots=True)

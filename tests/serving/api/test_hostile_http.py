@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from serving.tokens import Tokens
-from tests.serving.live import CHAT, Running, Wardrobe, running
+from tests.serving.live import CHAT, Running, opened, running
 
 PATH = "/v1/chat/completions"
 BODY = json.dumps(CHAT | {"max_tokens": 1}).encode()
@@ -18,17 +18,11 @@ BODY = json.dumps(CHAT | {"max_tokens": 1}).encode()
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tokens: Tokens) -> Iterator[Running]:
-    from registry.base import Bases
-    from registry.store import Registry
-    from tests.registry.making import BASE_ID, make_base
-
-    folder = tmp_path_factory.mktemp("hostile")
-    bases = Bases(folder / "bases")
-    base = bases.add(BASE_ID, make_base(folder / "prepared"), origin="test")
-    with Registry.open(folder / "home", bases) as registry:
-        wardrobe = Wardrobe(registry, base, folder)
-        with running(wardrobe, tokens, header_timeout=0.5, body_timeout=0.5) as live:
-            yield live
+    with (
+        opened(tmp_path_factory.mktemp("hostile")) as wardrobe,
+        running(wardrobe, tokens, header_timeout=0.5, body_timeout=0.5) as live,
+    ):
+        yield live
 
 
 def talk(server: Running, data: bytes, seconds: float = 10.0) -> bytes:
@@ -303,7 +297,7 @@ def test_a_keep_alive_connection_outlives_the_header_deadline(server: Running) -
         ("messages", [{"role": "user"}]), ("messages", [{"role": "user", "content": None}]),
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
         ("messages", [{"role": "user", "content": "x", "tool_calls": []}]),
-        ("tools", [{}]), ("response_format", {"type": "json_object"}), ("logit_bias", {"1": 5}),
+        ("tools", [{}]), ("response_format", {"type": "json"}), ("logit_bias", {"1": 101}),
         ("echo", True), ("best_of", 2), ("suffix", "x"), ("audio", {}), ("store", True),
         ("user", 7), ("metadata", {"a": 1}),
     ],

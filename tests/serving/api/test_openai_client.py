@@ -195,7 +195,7 @@ def test_each_error_is_the_class_that_clients_expect(live: Running) -> None:
         live.openai().chat.completions.create(**CHAT, temperature=3)
     assert wrong.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        live.openai().chat.completions.create(**CHAT, response_format={"type": "json_object"})
+        live.openai().chat.completions.create(**CHAT, prediction={"type": "content", "content": ""})
     assert unsupported.value.code == "unsupported_parameter"
 
 

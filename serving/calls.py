@@ -1,0 +1,277 @@
+"""Calls of tools in what a model writes, found while it is written.
+
+A family of models writes a call as a JSON object with the tool's name and its arguments. Where the
+objects stand differs. Every character is read once, whatever the model writes.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_SPACE = " \t\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """How a family of models writes calls."""
+
+    name: Literal["hermes", "mistral", "llama"]
+    opening: str  # what stands before calls
+    closing: str  # what stands after each call; empty: nothing
+    arguments: str  # the key of the arguments; the tool's name is under `name`
+    bare: bool = False  # an answer that begins with an object is a call without `opening`, too
+    listed: bool = False  # the objects are in a JSON list
+
+
+HERMES = CallFormat("hermes", "<tool_call>", "</tool_call>", "arguments")
+MISTRAL = CallFormat("mistral", "[TOOL_CALLS]", "", "arguments", listed=True)
+LLAMA = CallFormat("llama", "<|python_tag|>", "", "parameters", bare=True)
+FORMATS = (HERMES, MISTRAL, LLAMA)
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """A call that begins, with its tool's name, or more of the arguments of call `index`."""
+
+    index: int
+    name: str
+    arguments: str
+
+
+Event = str | CallDelta  # a string is text of the answer beside the calls
+
+
+class CallParser:
+    """Divides one output, pushed in pieces, into text and calls.
+
+    What looks like a call and is none, because it is not JSON or names no tool, is text.
+    """
+
+    def __init__(self, form: CallFormat, tools: frozenset[str]) -> None:
+        self._form, self._tools = form, tools
+        self.calls = 0
+        self._text = ""  # not read yet
+        # Lists of pieces: a model that writes spaces for ever costs no more than one that does not.
+        self._held: list[str] = []  # read, and text unless a call comes of it
+        self._spaces: list[str] = []  # read; dropped where a call follows, or the end after one
+        self._among_calls = False
+        self._called = False  # since the last opening
+        self._at_start = True
+        self._object: _CallObject | None = None
+        self._events: list[Event] = []
+
+    def push(self, text: str) -> list[Event]:
+        """Return what this text adds. Text that may become a call is held back."""
+        self._text += text
+        while self._text and self._read():
+            pass
+        return self._take()
+
+    def finish(self) -> list[Event]:
+        """Return what was held back: no more text comes."""
+        if self._object is None or not self._object.begun:
+            self._release()
+            self._say(self._text)
+            self._text = ""
+        if not self.calls and self._spaces:
+            self._events.append("".join(self._spaces))
+        return self._take()
+
+    def _take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _read(self) -> bool:
+        """Read on; False: nothing can be said without more text."""
+        if self._object is not None:
+            return self._read_object(self._object)
+        return self._read_between() if self._among_calls else self._read_text()
+
+    def _read_text(self) -> bool:
+        if self._at_start and self._form.bare:
+            self._skip(_SPACE)
+            if not self._text:
+                return False
+            if self._text[0] == "{":
+                self._begin_object()
+                return True
+            self._release()
+        self._at_start = False
+        before, found, after = self._text.partition(self._form.opening)
+        if found:
+            self._say(before)
+            self._held, self._text = [found], after
+            self._among_calls, self._called = True, False
+            return True
+        kept = _overlap(self._text, self._form.opening)
+        self._say(self._text[: len(self._text) - kept])
+        self._text = self._text[len(self._text) - kept :]
+        return False
+
+    def _read_between(self) -> bool:
+        """Read from one call to the next, or to the end of the calls."""
+        form = self._form
+        self._skip(_SPACE + ("[," if form.listed else ";" * form.bare))
+        text, end = self._text, "]" if form.listed else form.closing
+        if not text or (text != end and end.startswith(text)):
+            return False
+        if text[0] == "{":
+            self._begin_object()
+            return True
+        if end and text.startswith(end) and self._called:
+            self._held, self._text = [], text[len(end) :]
+        self._release()
+        self._among_calls = False
+        return True
+
+    def _skip(self, characters: str) -> None:
+        rest = self._text.lstrip(characters)
+        self._held.append(self._text[: len(self._text) - len(rest)])
+        self._text = rest
+
+    def _begin_object(self) -> None:
+        self._at_start = False
+        self._object = _CallObject(self._form.arguments)
+
+    def _read_object(self, found: "_CallObject") -> bool:
+        read = found.read(self._text)
+        self._held.append(self._text[:read])
+        self._text = self._text[read:]
+        if found.name is not None and not found.begun:
+            self._begin_call(found, found.name)
+        if found.begun:
+            self._held = []
+            if arguments := found.take():
+                self._events.append(CallDelta(self.calls - 1, "", arguments))
+        if not found.over:
+            return False
+        if not found.begun:
+            self._release()
+        self._among_calls = found.begun
+        self._object = None
+        return True
+
+    def _begin_call(self, found: "_CallObject", name: str) -> None:
+        # Behind an opening a call of something unknown is still one; a bare object may be data.
+        if not self._among_calls and name not in self._tools:
+            found.over = True
+            return
+        found.begun = self._called = True
+        self._spaces = []
+        self._events.append(CallDelta(self.calls, name, ""))
+        self.calls += 1
+
+    def _release(self) -> None:
+        """Nothing came of what was held: it is text."""
+        self._say("".join(self._held))
+        self._held = []
+
+    def _say(self, text: str) -> None:
+        said = text.rstrip(_SPACE)
+        if said:
+            self._events.append("".join(self._spaces) + said)
+            self._spaces = []
+        self._spaces.append(text[len(said) :])
+
+
+class _CallObject:
+    """One JSON object, read character by character: the tool's name, and the arguments as text."""
+
+    def __init__(self, arguments: str) -> None:
+        self._argument_keys = (arguments, "arguments", "parameters")
+        self.name: str | None = None
+        self.begun = False  # it is known to be a call
+        self.over = False  # at its end, or not what it should be
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self._key: str | None = None
+        self._piece: list[str] = []  # of the key or value that is read now
+        self._arguments: list[str] = []  # not taken yet
+        self._given = False  # there were arguments
+
+    def read(self, text: str) -> int:
+        """Read up to the object's end; return how many characters that were."""
+        for index, character in enumerate(text):
+            if self._in_string:
+                self._read_string(character)
+            elif character == '"':
+                self._in_string = True
+                self._keep(character)
+            elif character in "{[":
+                self._depth += 1
+                if self._depth > 1:
+                    self._keep(character)
+            elif character in "}]":
+                self._depth -= 1
+                self._end_value() if self._depth == 0 else self._keep(character)
+                self.over = self.over or self._depth == 0
+            elif self._depth > 1:
+                self._keep(character)
+            elif character in ":,":
+                self._end_key() if character == ":" else self._end_value()
+            elif character not in _SPACE:
+                self._keep(character)
+            if self.over:
+                return index + 1
+        return len(text)
+
+    def take(self) -> str:
+        """Return the arguments' text that was not taken yet; an object without any has `{}`."""
+        if self.over and not self._given:
+            self._given = True
+            return "{}"
+        taken = "".join(self._arguments)
+        self._arguments = []
+        return taken
+
+    @property
+    def _argues(self) -> bool:
+        return self._depth >= 1 and self._key in self._argument_keys
+
+    def _read_string(self, character: str) -> None:
+        self._keep(character)
+        if self._escaped:
+            self._escaped = False
+        elif character == "\\":
+            self._escaped = True
+        elif character == '"':
+            self._in_string = False
+
+    def _keep(self, character: str) -> None:
+        """Arguments that are an object are handed on as they come, all else is kept."""
+        if self._argues and (self._piece == [] and (self._depth > 1 or self._given)):
+            self._arguments.append(character)
+            self._given = True
+        else:
+            self._piece.append(character)
+
+    def _end_key(self) -> None:
+        self._key = _string("".join(self._piece))
+        self._piece = []
+        self.over = self.over or (self._key is None and not self.begun)
+
+    def _end_value(self) -> None:
+        text = "".join(self._piece)
+        if self._key == "name":
+            self.name = _string(text)
+            self.over = self.over or self.name is None
+        elif self._key in self._argument_keys and text:
+            inner = _string(text)  # some models write the arguments as a string of JSON
+            self._arguments.append(text if inner is None else inner)
+            self._given = True
+        self._key, self._piece = None, []
+
+
+def _string(text: str) -> str | None:
+    """Return the JSON string that this text is, or None."""
+    try:
+        value: Any = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _overlap(text: str, opening: str) -> int:
+    """Return the length of the longest end of `text` that `opening` begins with."""
+    longest = min(len(text), len(opening) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(opening[:n])), 0)

@@ -1,0 +1,86 @@
+"""Tools that a request offers, and the grammar of their calls in a base's own format."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.calls import CallFormat
+from serving.engine.boundary import Grammar
+from serving.engine.grammar import JSON_SPACE
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may ask for."""
+
+    name: str
+    parameters: dict[str, Any]  # a JSON schema of an object
+    description: str = ""
+    strict: bool = False  # arguments follow `parameters` whenever it is called
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the chat template shows to the model."""
+        function = {"name": self.name, "description": self.description}
+        return {"type": "function", "function": {**function, "parameters": self.parameters}}
+
+
+def call_grammar(
+    form: CallFormat,
+    tools: Sequence[Tool],
+    *,
+    must: bool,
+    many: bool,
+    special_id: Callable[[str], int | None],
+) -> Grammar | None:
+    """Return the grammar of an output that calls these tools; None where everything is allowed.
+
+    `must`: there is a call, and nothing else. `many`: there may be several. `special_id` gives
+    the id of a text that is a control token of the base.
+    """
+    if not must and many and not any(tool.strict for tool in tools):
+        return None
+    rules = [*_rules(form, must, many, special_id), *_calls(form, tools, must)]
+    return Grammar("lark", "\n".join(rules))
+
+
+def _rules(
+    form: CallFormat, must: bool, many: bool, special_id: Callable[[str], int | None]
+) -> Iterator[str]:
+    def symbol(text: str) -> str:
+        token_id = special_id(text)
+        return json.dumps(text) if token_id is None else f"<[{token_id}]>"
+
+    opening = symbol(form.opening)
+    if form.bare:
+        calls = 'object ("; " object)*' if many else "object"
+        yield f"start: {calls}" if must else f"start: {calls} | OTHER?"
+        yield r"OTHER: /[ \t\r\n]*[^{ \t\r\n](.|\n)*/"
+        return
+    if form.listed:
+        objects = 'object (", " object)*' if many else "object"
+        yield f'body: " "? "[" {objects} "]"'
+    else:
+        yield f'body: "\\n" object "\\n" {symbol(form.closing)}'
+    repeated = many and not form.listed
+    if must:
+        yield f"start: {opening} body" + (f' ("\\n" {opening} body)*' if repeated else "")
+        return
+    yield "start: (head body)* text" if repeated else "start: text | head body"
+    lazy = "[lazy]" if special_id(form.opening) is None else ""
+    yield f"head{lazy}: TEXT {opening}"
+    yield "text: TEXT"
+    yield r"TEXT: /(.|\n)*/"
+
+
+def _calls(form: CallFormat, tools: Sequence[Tool], must: bool) -> Iterator[str]:
+    yield "object: " + " | ".join(f"tool_{number}" for number in range(len(tools)))
+    for number, tool in enumerate(tools):
+        head = f'{{"name": {json.dumps(tool.name)}, "{form.arguments}": '
+        schema = tool.parameters if must or tool.strict else ANY_OBJECT
+        held = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **schema}
+        yield f'tool_{number}: {json.dumps(head)} arguments_{number} "}}"'
+        yield f"arguments_{number}: %json {json.dumps(held)}"

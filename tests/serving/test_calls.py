@@ -1,0 +1,159 @@
+"""Calls of tools found in what a model writes, whatever pieces it comes in."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from serving.calls import HERMES, LLAMA, MISTRAL, CallFormat, CallParser, Event
+
+TOOLS = frozenset({"f", "g"})
+Found = tuple[str, list[tuple[str, str]]]
+
+
+def gather(events: Sequence[Event]) -> Found:
+    """Put events together: all text, and (name, arguments) of each call."""
+    calls: list[tuple[str, str]] = []
+    for event in events:
+        if isinstance(event, str):
+            continue
+        assert event.index == len(calls) - (not event.name), "calls come one after the other"
+        if event.name:
+            calls.append((event.name, event.arguments))
+        else:
+            name, arguments = calls.pop()
+            calls.append((name, arguments + event.arguments))
+    return "".join(event for event in events if isinstance(event, str)), calls
+
+
+def parse(form: CallFormat, text: str, cuts: Sequence[int] = ()) -> Found:
+    parser = CallParser(form, TOOLS)
+    events: list[Event] = []
+    for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        events += parser.push(text[start:stop])
+    return gather([*events, *parser.finish()])
+
+
+CALL = '{"name": "f", "arguments": {"a": [1, {"b": "}\\""}], "c": " x"}}'
+ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "said", "calls"),
+    [
+        (HERMES, f"so:\n<tool_call>\n{CALL}\n</tool_call>", "so:", [("f", ARGUMENTS)]),
+        (
+            HERMES,
+            f"<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n"
+            '{"arguments": {"q": 1}, "name": "unknown"}\n</tool_call>\n',
+            "",
+            [("f", ARGUMENTS), ("unknown", '{"q": 1}')],
+        ),
+        (HERMES, '<tool_call>{"name":"g"}</tool_call> ok', " ok", [("g", "{}")]),
+        (
+            HERMES,
+            '<tool_call>{"name": "g", "arguments": "{\\"a\\": 1}"}</tool_call>',
+            "",
+            [("g", '{"a": 1}')],
+        ),
+        (HERMES, '<tool_call>{"name": "g", "parameters": {}}</tool_call>', "", [("g", "{}")]),
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
+        (MISTRAL, f"[TOOL_CALLS] [{CALL}]", "", [("f", ARGUMENTS)]),
+        (
+            MISTRAL,
+            'I see[TOOL_CALLS][{"name": "f", "arguments": {}}, '
+            '{"name": "g", "arguments": {"b": 2}, "id": "abcdefghi"}]\n',
+            "I see",
+            [("f", "{}"), ("g", '{"b": 2}')],
+        ),
+        (LLAMA, '{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
+        (
+            LLAMA,
+            '\n{"type": "function", "name": "f", "parameters": {"a": 1}}; {"name": "g"}',
+            "",
+            [("f", '{"a": 1}'), ("g", "{}")],
+        ),
+        (
+            LLAMA,
+            '<|python_tag|>{"name": "unknown", "parameters": {}}',
+            "",
+            [("unknown", "{}")],
+        ),
+    ],
+)
+def test_calls_are_found_however_the_text_is_cut(
+    form: CallFormat, text: str, said: str, calls: list[tuple[str, str]]
+) -> None:
+    assert parse(form, text) == (said, calls)
+    assert parse(form, text, range(1, len(text))) == (said, calls)
+    rng = random.Random(text)
+    for _ in range(50):
+        cuts = sorted(rng.sample(range(len(text)), rng.randint(1, 9)))
+        assert parse(form, text, cuts) == (said, calls)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (HERMES, "plain <tool_cal text < and\n\n"),
+        (HERMES, "<tool_call>no object</tool_call> x"),
+        (HERMES, '<tool_call>{"x": 1}</tool_call>'),
+        (HERMES, '<tool_call>{"name": 7, "arguments": {}}</tool_call>'),
+        (HERMES, '<tool_call>\n{"nam'),
+        (HERMES, '{"name": "f", "arguments": {}}'),
+        (HERMES, "<tool_call>"),
+        (HERMES, ""),
+        (HERMES, "  \n"),
+        (MISTRAL, "[TOOL_CALLS] [1, 2]"),
+        (MISTRAL, "[TOOL_CALLS] []"),
+        (MISTRAL, "a [TOOL_CALL"),
+        (LLAMA, '{"name": "nobody", "parameters": {"a": 1}}'),
+        (LLAMA, '{"answer": {"name": "f", "parameters": {}}} and more'),
+        (LLAMA, '  \n hello {"name": "f", "parameters": {}}'),
+        (LLAMA, "{oh no"),
+        (LLAMA, '{{"name": "f"}}'),
+    ],
+)
+def test_what_is_no_call_is_text_to_the_last_character(form: CallFormat, text: str) -> None:
+    assert parse(form, text) == (text, [])
+    assert parse(form, text, range(1, len(text))) == (text, [])
+
+
+def test_arguments_come_while_they_are_written() -> None:
+    parser = CallParser(HERMES, TOOLS)
+    begun = parser.push('<tool_call>\n{"name": "f", "arguments": {"city": "Be')
+    assert gather(begun) == ("", [("f", '{"city": "Be')])
+    [more] = parser.push("rlin")
+    assert not isinstance(more, str)
+    assert (more.index, more.name, more.arguments) == (0, "", "rlin")
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA])
+@pytest.mark.parametrize(
+    "piece", ["{", '{"a":', " ", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>{", '"', "\\", "}"]
+)
+def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) -> None:
+    """Each character is looked at a bounded number of times: counted, not timed."""
+    looked = 0
+
+    class Counted(str):
+        def partition(self, sep: str, /) -> tuple[str, str, str]:
+            nonlocal looked
+            looked += len(self)
+            return super().partition(sep)
+
+        def lstrip(self, chars: str | None = None, /) -> str:
+            nonlocal looked
+            looked += len(self)
+            return super().lstrip(chars)
+
+    class Watched(CallParser):
+        def __setattr__(self, name: str, value: object) -> None:
+            counted = Counted(value) if name == "_text" and isinstance(value, str) else value
+            super().__setattr__(name, counted)
+
+    parser = Watched(form, TOOLS)
+    for _ in range(2_000):
+        parser.push(piece)
+    parser.finish()
+    assert looked < 4 * 2_000 * (len(piece) + len(form.opening))
