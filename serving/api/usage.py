@@ -24,7 +24,7 @@ async def get_usage(request: Request[Any, Any, Any]) -> Response[Any]:
     What ended on this server before is in it; other servers are at most a quarter second late.
     """
     meter, asked = services_of(request.app).meter, _parameters(request)
-    span = Span.parse(asked.get("from"), asked.get("to"), meter.period())
+    span = Span.parse(asked.get("from"), asked.get("to"), meter.clock.period())
     by = cast("By", _one_of("by", asked.get("by", "day"), BY))
     default = "csv" if CSV in request.headers.get("accept", "") else "json"
     form = _one_of("format", asked.get("format", default), FORMATS)

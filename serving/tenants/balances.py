@@ -11,7 +11,6 @@ begins again; a bucket that comes from its future then simply stays as it is.
 
 import logging
 import sqlite3
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +26,7 @@ from serving.tenants.limit import (
     NeverFits,
     Subject,
 )
-from serving.tenants.standing import Period, Standing
+from serving.tenants.standing import Clock, Standing
 from serving.tenants.tally import Tally
 
 BUSY_SECONDS = 0.05  # how long the event loop may wait for another process
@@ -71,20 +70,11 @@ answers = excluded.answers, tokens = excluded.tokens, seen_at = excluded.seen_at
 class Balances:
     """Used by one event loop."""
 
-    def __init__(
-        self,
-        path: Path,
-        server: str,
-        tally: Tally,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        period: Callable[[], Period] = Period.now,
-    ) -> None:
+    def __init__(self, path: Path, server: str, tally: Tally, clock: Clock) -> None:
         """Open a database that `Ledger` has prepared."""
         self._server = server
         self._tally = tally
         self._clock = clock
-        self._period = period
         self._known: dict[Subject, Standing] = {}  # for when the database cannot be used
         self._again_at = 0.0
         self.problem = ""  # why limits are not shared now
@@ -102,7 +92,7 @@ class Balances:
 
         Returns the standings, and what `step` raised where it refused.
         """
-        now = self._clock()
+        now = self._clock.seconds()
         subjects = (Subject(tenant), Subject(tenant, name))
         if now >= self._again_at:
             try:
@@ -117,7 +107,7 @@ class Balances:
         try:
             self._connection.execute("BEGIN")
             try:
-                return self._read(subject, 0, self._clock(), whole=True)
+                return self._read(subject, 0, self._clock.seconds(), whole=True)
             finally:
                 self._connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -125,7 +115,9 @@ class Balances:
 
     def _shared(self, subjects: tuple[Subject, ...], step: Step) -> Found:
         self._connection.execute("BEGIN IMMEDIATE")
-        now = self._clock()  # after the wait: what others wrote meanwhile is not of the future
+        now = (
+            self._clock.seconds()
+        )  # after the wait: what others wrote meanwhile is not of the future
         returned = {subject: self._tally.take_unused(subject) for subject in subjects}
         try:
             before = [self._read(subject, returned[subject], now) for subject in subjects]
@@ -167,7 +159,7 @@ class Balances:
         row = execute(_LIMIT_AND_BUCKET, key).fetchone()
         limit, (requests, tokens, at) = _limit_of(subject.name == WHOLE, row[:10]), row[10:]
         answers = held = day = month = 0
-        period = self._period()
+        period = self._clock.period()
         if whole or limit.concurrent is not None or limit.has_budget:
             alive = (now - DEAD_SECONDS, now)
             answers, held = execute(_OTHERS, (*key, self._server, *alive)).fetchone()
@@ -201,7 +193,7 @@ class Balances:
     def _remember(self, subject: Subject, now: float) -> Standing:
         """Return what was known last, moved to now. What was never seen has the built-in limit."""
         limit = BUILT_IN if subject.name == WHOLE else Limit()
-        known = self._known.get(subject) or Standing(subject, limit, self._period())
+        known = self._known.get(subject) or Standing(subject, limit, self._clock.period())
         limit, mine = known.limit, self._tally.holding(subject)
         returned = self._tally.take_unused(subject)
         requests, tokens = known.requests, known.tokens
@@ -209,7 +201,7 @@ class Balances:
         return Standing(
             subject,
             limit,
-            self._period(),
+            self._clock.period(),
             _bucket(limit.requests_per_minute, _taken(requests), at, 0, now),
             _bucket(limit.tokens_per_minute, _taken(tokens), at, returned, now),
             mine.answers,

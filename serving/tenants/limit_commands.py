@@ -17,7 +17,7 @@ from registry.screen import print_json, shown
 from serving.tenants.balances import Balances
 from serving.tenants.ledger import Ledger
 from serving.tenants.limit import WORDS, Limit, LimitInvalid, Subject
-from serving.tenants.standing import Period, Standing
+from serving.tenants.standing import Clock, Period, Standing
 from serving.tenants.tally import Tally
 from serving.tenants.usage import Span, csv_of
 
@@ -93,7 +93,7 @@ def limit_show(
 
 
 def _look(ledger: Ledger, subjects: list[Subject]) -> list[Standing]:
-    balances = Balances(ledger.path, "", Tally())
+    balances = Balances(ledger.path, "", Tally(), Clock())
     try:
         return [balances.look(subject) for subject in dict.fromkeys(subjects)]
     finally:

@@ -14,7 +14,7 @@ from registry.errors import WardrobeError
 from serving.tenants.balances import DEAD_SECONDS, Balances
 from serving.tenants.ledger import Ledger
 from serving.tenants.limit import Subject
-from serving.tenants.standing import Period, Standing, headers_of
+from serving.tenants.standing import Clock, Standing, headers_of
 from serving.tenants.tally import Amount, Batch, Tally, UsageKey
 
 PAUSE_SECONDS = 0.25  # between two writes
@@ -62,7 +62,7 @@ class Lease:
             return
         self._entered = False
         amount = Amount(1, prompt, completion)
-        key = UsageKey(self._tenant, self._name, digest, version, self._meter.period().hour)
+        key = UsageKey(self._tenant, self._name, digest, version, self._meter.clock.period().hour)
         subjects = (Subject(self._tenant), Subject(self._tenant, self._name))
         used = key if amount.tokens else None
         self._meter.tally.settle(subjects, self._reserved, used, amount)
@@ -75,8 +75,7 @@ class Meter:
 
     ledger: Ledger
     server: str
-    period: Callable[[], Period] = Period.now
-    clock: Callable[[], float] = time.monotonic
+    clock: Clock = field(default_factory=Clock)
     tally: Tally = field(default_factory=Tally)
     balances: Balances = field(init=False)
     _something: threading.Event = field(default_factory=threading.Event)
@@ -87,9 +86,7 @@ class Meter:
     _synced_at: float = 0.0
 
     def __post_init__(self) -> None:
-        self.balances = Balances(
-            self.ledger.path, self.server, self.tally, clock=self.clock, period=self.period
-        )
+        self.balances = Balances(self.ledger.path, self.server, self.tally, self.clock)
 
     def lease(self, tenant: str, name: str) -> Lease:
         return Lease(self, tenant, name)
@@ -119,7 +116,7 @@ class Meter:
                 with self.ledger.writing() as writer:
                     batch = self.tally.take()
                     writer.add(batch)
-                    moment = self.clock()
+                    moment = self.clock.seconds()
                     writer.hold(self.server, self.tally.holdings(), moment)
                     writer.forget_dead(moment - DEAD_SECONDS, moment)
             except BaseException:

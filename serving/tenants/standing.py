@@ -2,7 +2,8 @@
 
 import calendar
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -51,6 +52,14 @@ class Period:
     def seconds_of_month(self) -> int:
         days = calendar.monthrange(self.moment.year, self.moment.month)[1]
         return self.seconds_of_day + (days - self.moment.day) * 86400
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the time comes from: of buckets in seconds, of budgets by the calendar."""
+
+    seconds: Callable[[], float] = time.monotonic
+    period: Callable[[], Period] = Period.now
 
 
 @dataclass(frozen=True, slots=True)

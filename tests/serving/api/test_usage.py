@@ -22,6 +22,7 @@ from serving.engine.boundary import GenerateRequest, TokenDelta
 from serving.tenants.keys import ADMIN, INFER, READ, add_key
 from serving.tenants.ledger import Ledger
 from serving.tenants.limit import Subject
+from serving.tenants.standing import Period
 from serving.tenants.usage import Span
 from serving.tokens import Tokens
 from tests.serving.live import CHAT, Running, Wardrobe, running
@@ -42,6 +43,13 @@ def acme(live: Running, wardrobe: Wardrobe) -> Iterator[httpx.Client]:
     headers = {"authorization": f"Bearer {key}"}
     with httpx.Client(base_url=live.url, headers=headers, timeout=30) as client:
         yield client
+
+
+def still(live: Running) -> None:
+    """Stop the clock: nothing comes back while a test runs, and no day ends."""
+    now = Period.now()
+    clock = live.services.meter.clock
+    clock.seconds, clock.period = (lambda: 1e6), (lambda: now)
 
 
 def limit(live: Running, tenant: str = "acme", **values: Any) -> None:
@@ -73,6 +81,7 @@ def settled(live: Running) -> None:
 
 
 def test_every_answer_and_refusal_tells_the_limits(live: Running, acme: httpx.Client) -> None:
+    still(live)
     limit(live, requests_per_minute=4, tokens_per_minute=200)
     for number, (fields, status) in enumerate(
         [({}, 200), ({"stream": True}, 200), ({"max_tokens": 500}, 400), ({"min_tokens": 9}, 400)]
@@ -122,6 +131,7 @@ def test_answers_that_run_are_capped_and_the_next_finds_room(
 
 
 def test_a_budget_ends_with_the_day(live: Running, acme: httpx.Client) -> None:
+    still(live)
     first = ask(acme).json()["usage"]["total_tokens"]
     limit(live, tokens_per_day=first + 10)
     refused = ask(acme)
@@ -217,6 +227,22 @@ def test_usage_comes_as_csv(live: Running, acme: httpx.Client, how: dict[str, An
     (row,) = csv.DictReader(io.StringIO(answer.text))
     assert int(row["total_tokens"]) == said["total_tokens"]
     assert int(row["prompt_tokens"]) == said["prompt_tokens"]
+
+
+def test_two_servers_of_one_home_share_a_limit_and_one_usage(
+    live: Running, acme: httpx.Client, wardrobe: Wardrobe, tokens: Tokens
+) -> None:
+    still(live)
+    limit(live, requests_per_minute=5)
+    with running(wardrobe, tokens) as other:
+        still(other)
+        there = httpx.Client(base_url=other.url, headers=acme.headers, timeout=30)
+        with there:
+            statuses = [ask(client).status_code for client in (acme, there) * 3]
+            assert statuses == [200] * 5 + [429]
+            settled(live)
+            (row,) = usage(there)
+            assert row["answers"] == 5
 
 
 def test_health_says_whether_limits_are_shared(live: Running) -> None:
@@ -395,6 +421,7 @@ def a_campaign(wardrobe: Wardrobe, tokens: Tokens, requests: int, seed: int = 7)
     wardrobe.push()
     engine = Counting(step_seconds=0.0005, max_waiting=8, max_running=16)
     with running(wardrobe, tokens, engine) as live:
+        still(live)
         keys = {"operator": live.key, "acme": add_key(wardrobe.registry, "acme", (INFER,))}
         for tenant in keys:
             # Budgets that do not bind: what is held is written for other servers to see.

@@ -7,7 +7,6 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from serving.tenants.limit import (
     TooManyAtOnce,
 )
 from serving.tenants.meter import Lease, Meter
-from serving.tenants.standing import Period
+from serving.tenants.standing import Clock, Period
 from serving.tenants.usage import Span
 
 ACME = Subject("acme")
@@ -38,36 +37,35 @@ DIGEST = "d" * 64
 ALWAYS = Span("2000", "2100")
 
 
-@dataclass
-class Clock:
+class Still(Clock):
     """A clock and a calendar that only move when they are told to."""
 
-    seconds: float = 1000.0
-    moment: datetime = field(default_factory=lambda: datetime(2026, 11, 25, 13, 59, tzinfo=UTC))
+    def __init__(self) -> None:
+        self._passed = 0.0  # seconds
+        super().__init__(self._seconds, self._period)
 
-    def __call__(self) -> float:
-        return self.seconds
+    def _seconds(self) -> float:
+        return 1000.0 + self._passed
 
-    def period(self) -> Period:
-        return Period(self.moment)
+    def _period(self) -> Period:
+        return Period(datetime(2026, 11, 25, 13, 59, tzinfo=UTC) + timedelta(seconds=self._passed))
 
     def pass_(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.moment += timedelta(seconds=seconds)
+        self._passed += seconds
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> Still:
+    return Still()
 
 
 @pytest.fixture
-def servers(tmp_path: Path, clock: Clock) -> Iterator[Callable[[str], Meter]]:
+def servers(tmp_path: Path, clock: Still) -> Iterator[Callable[[str], Meter]]:
     """Makes servers of one home; none of them writes by itself."""
     made: list[Meter] = []
 
     def make(name: str) -> Meter:
-        made.append(Meter(Ledger(tmp_path), name, clock.period, clock))
+        made.append(Meter(Ledger(tmp_path), name, clock))
         return made[-1]
 
     yield make
@@ -116,7 +114,7 @@ def used(meter: Meter) -> int:
 # Buckets
 
 
-def test_requests_run_out_and_come_back_with_time(meter: Meter, clock: Clock) -> None:
+def test_requests_run_out_and_come_back_with_time(meter: Meter, clock: Still) -> None:
     limit(meter, requests_per_minute=2)
     for _ in range(2):
         end(enter(meter), 0, 0)
@@ -207,7 +205,7 @@ def test_as_many_answers_run_as_may(meter: Meter) -> None:
     enter(meter)
 
 
-def test_a_budget_counts_what_is_used_and_what_may_yet_be(meter: Meter, clock: Clock) -> None:
+def test_a_budget_counts_what_is_used_and_what_may_yet_be(meter: Meter, clock: Still) -> None:
     limit(meter, tokens_per_day=100)
     running = begin(meter, 10, 40)
     with pytest.raises(BudgetSpent, match="50 are used or reserved") as refused:
@@ -295,7 +293,7 @@ def test_a_budget_is_shared_with_what_another_server_has_not_written_yet(
 
 
 def test_what_a_dead_server_held_is_free_after_a_while(
-    servers: Callable[[str], Meter], clock: Clock
+    servers: Callable[[str], Meter], clock: Still
 ) -> None:
     dead, alive = servers("dead"), servers("alive")
     limit(alive, concurrent=1, tokens_per_day=100)
@@ -346,9 +344,9 @@ def test_reserved_balances_return_to_zero_and_usage_is_what_was_used(
     answers: list[tuple[int, int, int, float, int]],
     flushed: set[int],
 ) -> None:
-    clock = Clock()
+    clock = Still()
     home = tmp_path_factory.mktemp("home")
-    meters = [Meter(Ledger(home), f"s{n}", clock.period, clock) for n in range(2)]
+    meters = [Meter(Ledger(home), f"s{n}", clock) for n in range(2)]
     try:
         limit(meters[0], tokens_per_minute=1000, tokens_per_day=5000)
         total = run(meters, answers, flushed)
@@ -410,7 +408,7 @@ def test_settling_twice_counts_once(meter: Meter) -> None:
 
 
 def test_without_its_database_a_server_goes_on_with_what_it_knew(
-    meter: Meter, clock: Clock
+    meter: Meter, clock: Still
 ) -> None:
     limit(meter, requests_per_minute=3)
     end(begin(meter, 1, 9), 1, 9)
@@ -498,7 +496,7 @@ def test_stopping_writes_what_is_left(tmp_path: Path) -> None:
 # Asking
 
 
-def test_usage_is_kept_by_tenant_name_version_and_hour(meter: Meter, clock: Clock) -> None:
+def test_usage_is_kept_by_tenant_name_version_and_hour(meter: Meter, clock: Still) -> None:
     end(begin(meter, 1, 9), 1, 9)
     end(begin(meter, 1, 9, tenant="beta"), 1, 8)
     clock.pass_(60)  # the next hour
