@@ -115,9 +115,7 @@ class Balances:
 
     def _shared(self, subjects: tuple[Subject, ...], step: Step) -> Found:
         self._connection.execute("BEGIN IMMEDIATE")
-        now = (
-            self._clock.seconds()
-        )  # after the wait: what others wrote meanwhile is not of the future
+        now = self._clock.seconds()  # only now: nobody has written anything later than this
         returned = {subject: self._tally.take_unused(subject) for subject in subjects}
         try:
             before = [self._read(subject, returned[subject], now) for subject in subjects]

@@ -405,6 +405,8 @@ def wrong(live: Running, engine: Counting, seen: dict[str, Seen]) -> list[str]:
         prompt = sum(row.prompt_tokens for row in own)
         completion = sum(row.completion_tokens for row in own)
         found[f"{tenant} holds something"] = (stands.answers, stands.held) != (0, 0)
+        assert stands.tokens is not None
+        found[f"{tenant}'s bucket"] = stands.tokens.taken != prompt + completion
         found[f"{tenant}'s sum"] = stands.day != prompt + completion
         found[f"{tenant} read more than was counted"] = (
             told.prompt > prompt or told.completion + told.left > completion
