@@ -131,7 +131,8 @@ class Balances:
         except BaseException:
             for subject, tokens in returned.items():
                 self._tally.put_unused(subject, tokens)
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # a full disk may have ended it already
+                self._connection.execute("ROLLBACK")
             raise
         self.problem = ""
         self._known.update({standing.subject: standing for standing in after})

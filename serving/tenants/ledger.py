@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from registry.database import Database, now
-from serving.tenants.limit import WHOLE, Limit, Subject
+from serving.tenants.limit import EVERYBODY, WHOLE, Limit, Subject
 from serving.tenants.tables import SCHEMA, buckets, holdings, limit_events, limits, spent, usage
 from serving.tenants.tally import Amount, Batch, Holding, UsageKey
 from serving.tenants.usage import MOST_ROWS, By, Span, TooManyRows, UsageRow
@@ -170,11 +170,13 @@ class LedgerWriter:
             )
 
     def hold(self, server: str, held: Mapping[Subject, Holding], moment: float) -> None:
-        """Replace what a server's answers hold; `moment` as in `Balances`."""
+        """Replace what a server's answers hold, where a limit asks; `moment` as in `Balances`."""
         self._connection.execute(delete(holdings).where(holdings.c.server == server))
+        asked = set(map(tuple, self._connection.execute(_HELD_AGAINST)))
         rows = [
             {"tenant": s.tenant, "name": s.name, "server": server, "seen_at": moment, **asdict(h)}
             for s, h in held.items()
+            if (s.tenant, s.name) in asked or (EVERYBODY, s.name) in asked
         ]
         if rows:
             self._connection.execute(insert(holdings), rows)
@@ -185,6 +187,11 @@ class LedgerWriter:
         self._connection.execute(delete(holdings).where(dead))
 
 
+_HELD_AGAINST = select(limits.c.tenant, limits.c.name).where(
+    limits.c.concurrent.is_not(None)
+    | limits.c.tokens_per_day.is_not(None)
+    | limits.c.tokens_per_month.is_not(None)
+)
 _put_usage = upsert(usage)
 _ADD_USAGE = _put_usage.on_conflict_do_update(
     set_={

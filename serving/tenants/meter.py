@@ -135,22 +135,23 @@ class Meter:
             self._ending.wait(PAUSE_SECONDS)
         self._try_flush()
         self._sync()
+        if lost := sum(amount.answers for amount in self.tally.take().usage.values()):
+            log.error("the usage of %d answers is lost", lost)
 
     def _try_flush(self) -> None:
         try:
             self.flush()
-        except WardrobeError as error:
-            log.error("usage could not be written, and is kept for the next time: %s", error)
-            self.wake()
-        except Exception:  # the thread goes on: it is the only one that writes
-            log.exception("usage could not be written, and is kept for the next time")
+        except Exception as error:  # the thread goes on: it is the only one that writes
+            reason = error.message if isinstance(error, WardrobeError) else repr(error)
+            log.error("usage could not be written now: %s", reason)
             self.wake()
 
     def _sync(self) -> None:
         if not self._unsynced:
             return
-        self._synced_at, self._unsynced = time.monotonic(), False
+        self._synced_at = time.monotonic()
         try:
             self.ledger.checkpoint()
+            self._unsynced = False
         except WardrobeError as error:
-            log.error("usage could not be synced: %s", error)
+            log.error("usage could not be synced: %s", error.message)
