@@ -11,7 +11,8 @@ from registry.commands import Home, clear_errors, open_registry
 from registry.errors import WardrobeError
 from serving.experiments.commands import app as experiment_app
 from serving.tenants.commands import app as tenants_app
-from serving.tenants.commands import key_app
+from serving.tenants.commands import key_app, tenant_app
+from serving.tenants.endpoint_commands import app as endpoint_app
 from serving.tenants.limit_commands import app as usage_app
 from serving.tenants.limit_commands import limit_app
 from training.commands import app as training_app
@@ -32,9 +33,11 @@ app = typer.Typer(
 app.add_typer(training_app)
 app.add_typer(registry_commands.app)
 app.add_typer(tenants_app)
+app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")
 app.add_typer(limit_app, name="limit")
 app.add_typer(usage_app)
+app.add_typer(endpoint_app, name="endpoint")
 app.add_typer(experiment_app, name="experiment")
 
 out = Console(soft_wrap=True)
@@ -77,6 +80,14 @@ def serve(
     auth: Annotated[
         bool, typer.Option("--auth/--no-auth", help="--no-auth only works on loopback.")
     ] = True,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="HOST[=TENANT]",
+            help="A name to answer to, and whose it is; *.example.com: the label. Default: any.",
+        ),
+    ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Sequences in one batch.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=0, help="More that may wait; then 429.")] = 128,
     max_model_len: Annotated[
@@ -96,15 +107,25 @@ def serve(
     home: Home = None,
 ) -> None:
     """Serve the base and every adapter of the registry over HTTP."""
+    from serving.api.hosts import AllowedHost
     from serving.api.server import serve as serve_http
     from serving.api.settings import ServerSettings
     from serving.engine.engine import TorchEngine
     from serving.engine.settings import EngineSettings
     from serving.tenants.keys import ensure_operator_key
+    from serving.tenants.redact import RedactingFormatter
     from serving.tokens import Tokens
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    settings = ServerSettings(host=host, port=port, auth=auth, drain_timeout=drain_timeout)
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        auth=auth,
+        hosts=tuple(map(AllowedHost.parse, hosts or [])),
+        drain_timeout=drain_timeout,
+    )
     try:
         engine_settings = EngineSettings(
             device=device,

@@ -17,6 +17,7 @@ from registry.errors import InvalidName
 
 DEFAULT_NAMESPACE = "default"
 PRODUCTION = "production"
+BASE = "base"  # as a model: the bare base
 
 _PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NUMBER = re.compile(r"v([1-9][0-9]{0,8})")

@@ -6,7 +6,9 @@
     │   ├── AdapterNotFound
     │   ├── VersionNotFound
     │   ├── AliasNotFound
-    │   └── BaseNotFound
+    │   ├── BaseNotFound
+    │   ├── EndpointNotFound
+    │   └── KeyNotFound
     ├── Refused                    the validation gate said no; `problems` lists every reason
     │   └── BaseMismatch           made for another base model
     ├── Conflict                   somebody else moved the alias first, or the gate forbids the move
@@ -58,6 +60,14 @@ class AliasNotFound(NotFound):
 
 class BaseNotFound(NotFound):
     code = "base_not_found"
+
+
+class EndpointNotFound(NotFound):
+    code = "endpoint_not_found"
+
+
+class KeyNotFound(NotFound):
+    code = "key_not_found"
 
 
 class Refused(WardrobeError):

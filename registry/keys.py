@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 
 from registry.database import now
-from registry.errors import Conflict, NotFound
+from registry.errors import Conflict, KeyNotFound
 from registry.records import KeyRecord
 from registry.tables import keys
 
@@ -41,10 +41,10 @@ def find_key(connection: Connection, key_id: str) -> KeyRecord | None:
 
 
 def get_key(connection: Connection, key_id: str) -> KeyRecord:
-    """Return the key, revoked or not. Raises NotFound."""
+    """Return the key, revoked or not. Raises KeyNotFound."""
     record = find_key(connection, key_id)
     if record is None:
-        raise NotFound(f"There is no key {key_id!r}. See: wardrobe key list")
+        raise KeyNotFound(f"There is no key {key_id!r}. See: wardrobe key list")
     return record
 
 
@@ -54,14 +54,14 @@ def list_keys(connection: Connection) -> list[KeyRecord]:
 
 
 def revoke_key(connection: Connection, key_id: str) -> KeyRecord:
-    """Revoke a key. Idempotent: the first time counts. Raises NotFound."""
+    """Revoke a key. Idempotent: the first time counts. Raises KeyNotFound."""
     unrevoked = (keys.c.key_id == key_id) & keys.c.revoked_at.is_(None)
     connection.execute(update(keys).where(unrevoked).values(revoked_at=now()))
     return get_key(connection, key_id)
 
 
 def expire_key(connection: Connection, key_id: str, moment: str) -> KeyRecord:
-    """Let a key end at this time, or earlier where it already would. Raises NotFound."""
+    """Let a key end at this time, or earlier where it already would. Raises KeyNotFound."""
     later = keys.c.expires_at.is_(None) | (keys.c.expires_at > moment)
     changed = update(keys).where((keys.c.key_id == key_id) & later).values(expires_at=moment)
     connection.execute(changed)

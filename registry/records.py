@@ -1,11 +1,12 @@
 """Facts that the store hands out. All times are ISO 8601 in UTC."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from registry.adapter import AdapterName, Version
+from registry.adapter import BASE, AdapterName, Selector, Version
 
 Action = Literal["push", "promote", "rollback"]
+EndpointAction = Literal["create", "change", "delete"]
 RolloutState = Literal["warming", "live", "failed"]
 
 
@@ -108,6 +109,38 @@ class Share:
     name: AdapterName
     tenant: str
     shared_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A stable name that clients ask for, in front of what may change."""
+
+    name: AdapterName  # written like an adapter's; the namespace is the tenant
+    target: Selector | None  # None is the bare base
+    defaults: dict[str, Any]  # field of a request → value, where the request leaves it out
+    generation: int  # grows by one with every change; compare-and-set works on it
+    created_at: str
+    changed_at: str
+
+    @property
+    def model(self) -> str:
+        """The target as a client would write it."""
+        return str(self.target) if self.target else BASE
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointEvent:
+    """One line of the log of endpoints: what one was after the action, or before its end."""
+
+    seq: int
+    action: EndpointAction
+    name: AdapterName
+    model: str
+    defaults: dict[str, Any]
+    generation: int
+    actor: str
+    reason: str
+    at: str
 
 
 @dataclass(frozen=True, slots=True)

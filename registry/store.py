@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from filelock import FileLock
 
-from registry import aliases, fleet, keys, shares, versions
+from registry import aliases, endpoints, fleet, keys, shares, versions
 from registry.adapter import (
     PRODUCTION,
     AdapterName,
@@ -36,6 +36,8 @@ from registry.migrations import SCHEMA
 from registry.records import (
     Alias,
     AliasMove,
+    Endpoint,
+    EndpointEvent,
     Event,
     KeyRecord,
     Push,
@@ -159,6 +161,10 @@ class Registry:
             text = f"{ref.label} is of the kind {version.kind!r}: it has no adapter to load."
             raise refused("no_adapter", text)
         return materialize(version, self._blobs, self.home / "versions")
+
+    def materialized(self) -> int:
+        """Return how many versions have their checked files in a folder, ready to be loaded."""
+        return sum(not each.name.startswith(".") for each in self.home.glob("versions/*"))
 
     def pull(self, selector: Selector, destination: Path) -> Version:
         """Write a version to a new folder, with its card and README.
@@ -333,6 +339,79 @@ class Registry:
     def shares(self, name: AdapterName | None = None) -> list[Share]:
         with self._database.read() as connection:
             return shares.list_shares(connection, name)
+
+    # Endpoints
+
+    def create_endpoint(
+        self,
+        name: AdapterName,
+        target: Selector | None,
+        defaults: dict[str, Any],
+        *,
+        actor: str,
+        reason: str = "",
+    ) -> Endpoint:
+        """Make a stable name for a target, None for the bare base; durable when this returns.
+
+        Raises Conflict for a name that is taken, NotFound for a target that is not there or not the
+        tenant's to use, Refused for one that cannot be worn. `defaults` are the caller's to check.
+        """
+        with self._database.write() as connection:
+            return endpoints.create_endpoint(
+                connection, name, target, defaults, actor=actor, reason=reason
+            )
+
+    def change_endpoint(
+        self,
+        name: AdapterName,
+        target: Selector | None,
+        defaults: dict[str, Any],
+        *,
+        actor: str,
+        reason: str = "",
+        expected_generation: int,
+    ) -> Endpoint:
+        """Replace target and defaults. Raises as `create_endpoint`, Conflict for a lost race."""
+        with self._database.write() as connection:
+            return endpoints.change_endpoint(
+                connection,
+                name,
+                target,
+                defaults,
+                actor=actor,
+                reason=reason,
+                expected_generation=expected_generation,
+            )
+
+    def delete_endpoint(self, name: AdapterName, *, actor: str, reason: str = "") -> Endpoint:
+        """Return what is gone now; its history stays. Raises EndpointNotFound."""
+        with self._database.write() as connection:
+            return endpoints.delete_endpoint(connection, name, actor=actor, reason=reason)
+
+    def endpoint(self, name: AdapterName) -> Endpoint:
+        """Raises EndpointNotFound."""
+        with self._database.read() as connection:
+            return endpoints.get_endpoint(connection, name)
+
+    def endpoints(self, namespace: str | None = None) -> list[Endpoint]:
+        """Return the endpoints of a tenant, or all, by name."""
+        with self._database.read() as connection:
+            return endpoints.list_endpoints(connection, namespace)
+
+    def endpoint_history(self, name: AdapterName) -> list[EndpointEvent]:
+        """Return every change of an endpoint, oldest first, also after its end."""
+        with self._database.read() as connection:
+            return endpoints.history(connection, name)
+
+    def endpoint_events(self, after: int, limit: int = 1000) -> list[EndpointEvent]:
+        """Return the changes with a higher number than `after`, oldest first."""
+        with self._database.read() as connection:
+            return endpoints.list_events(connection, after, limit)
+
+    def last_endpoint_event(self) -> int:
+        """Return the number of the newest change, 0 when there was none."""
+        with self._database.read() as connection:
+            return endpoints.last_event(connection)
 
     # Inside
 

@@ -133,3 +133,33 @@ shares = Table(
     Column("tenant", String(63), primary_key=True),
     Column("shared_at", String(40), nullable=False),
 )
+
+# What a tenant calls: a stable name in front of a selector.
+endpoints = Table(
+    "endpoints",
+    metadata,
+    Column("namespace", String(63), primary_key=True),
+    Column("name", String(63), primary_key=True),
+    Column("target", String(300)),  # a selector; NULL is the bare base
+    Column("defaults", JSON, nullable=False),  # field of a request → value
+    Column("generation", Integer, nullable=False),
+    Column("created_at", String(40), nullable=False),
+    Column("changed_at", String(40), nullable=False),
+)
+
+endpoint_events = Table(
+    "endpoint_events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("action", String(16), nullable=False),
+    Column("namespace", String(63), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("target", String(300)),
+    Column("defaults", JSON, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", String(40), nullable=False),
+    Index("endpoint_events_by_name", "namespace", "name", "seq"),
+    sqlite_autoincrement=True,  # a number is never used twice
+)

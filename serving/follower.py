@@ -21,6 +21,7 @@ from registry.base import BaseModel
 from registry.errors import StoreUnavailable, WardrobeError
 from registry.records import Event, RolloutState
 from registry.store import Registry
+from serving.endpoints import LiveEndpoints
 from serving.engine.boundary import Engine
 from serving.routing import AliasKey, FailedRollout, LiveTable
 from serving.selfcheck import make_ready
@@ -43,6 +44,7 @@ class Follower:
         tokens: Tokens,
         base: BaseModel,
         live: LiveTable,
+        endpoints: LiveEndpoints,
         *,
         server_id: str,
         url: str,
@@ -52,6 +54,7 @@ class Follower:
         self._tokens = tokens
         self._base = base
         self._live = live
+        self._endpoints = endpoints
         self._server_id = server_id
         self._url = url
         self._seq = 0
@@ -62,6 +65,7 @@ class Follower:
     async def start(self) -> None:
         """Take the aliases as they are; their versions load with their first request."""
         self._seq, self._live.versions = await asyncio.to_thread(self._snapshot)
+        await self._endpoints.start()
         self._live.read_at = time.monotonic()
         self._loops = [
             asyncio.create_task(self._repeat(self._follow, POLL_SECONDS)),
@@ -73,6 +77,7 @@ class Follower:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._endpoints.stop()
 
     def _snapshot(self) -> tuple[int, dict[AliasKey, Version]]:
         # The number first: a move in between is then seen twice, which does no harm.
@@ -111,6 +116,7 @@ class Follower:
             self._begin((name, alias), event)
         if events:
             self._seq = events[-1].seq
+        await self._endpoints.follow()
 
     def _begin(self, key: AliasKey, event: Event) -> None:
         older = self._rollouts.get(key)

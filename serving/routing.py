@@ -9,18 +9,21 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
-from registry.adapter import PRODUCTION, AdapterName, AdapterRef, Selector, Shot, Version
+from registry.adapter import BASE, PRODUCTION, AdapterName, AdapterRef, Selector, Shot, Version
 from registry.base import BaseModel
 from registry.errors import AdapterNotFound, BaseMismatch, InvalidName, WardrobeError
+from registry.records import Endpoint
 from registry.store import Registry
 from registry.whole import refuse_whole
+from serving.endpoints import LiveEndpoints
+from serving.loaded import LoadedAdapters
 from serving.tenants.access import Access
 from serving.tenants.keys import Principal
 
-BASE = "base"
 FIRST_LIVE_SECONDS = 10.0  # how long a request waits for the first version of a new alias
 FIRST_LIVE_POLL_SECONDS = 0.02
 STALE_AFTER_SECONDS = 1.0
+SYSTEM_PROMPT = "system_prompt"  # the one default of an endpoint that is no field of a request
 MAX_PINNED = 1024
 
 AliasKey = tuple[AdapterName, str]
@@ -43,6 +46,7 @@ class Route:
     system_prompt: str = ""
     examples: tuple[Shot, ...] = ()
     production_of: AdapterName | None = None  # whose alias was followed; an experiment may split it
+    endpoint: Endpoint | None = None  # what was asked for, when it was one
     experiment: str = ""
     arm: str = ""
     blind: bool = False  # the answer does not say which version it was
@@ -57,6 +61,16 @@ class Route:
             version.system_prompt,
             version.examples,
         )
+
+    def behind(self, endpoint: Endpoint | None) -> "Route":
+        """Return the route as an endpoint answers it.
+
+        A version that brings a system prompt keeps it: with it, it was made and judged.
+        """
+        if endpoint is None:
+            return self
+        prompt = self.system_prompt or endpoint.defaults.get(SYSTEM_PROMPT, "")
+        return replace(self, name=str(endpoint.name), endpoint=endpoint, system_prompt=prompt)
 
     @property
     def only_prompt(self) -> bool:
@@ -100,9 +114,17 @@ class Router:
     """Resolves selectors. Aliases from the live table; numbers and digests from the registry."""
 
     def __init__(
-        self, registry: Registry, base: BaseModel, live: LiveTable, access: Access
+        self,
+        registry: Registry,
+        base: BaseModel,
+        live: LiveTable,
+        access: Access,
+        endpoints: LiveEndpoints,
+        loaded: LoadedAdapters,
     ) -> None:
         self._registry = registry
+        self._endpoints = endpoints
+        self._loaded = loaded
         self._base = base
         self._live = live
         self._access = access
@@ -122,13 +144,31 @@ class Router:
         """
         if self.is_base(model):
             return self.base_route
-        version = await self.version(model, principal)
-        followed = _selector(model, principal.namespace).alias == PRODUCTION
-        return replace(Route.to(version), production_of=version.name if followed else None)
+        if loaded := self._loaded.of(model, principal):
+            return Route.to(loaded)
+        if endpoint := self._endpoints.of(model, principal):
+            version, selector = await self.version_of(endpoint), endpoint.target
+        else:
+            selector = _selector(model, principal.namespace)
+            version = await self._version(selector, principal)
+        route = Route.to(version) if version else self.base_route
+        if version and selector and selector.alias == PRODUCTION:
+            route = replace(route, production_of=version.name)
+        return route.behind(endpoint)
 
     async def version(self, model: str, principal: Principal) -> Version:
         """Return the version of a selector. Raises as `resolve` does."""
-        selector = _selector(model, principal.namespace)
+        return await self._version(_selector(model, principal.namespace), principal)
+
+    async def version_of(self, endpoint: Endpoint) -> Version | None:
+        """Return the version an endpoint means now, None for the base. Raises as `resolve` does.
+
+        It is followed with the rights of its tenant, whoever asks.
+        """
+        owner = Principal(endpoint.name.namespace, frozenset())
+        return await self._version(endpoint.target, owner) if endpoint.target else None
+
+    async def _version(self, selector: Selector, principal: Principal) -> Version:
         await self._access.require_use(principal, selector.name)
         if selector.alias is not None:
             live = self._live.versions.get((selector.name, selector.alias))

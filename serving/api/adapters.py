@@ -92,7 +92,7 @@ async def promote(
             expected_generation=wanted.expected_generation,
         )
 
-    return _moved(await _moving(move))
+    return _moved(await moving(move))
 
 
 @post(
@@ -109,7 +109,7 @@ async def rollback(
     reason = decode_body(await read_json(request), Undoing).reason
     actor = record_of(request.scope).tenant
     move = partial(registry.rollback, adapter, alias=alias, reason=reason, actor=actor)
-    return _moved(await _moving(move))
+    return _moved(await moving(move))
 
 
 def own_adapter(request: AnyRequest, namespace: str, name: str) -> AdapterName:
@@ -133,8 +133,8 @@ def decode_body(body: bytes, shape: type[T]) -> T:
         raise RequestError(f"The body does not fit: {error}.") from error
 
 
-async def _moving(move: Callable[[], AliasMove]) -> AliasMove:
-    """Run a move off the loop. A gate that failed or a lost race is a 409."""
+async def moving(move: Callable[[], T]) -> T:
+    """Run a change off the loop. A gate that failed or a lost race is a 409."""
     try:
         return await asyncio.to_thread(move)
     except Conflict as error:

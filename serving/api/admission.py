@@ -1,5 +1,6 @@
 """From a decoded request to the version that answers it: resolved, assigned, and written down."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from registry.errors import StoreUnavailable
 from serving.api.errors import RequestError
 from serving.api.plan import Plan
 from serving.api.record import RequestRecord, record_of
-from serving.api.schemas import SamplingFields
+from serving.api.schemas import DefaultsOf, SamplingFields
 from serving.api.services import Services, services_of
 from serving.experiments.experiment import unit_of
 from serving.experiments.live import Running
@@ -21,6 +22,17 @@ from serving.routing import Route
 UNIT_HEADER = "x-unit-key"
 MAX_UNIT_CHARACTERS = 512
 NOT_THE_ARMS_FAULT = (429, 499)  # too many requests, and a client that went
+
+
+def defaults_of(request: Request[Any, Any, Any]) -> DefaultsOf:
+    """Return what tells the defaults of a model for this caller; none where it is no endpoint."""
+    endpoints, caller = services_of(request.app).endpoints, request.user
+
+    def find(model: str) -> Mapping[str, Any]:
+        endpoint = endpoints.of(model, caller)
+        return endpoint.defaults if endpoint else {}
+
+    return find
 
 
 async def admit(request: Request[Any, Any, Any], fields: SamplingFields) -> Route:
@@ -36,6 +48,7 @@ async def admit(request: Request[Any, Any, Any], fields: SamplingFields) -> Rout
     if running is not None:
         route = await _take_part(services, running, route, _unit_key(request, fields), record)
     record.label, record.digest = route.label, route.fingerprint
+    record.endpoint = str(route.endpoint.name) if route.endpoint else ""
     return route
 
 
@@ -68,7 +81,10 @@ async def _take_part(
     record.on_end.append(partial(_end, services.recorder))
     record.experiment, record.arm = experiment.id, str(arm)
     label = "" if experiment.blind else experiment.arms[arm].label
-    return replace(running.routes[arm], experiment=experiment.id, arm=label, blind=experiment.blind)
+    taken = replace(
+        running.routes[arm], experiment=experiment.id, arm=label, blind=experiment.blind
+    )
+    return taken.behind(route.endpoint)
 
 
 def _end(recorder: Recorder, record: RequestRecord) -> None:

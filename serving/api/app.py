@@ -14,6 +14,13 @@ from serving.api.auth import Authentication, check_declared
 from serving.api.chat import chat_completions
 from serving.api.completions import completions
 from serving.api.drain import Drain
+from serving.api.endpoints import (
+    change_endpoint,
+    create_endpoint,
+    delete_endpoint,
+    get_endpoint,
+    list_endpoints,
+)
 from serving.api.errors import respond_with_error
 from serving.api.experiments import (
     create_experiment,
@@ -24,18 +31,29 @@ from serving.api.experiments import (
 )
 from serving.api.guard import Guard
 from serving.api.health import live, metrics, ready
+from serving.api.keys import (
+    create_key,
+    get_one_tenant,
+    get_tenants,
+    list_keys,
+    revoke,
+    rotate,
+)
 from serving.api.limits import clear_limit, get_limits, list_limits, set_limit
+from serving.api.lora import load_lora_adapter, unload_lora_adapter
 from serving.api.metrics import Metrics
 from serving.api.models import get_model, list_models
 from serving.api.push import push_version
 from serving.api.services import Services
 from serving.api.settings import ServerSettings
 from serving.api.usage import get_usage
+from serving.endpoints import LiveEndpoints
 from serving.engine.boundary import Engine
 from serving.experiments.live import LiveExperiments
 from serving.experiments.recorder import Recorder
 from serving.experiments.store import Experiments
 from serving.follower import Follower
+from serving.loaded import LoadedAdapters
 from serving.routing import LiveTable, Router
 from serving.selfcheck import make_ready
 from serving.tenants.access import Access
@@ -64,6 +82,19 @@ HANDLERS = (
     set_limit,
     clear_limit,
     get_usage,
+    create_endpoint,
+    list_endpoints,
+    get_endpoint,
+    change_endpoint,
+    delete_endpoint,
+    create_key,
+    list_keys,
+    rotate,
+    revoke,
+    get_tenants,
+    get_one_tenant,
+    load_lora_adapter,
+    unload_lora_adapter,
     live,
     ready,
     metrics,
@@ -78,6 +109,8 @@ def create_app(
     Raises UndeclaredRoute when a route does not say who may call it.
     """
     table, access = LiveTable(), Access(registry)
+    ready = partial(make_ready, engine, tokens)
+    endpoints, loaded = LiveEndpoints(registry, base, ready), LoadedAdapters(engine)
     store = Experiments(registry.home)
     services = Services(
         settings=settings,
@@ -85,11 +118,13 @@ def create_app(
         engine=engine,
         base=base,
         tokens=tokens,
-        router=Router(registry, base, table, access),
+        router=Router(registry, base, table, access, endpoints, loaded),
         access=access,
         live=table,
+        endpoints=endpoints,
+        loaded=loaded,
         store=store,
-        experiments=LiveExperiments(store, registry, base, partial(make_ready, engine, tokens)),
+        experiments=LiveExperiments(store, registry, base, ready),
         recorder=Recorder(store),
         drain=Drain(),
         metrics=Metrics(),
@@ -122,6 +157,7 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
             services.tokens,
             services.base,
             services.live,
+            services.endpoints,
             server_id=services.settings.server_id,
             url=services.settings.url,
         )

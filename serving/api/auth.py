@@ -13,6 +13,7 @@ from serving.tenants.keys import ANYBODY, SCOPES, InvalidKey, KeyRing, Principal
 
 OPEN = "open"  # the one declaration that asks for no key
 MAX_KEY_CHARACTERS = 256
+TENANT_PATH = "/t/{whose:str}"
 
 Connection = ASGIConnection[Any, Any, Any, Any]
 
@@ -25,6 +26,11 @@ def declare(scope: str, *, operator: bool = False) -> dict[str, Any]:
     """Return the `opt` of a route that asks for this scope, and perhaps for the operator's key."""
     assert scope in (*SCOPES, OPEN), scope
     return {"scope": scope, "operator": operator}
+
+
+def everywhere(path: str) -> list[str]:
+    """Return the paths of a route that a client finds under its tenant's own address, too."""
+    return [path, TENANT_PATH + path]
 
 
 class Authentication:
@@ -42,7 +48,12 @@ class Authentication:
             return
         principal = await self.principal(connection)
         connection.scope["user"] = principal
-        record_of(connection.scope).tenant = principal.tenant
+        record = record_of(connection.scope)
+        record.tenant = principal.tenant
+        # Before the scope: at another tenant's address there is nothing, for any key.
+        for named in (connection.path_params.get("whose"), record.host_tenant):
+            if named:
+                principal.require_tenant(named)
         principal.require(scope)
         if handler.opt["operator"]:
             principal.require_operator()

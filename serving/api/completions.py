@@ -7,9 +7,9 @@ import msgspec
 from litestar import Request, post
 from litestar.types import ASGIApp
 
-from serving.api.admission import admit, reserve
+from serving.api.admission import admit, defaults_of, reserve
 from serving.api.answer import Choice, Usage
-from serving.api.auth import declare
+from serving.api.auth import declare, everywhere
 from serving.api.errors import RequestError
 from serving.api.plan import Plan, make_plan, room_for_answer
 from serving.api.record import RequestRecord, record_of
@@ -27,10 +27,10 @@ _DECODER = RequestDecoder.of(CompletionRequest)
 _encode = msgspec.json.Encoder().encode
 
 
-@post("/v1/completions", opt=declare(INFER), status_code=200)
+@post(everywhere("/v1/completions"), opt=declare(INFER), status_code=200)
 async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     services = services_of(request.app)
-    fields = _DECODER.decode(await read_json(request))
+    fields = _DECODER.decode(await read_json(request), defaults_of(request))
     record = record_of(request.scope)
     route = await admit(request, fields)
     plan = await _plan(services, fields, route, record)

@@ -16,13 +16,17 @@ from litestar.exceptions import HTTPException
 
 from registry import errors as domain
 from serving.api.record import record_of
+from serving.api.request_error import RequestError
 from serving.engine import boundary as engine
 from serving.experiments.design import DesignInvalid
 from serving.experiments.store import ExperimentNotFound, FeedbackInvalid
+from serving.loaded import AdapterNotLoaded
 from serving.routing import ModelNotLive
 from serving.selfcheck import SelfCheckFailed
-from serving.tenants.keys import InvalidKey, ScopeMissing
+from serving.tenants.duration import DurationInvalid
+from serving.tenants.keys import InvalidKey, ScopeMissing, ScopeUnknown, TenantNotFound
 from serving.tenants.limit import LimitInvalid, LimitReached, NeverFits
+from serving.tenants.redact import redact
 from serving.tenants.usage import SpanInvalid, TooManyRows
 from serving.tokens import PromptTooLong, TemplateRefused
 
@@ -32,21 +36,6 @@ INVALID = "invalid_request_error"
 SERVER = "server_error"
 UNAVAILABLE = "service_unavailable_error"
 RETRY_AFTER_SECONDS = 2
-
-
-class RequestError(domain.WardrobeError):
-    """A request that is wrong by itself; `param` names the field."""
-
-    code = "invalid_request"
-    status = 400
-
-    def __init__(
-        self, message: str, *, param: str | None = None, code: str = "", status: int = 400
-    ) -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code or self.code
-        self.status = status
 
 
 class Unavailable(domain.WardrobeError):
@@ -79,6 +68,12 @@ TABLE: dict[type[Exception], Rule] = {
     FeedbackInvalid: Rule(400, INVALID, param="value"),
     domain.NotFound: Rule(404, "not_found_error", param="model"),
     ExperimentNotFound: Rule(404, "not_found_error"),
+    domain.EndpointNotFound: Rule(404, "not_found_error"),
+    domain.KeyNotFound: Rule(404, "not_found_error"),
+    AdapterNotLoaded: Rule(404, "not_found_error", param="lora_name"),
+    ScopeUnknown: Rule(400, INVALID, param="scopes"),
+    DurationInvalid: Rule(400, INVALID),
+    TenantNotFound: Rule(404, "not_found_error"),
     domain.Refused: Rule(422, INVALID),
     domain.BaseMismatch: Rule(422, INVALID, param="model"),
     # The beginning of a digest that fits several versions. Not 409: clients send that again.
@@ -120,10 +115,10 @@ class Failure:
         return msgspec.json.encode(
             {
                 "error": {
-                    "message": self.message,
+                    "message": redact(self.message),
                     "type": self.type,
                     "code": self.code,
-                    "param": self.param,
+                    "param": self.param and redact(self.param),
                     "request_id": request_id,
                 }
             }

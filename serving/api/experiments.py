@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from registry.errors import Conflict
 from serving.api.adapters import decode_body, own_adapter
-from serving.api.auth import declare
+from serving.api.auth import declare, everywhere
 from serving.api.errors import RequestError
 from serving.api.record import record_of
 from serving.api.services import read_json, services_of
@@ -123,7 +123,7 @@ async def move_experiment(
     return summarize(await _moving(call))
 
 
-@post("/v1/feedback", opt=declare(FEEDBACK), status_code=200)
+@post(everywhere("/v1/feedback"), opt=declare(FEEDBACK), status_code=200)
 async def give_feedback(request: AnyRequest) -> dict[str, Any]:
     """Say what came of an answer, however late. The last value counts; a known key is no news."""
     wanted = decode_body(await read_json(request), Feedback)

@@ -13,13 +13,13 @@ from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from serving.api.drain import Drain
 from serving.api.errors import ClientGone, Failure, RequestError, Unavailable, failure_of
+from serving.api.hosts import tenant_of_host
 from serving.api.metrics import Metrics
 from serving.api.record import SCOPE_KEY, RequestRecord, new_request_id
 from serving.api.settings import ServerSettings
 
 PUSH_PATH = re.compile(r"/v1/adapters/[^/]+/[^/]+/versions")  # its bodies are files
 ALWAYS_ANSWERED = ("/health/live", "/health/ready")  # also while draining or overloaded
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 DISCARD_SECONDS = 5.0
 DISCARD_BYTES = 32 * 1024 * 1024
 
@@ -47,7 +47,7 @@ class Guard:
         respond = _Responder(send, record, body)
         try:
             with self._drain.request():
-                self._check(scope)
+                self._check(scope, record)
                 await self._app(scope, body.receive, respond)
         except (RequestError, Unavailable) as error:
             await respond.failure(failure_of(error))
@@ -64,13 +64,15 @@ class Guard:
             return settings.max_push_bytes, settings.push_timeout
         return settings.max_body_bytes, settings.body_timeout
 
-    def _check(self, scope: HTTPScope) -> None:
+    def _check(self, scope: HTTPScope, record: RequestRecord) -> None:
         headers = scope["headers"]
         _check_size(headers, self._settings)
         _check_framing(headers, self._bounds(scope)[0])
-        if not self._settings.auth:
-            _check_host(headers)
-        if scope["path"] in ALWAYS_ANSWERED:
+        always = scope["path"] in ALWAYS_ANSWERED
+        if self._checks_host(always):
+            host = next(value for name, value in headers if name == b"host").decode("latin-1")
+            record.host_tenant = tenant_of_host(host, self._settings.hosts)
+        if always:
             return
         if self._drain.draining:
             raise Unavailable("This server is shutting down. Try again in a moment.")
@@ -78,6 +80,13 @@ class Guard:
             raise Unavailable(
                 f"More than {self._settings.max_requests} requests are in flight. Try again."
             )
+
+    def _checks_host(self, always: bool) -> bool:
+        """Without keys, a web page whose name was bound to 127.0.0.1 must not get in.
+
+        With keys, health tells an anonymous caller nothing, and a prober knows an address only.
+        """
+        return not self._settings.auth or (bool(self._settings.hosts) and not always)
 
 
 def _check_size(headers: Headers, settings: ServerSettings) -> None:
@@ -102,19 +111,6 @@ def _check_framing(headers: Headers, max_body_bytes: int) -> None:
     length = next((value for name, value in headers if name == b"content-length"), b"0")
     if int(length) > max_body_bytes:  # the server in front has checked that it is a number
         raise too_large(max_body_bytes)
-
-
-def _check_host(headers: Headers) -> None:
-    """Without keys, a web page whose name was bound to 127.0.0.1 must not get in."""
-    host = next(value for name, value in headers if name == b"host").decode("latin-1")
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    if name not in LOOPBACK_NAMES:
-        raise RequestError(
-            f"This server runs without authentication and only answers to "
-            f"{', '.join(LOOPBACK_NAMES)}, not to {name[:100]!r}.",
-            code="invalid_host",
-            status=403,
-        )
 
 
 def too_large(limit: int) -> RequestError:

@@ -1,5 +1,6 @@
 """Liveness, readiness and metrics."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ from registry.adapter import AdapterName
 from registry.errors import StoreUnavailable
 from serving.api.auth import OPEN, declare
 from serving.api.metrics import CONTENT_TYPE
+from serving.api.models import served_names
 from serving.api.services import Services, services_of
+from serving.api.vllm_metrics import VllmCollector
 from serving.engine.boundary import EngineUnavailable
 from serving.tenants.keys import READ, InvalidKey
 
@@ -28,7 +31,7 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
     body: dict[str, Any] = {
         "status": status,
         "live_aliases": len(services.live.versions),
-        "failed_rollouts": len(services.live.failures),
+        "failed_rollouts": len(services.live.failures) + len(services.endpoints.failures),
         "registry_stale": services.live.stale,
         "limits_shared": not services.meter.balances.problem,
     }
@@ -45,14 +48,23 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
             }
             for failure in services.live.failures.values()
             if usable(failure.name)
+        ] + [
+            {"name": str(name), "alias": None, "version": None, "message": sentence}
+            for name, sentence in services.endpoints.failures.items()
+            if usable(name)
         ]
     return Response(body, status_code=200 if status == "ready" else 503)
 
 
 @get("/metrics", opt=declare(READ, operator=True))
 async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
+    """Our own metrics, and beside them vLLM's that gateways choose a server by."""
     services = services_of(request.app)
-    text = services.metrics.render(await services.engine.stats())
+    stats = await services.engine.stats()
+    on_disk = await asyncio.to_thread(services.registry.materialized)
+    names = served_names(services)
+    vllm = VllmCollector(stats, services.base.id, services.engine.max_model_len, names)
+    text = services.metrics.render(stats, on_disk, vllm)
     return Response(text, media_type=CONTENT_TYPE)
 
 

@@ -9,7 +9,6 @@ from litestar import Request, delete, get, patch
 from litestar.params import FromPath
 from msgspec import UNSET, Meta, UnsetType
 
-from registry.errors import NotFound
 from serving.api.adapters import decode_body
 from serving.api.auth import declare
 from serving.api.errors import RequestError
@@ -50,8 +49,8 @@ async def list_limits(request: AnyRequest) -> dict[str, Any]:
 @get("/v1/limits/{tenant:str}", opt=declare(READ))
 async def get_limits(request: AnyRequest, tenant: FromPath[str]) -> dict[str, Any]:
     """Return a tenant's limits and what is left of them now, in all and under each name."""
-    if tenant != request.user.tenant and not request.user.is_operator:
-        raise NotFound(f"There is no tenant {tenant[:63]!r} here.")
+    if not request.user.is_operator:
+        request.user.require_tenant(tenant)
     whole = Subject.parse(tenant, None)
     meter = services_of(request.app).meter
     await asyncio.to_thread(meter.flush)

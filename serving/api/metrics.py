@@ -1,7 +1,6 @@
 """Prometheus metrics of one server, in a registry of its own.
 
-Labels are bounded: routes come from the route table, and the adapters beyond the first
-`MAX_ADAPTER_LABELS` seen share the label `other`.
+Labels are bounded: routes come from the route table, versions are the busiest ones and `other`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,17 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.api.record import RequestRecord
+from serving.api.version_metrics import TTFT_BUCKETS, VersionMetrics
+from serving.api.vllm_metrics import VllmCollector
 from serving.engine.boundary import EngineStats
 
-MAX_ADAPTER_LABELS = 100
-OTHER = "other"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _E2E = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -39,7 +37,6 @@ _COUNTERS = {
     "wardrobe_engine_failed": ("failed", "Sequences that failed"),
     "wardrobe_adapter_loads": ("adapter_loads", "Adapters loaded into a slot"),
     "wardrobe_adapter_evictions": ("adapter_evictions", "Adapters put out of their slot"),
-    "wardrobe_adapter_load_seconds": ("adapter_load_seconds", "Time spent loading"),
 }
 
 
@@ -48,12 +45,26 @@ class _EngineCollector(Collector):
     """One snapshot of the engine as metrics: what it counts are counters, never set by us."""
 
     stats: EngineStats
+    on_disk: int  # versions whose files lie ready
 
     def collect(self) -> Iterator[Metric]:
         for name, (field, text) in _GAUGES.items():
             yield GaugeMetricFamily(name, text, getattr(self.stats, field))
         resident = len(self.stats.resident)
-        yield GaugeMetricFamily("wardrobe_adapters_resident", "Adapters in slots", resident)
+        tiers = GaugeMetricFamily(
+            "wardrobe_adapters", "Adapters by the fastest place they are in", labels=["tier"]
+        )
+        tiers.add_metric(["slot"], resident)
+        tiers.add_metric(["memory"], self.stats.in_memory)
+        faster = resident + self.stats.in_memory
+        tiers.add_metric(["disk"], max(self.on_disk - faster, 0))
+        yield tiers
+        stages = SummaryMetricFamily(
+            "wardrobe_adapter_load_stage_seconds", "Parts of loading an adapter", labels=["stage"]
+        )
+        for stage in self.stats.load_stages:
+            stages.add_metric([stage.name], stage.count, stage.seconds)
+        yield stages
         for name, (field, text) in _COUNTERS.items():
             yield CounterMetricFamily(name, text, getattr(self.stats, field))
 
@@ -61,20 +72,17 @@ class _EngineCollector(Collector):
 class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._adapters: set[str] = set()
+        self._versions = VersionMetrics()
+        self._registry.register(self._versions)
         self._requests = Counter(
             "wardrobe_requests",
             "Requests by route and status",
             ["route", "status"],
             registry=self._registry,
         )
-        self._tokens = Counter(
-            "wardrobe_tokens",
-            "Tokens by adapter and kind",
-            ["adapter", "kind"],
-            registry=self._registry,
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "Request to first token", TTFT_BUCKETS
         )
-        self.ttft = self._histogram("time_to_first_token_seconds", "Request to first token", _TTFT)
         self.itl = self._histogram("inter_token_seconds", "From one token to the next", _ITL)
         self.e2e = self._histogram("request_seconds", "Whole inference requests", _E2E)
 
@@ -88,17 +96,9 @@ class Metrics:
         if not record.label:
             return
         self.e2e.observe(record.seconds)
-        adapter = self._adapter_label(record.label)
-        self._tokens.labels(adapter, "prompt").inc(record.prompt_tokens)
-        self._tokens.labels(adapter, "completion").inc(record.completion_tokens)
+        self._versions.finished(record)
 
-    def _adapter_label(self, label: str) -> str:
-        name = label.partition("@")[0]
-        if name not in self._adapters and len(self._adapters) >= MAX_ADAPTER_LABELS:
-            return OTHER
-        self._adapters.add(name)
-        return name
-
-    def render(self, stats: EngineStats) -> bytes:
+    def render(self, stats: EngineStats, on_disk: int, vllm: VllmCollector) -> bytes:
         """Return the exposition text, with the engine's own counts as they are now."""
-        return generate_latest(self._registry) + generate_latest(_EngineCollector(stats))
+        now = (_EngineCollector(stats, on_disk), vllm)
+        return b"".join(map(generate_latest, (self._registry, *now)))

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from serving.api.sequence import Piece
 from serving.tenants.meter import Lease
+from serving.tenants.redact import redact
 
 SCOPE_KEY = "wardrobe.record"
 
@@ -27,6 +28,8 @@ class RequestRecord:
     path: str
     started: float = field(default_factory=time.monotonic)
     tenant: str = ""
+    host_tenant: str = ""  # whose name the Host header is; a key of anybody else finds nothing
+    endpoint: str = ""  # namespace/name of the one that was asked for
     label: str = ""
     digest: str = ""
     experiment: str = ""
@@ -57,14 +60,15 @@ class RequestRecord:
         for told in self.on_end:
             told(self)
         log.info(
-            "id=%s tenant=%s method=%s path=%s status=%d label=%s digest=%s prompt_tokens=%d "
-            "completion_tokens=%d ms=%.1f outcome=%s",
+            "id=%s tenant=%s method=%s path=%s status=%d endpoint=%s label=%s digest=%s "
+            "prompt_tokens=%d completion_tokens=%d ms=%.1f outcome=%s",
             self.request_id,
             self.tenant or "-",
             self.method,
             # A path is client text: quoted by ascii() so that no line break forges a log line.
-            ascii(self.path[:200]),
+            redact(ascii(self.path[:200])),
             self.status,
+            self.endpoint or "-",
             self.label or "-",
             self.digest[:16] or "-",
             self.prompt_tokens,

@@ -3,13 +3,14 @@
 Each field is decoded on its own, so that an error names its field. `null` means not given.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from serving.api.errors import RequestError
+from serving.api.request_error import RequestError
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -240,6 +241,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 T = TypeVar("T", bound=SamplingFields)
+DefaultsOf = Callable[[str], Mapping[str, Any]]  # model → field → value
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,10 +258,14 @@ class RequestDecoder(Generic[T]):
         decoders = {field.encode_name: msgspec.json.Decoder(field.type) for field in fields}
         return cls(struct, decoders, frozenset(f.encode_name for f in fields if f.required))
 
-    def decode(self, body: bytes) -> T:
-        """Return the checked request. Raises RequestError with the field it is about."""
+    def decode(self, body: bytes, defaults_of: DefaultsOf = lambda _: {}) -> T:
+        """Return the checked request. Raises RequestError with the field it is about.
+
+        `defaults_of` tells what the model that is asked for fills in where a field is left out.
+        """
         raw = _decode(_OBJECT, body, None)
         given = {name: value for name, value in raw.items() if bytes(value) != b"null"}
+        self._fill(given, defaults_of)
         for name in given.keys() - self.fields.keys():
             _check_neutral(name, given[name])
         for name in sorted(self.required - given.keys()):
@@ -270,6 +276,26 @@ class RequestDecoder(Generic[T]):
             if name in self.fields
         }
         return self.struct(**values)
+
+    def check_field(self, name: str, value: Any) -> None:
+        """Raises RequestError when a request with this value in this field would be refused."""
+        if value is None:
+            raise RequestError(f"`{name}` is null: leave it out.", param=name, code="invalid_value")
+        written = Raw(msgspec.json.encode(value))
+        if name in self.fields:
+            _decode(self.fields[name], written, name)
+        else:
+            _check_neutral(name, written)
+
+    def _fill(self, given: dict[str, Raw], defaults_of: DefaultsOf) -> None:
+        if "model" not in given:
+            return
+        model = _decode(self.fields["model"], given["model"], "model")
+        for name, value in defaults_of(model).items():
+            # Two names of one bound: whoever sends one of them has not left it out.
+            named = name in given or (name == "max_tokens" and "max_completion_tokens" in given)
+            if name in self.fields and not named:
+                given[name] = Raw(msgspec.json.encode(value))
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])

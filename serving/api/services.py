@@ -16,10 +16,12 @@ from serving.api.errors import RequestError
 from serving.api.metrics import Metrics
 from serving.api.plan import Plan
 from serving.api.settings import ServerSettings
+from serving.endpoints import LiveEndpoints
 from serving.engine.boundary import Engine
 from serving.experiments.live import LiveExperiments
 from serving.experiments.recorder import Recorder
 from serving.experiments.store import Experiments
+from serving.loaded import LoadedAdapters
 from serving.routing import LiveTable, Route, Router
 from serving.tenants.access import Access
 from serving.tenants.meter import Meter
@@ -40,6 +42,8 @@ class Services:
     router: Router
     access: Access
     live: LiveTable
+    endpoints: LiveEndpoints
+    loaded: LoadedAdapters
     store: Experiments
     experiments: LiveExperiments
     recorder: Recorder
@@ -59,6 +63,8 @@ class Services:
         headers = [(b"x-adapter", route.shown_as.encode())]
         if not route.blind:
             headers.append((b"x-adapter-digest", f"sha256:{route.fingerprint}".encode()))
+        if route.endpoint:
+            headers.append((b"x-endpoint", str(route.endpoint.name).encode()))
         if route.experiment:
             headers.append((b"x-experiment", route.experiment.encode()))
         if route.arm:

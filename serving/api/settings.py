@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from registry.errors import WardrobeError
+from serving.api.hosts import AllowedHost
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -20,6 +21,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0 takes a free one
+    hosts: tuple[AllowedHost, ...] = ()  # names to answer to beside loopback's; none: to all
     auth: bool = True  # False makes everybody the operator; loopback only
     drain_timeout: float = 30.0  # how long running answers may go on after SIGTERM
     header_timeout: float = 10.0  # from connection to the end of the headers

@@ -135,6 +135,15 @@ class ResidentAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadStage:
+    """One part of bringing adapters into slots, all loads since the engine started together."""
+
+    name: str  # fetch: to the disk; read: to host memory; place: into a slot
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot; all counters count since the engine started."""
 
@@ -146,6 +155,8 @@ class EngineStats:
     kv_tokens_total: int
     adapter_slots: int  # slots that may hold adapters, over all rank buckets in use
     resident: tuple[ResidentAdapter, ...]
+    loading: tuple[AdapterRef, ...]  # that somebody waits for
+    in_memory: int  # adapters in host memory that sit in no slot
     steps: int
     prompt_tokens: int
     generated_tokens: int
@@ -153,7 +164,7 @@ class EngineStats:
     failed: int
     adapter_loads: int
     adapter_evictions: int
-    adapter_load_seconds: float
+    load_stages: tuple[LoadStage, ...]
     device: str
     dtype: str
     operators: str  # what computes: "torch", or "C++" and its instructions; then why not better
@@ -178,6 +189,17 @@ class Engine(Protocol):
 
     async def warm(self, adapter: AdapterRef) -> None:
         """Load the adapter into a slot. Idempotent; all or nothing; raises AdapterLoadFailed."""
+        ...
+
+    async def keep(self, adapter: AdapterRef) -> None:
+        """Warm the adapter, and let nothing put it out of its slot until `release`. Idempotent.
+
+        One slot stays for all others. Raises AdapterLoadFailed, also when no more can be kept.
+        """
+        ...
+
+    async def release(self, adapter: AdapterRef) -> None:
+        """Let the slot of a kept adapter be used by others when they need it. Idempotent."""
         ...
 
     async def stats(self) -> EngineStats: ...

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class Warm:
-    """A wish to have an adapter in a slot, without a request that wears it."""
+    """A wish to have an adapter in a slot, and perhaps kept there, without a request for it."""
 
-    def __init__(self, ref: AdapterRef) -> None:
-        self.ref = ref
+    def __init__(self, ref: AdapterRef, *, keep: bool = False) -> None:
+        self.ref, self.keep = ref, keep
 
 
 Ticket = Sequence | Warm
@@ -87,6 +87,12 @@ class EngineCore:
             self._release(ticket)
             self.counters.aborted += 1
 
+    def release(self, ticket: Ticket) -> None:
+        """Keep an adapter no more: whoever waits for a slot may have its."""
+        assert isinstance(ticket, Warm)
+        self.residency.kept.discard(ticket.ref.digest)
+        self._stirred = True
+
     def step(self) -> list[Event]:
         """Admit what can be admitted, read and sample one step, and tell what came of it."""
         events = self._admit()
@@ -108,6 +114,8 @@ class EngineCore:
             waiting=len(self.scheduler.waiting),
             kv_tokens_used=sum(sequence.computed for sequence in running),
             resident=self.residency.resident(),
+            loading=self._loading(),
+            in_memory=self.residency.in_memory,
             steps=counters.steps,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
@@ -115,7 +123,7 @@ class EngineCore:
             failed=counters.failed,
             adapter_loads=self.residency.loads,
             adapter_evictions=self.residency.evictions,
-            adapter_load_seconds=self.residency.loader.seconds,
+            load_stages=self.residency.stages(),
         )
 
     def _admit(self) -> list[Event]:
@@ -129,6 +137,8 @@ class EngineCore:
             try:
                 if not self.residency.ensure(warm.ref):
                     continue
+                if warm.keep:
+                    self.residency.keep(warm.ref)
                 events.append((warm, None))
             except AdapterLoadFailed as error:
                 events.append((warm, error))
@@ -151,6 +161,13 @@ class EngineCore:
         for sequence in self.scheduler.waiting:
             if sequence.adapter is not None:
                 yield sequence.adapter.digest
+
+    def _loading(self) -> tuple[AdapterRef, ...]:
+        """Return the adapters that somebody waits for and that are in no slot yet."""
+        wished = [warm.ref for warm in self.warming]
+        wished += [each.adapter for each in self.scheduler.waiting if each.adapter is not None]
+        table = self.residency.table
+        return tuple({ref.digest: ref for ref in wished if ref.digest not in table}.values())
 
     def _ready(self, sequence: Sequence, failed: list[Event]) -> bool:
         """Take a KV slot and pin the adapter, or do neither."""

@@ -99,7 +99,18 @@ class TorchEngine:
             self._forget(stream)
 
     async def warm(self, adapter: AdapterRef) -> None:
-        stream = self._submit(Warm(adapter))
+        await self._wish(Warm(adapter))
+
+    async def keep(self, adapter: AdapterRef) -> None:
+        await self._wish(Warm(adapter, keep=True))
+
+    async def release(self, adapter: AdapterRef) -> None:
+        with self._changed:
+            self._inbox.append((self._core.release, Warm(adapter)))
+            self._changed.notify()
+
+    async def _wish(self, wish: Warm) -> None:
+        stream = self._submit(wish)
         try:
             if item := await stream.items.get():
                 assert isinstance(item, EngineError)

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import AdapterLoadFailed
+from serving.engine.boundary import AdapterLoadFailed, LoadStage
 from serving.engine.lora import HostAdapter
 
 Fetch = Callable[[AdapterRef], Path]
@@ -31,7 +31,8 @@ class AdapterLoader:
         self._failed: OrderedDict[str, tuple[float, Load]] = OrderedDict()
         self._cache: OrderedDict[str, tuple[int, Load]] = OrderedDict()  # digest → bytes, load
         self._bytes = 0
-        self.seconds = 0.0  # spent in fetch and read, all loads together
+        self._fetches = self._reads = 0
+        self._fetch_seconds = self._read_seconds = 0.0
 
     def load(self, ref: AdapterRef) -> Load:
         """Return the running, the recent failed or the cached load, or start one.
@@ -51,34 +52,62 @@ class AdapterLoader:
                 self._pool.submit(self._run, ref, future)
             return self._loads[ref.digest]
 
+    def cached(self) -> list[str]:
+        """Return the digests in host memory."""
+        with self._lock:
+            return list(self._cache)
+
+    def stages(self) -> tuple[LoadStage, ...]:
+        """Return what fetches and reads took, failed ones too."""
+        with self._lock:
+            return (
+                LoadStage("fetch", self._fetches, self._fetch_seconds),
+                LoadStage("read", self._reads, self._read_seconds),
+            )
+
     def close(self) -> None:
         """Start no more loads. One that hangs in `fetch` must not hang whoever closes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, ref: AdapterRef, future: Load) -> None:
-        started = time.monotonic()
         try:
-            adapter = self._read(self._fetch(ref), ref)
+            adapter = self._timed_read(self._timed_fetch(ref), ref)
         except AdapterLoadFailed as error:
-            self._settle(ref, future, started, error)
+            self._settle(ref, future, error)
         except BaseException as error:  # a panic in a library's Rust is no Exception; unsettled, it
             # would leave everybody who waits for this adapter waiting for ever
             failure = AdapterLoadFailed(f"{ref.label} cannot be fetched: {error}")
             failure.__cause__ = error
-            self._settle(ref, future, started, failure)
+            self._settle(ref, future, failure)
         else:
-            self._settle(ref, future, started, adapter)
+            self._settle(ref, future, adapter)
         self.on_done()
 
+    def _timed_fetch(self, ref: AdapterRef) -> Path:
+        started = time.monotonic()
+        try:
+            return self._fetch(ref)
+        finally:
+            with self._lock:
+                self._fetches += 1
+                self._fetch_seconds += time.monotonic() - started
+
+    def _timed_read(self, folder: Path, ref: AdapterRef) -> HostAdapter:
+        started = time.monotonic()
+        try:
+            return self._read(folder, ref)
+        finally:
+            with self._lock:
+                self._reads += 1
+                self._read_seconds += time.monotonic() - started
+
     def _settle(
-        self, ref: AdapterRef, future: Load, started: float, result: HostAdapter | AdapterLoadFailed
+        self, ref: AdapterRef, future: Load, result: HostAdapter | AdapterLoadFailed
     ) -> None:
         with self._lock:
-            now = time.monotonic()
-            self.seconds += now - started
             del self._loads[ref.digest]
             if isinstance(result, AdapterLoadFailed):
-                self._failed[ref.digest] = (now, future)
+                self._failed[ref.digest] = (time.monotonic(), future)
                 future.set_exception(result)
             else:
                 future.set_result(result)

@@ -1,11 +1,12 @@
 """Getting adapters into slots: who waits, who is evicted, who is drained for whom."""
 
+import time
 from collections.abc import Iterable
 
 import torch
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import AdapterLoadFailed, ResidentAdapter
+from serving.engine.boundary import AdapterLoadFailed, LoadStage, ResidentAdapter
 from serving.engine.loader import AdapterLoader, Load
 from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import SlotTable
@@ -25,6 +26,8 @@ class Residency:
         self.table, self.stacks, self.loader = table, stacks, loader
         self.loads = 0
         self.evictions = 0
+        self.kept: set[str] = set()  # digests that stay in their slots whoever waits
+        self._place_seconds = 0.0
         self._labels: dict[str, str] = {}
         self._waits: dict[str, Load] = {}  # digest → its load, while somebody waits for it
         self._claims: dict[str, str] = {}  # waiting digest → resident digest that drains for it
@@ -67,6 +70,29 @@ class Residency:
             return
         self._waits[ref.digest] = self.loader.load(ref)
 
+    def keep(self, ref: AdapterRef) -> None:
+        """Let nothing put an adapter out of its slot. Raises AdapterLoadFailed.
+
+        One slot is never kept: every other adapter needs one now and then.
+        """
+        if len(self.kept | {ref.digest}) >= self.table.capacity:
+            raise AdapterLoadFailed(
+                f"{ref.label} cannot be kept: {len(self.kept)} of {self.table.capacity} adapter "
+                "slots are kept, and one stays free for all others. Unload an adapter, or start "
+                "the server with more --adapter-slots."
+            )
+        self.kept.add(ref.digest)
+        self._claims = {d: v for d, v in self._claims.items() if v != ref.digest}
+
+    @property
+    def in_memory(self) -> int:
+        """How many adapters are in host memory and in no slot."""
+        return sum(digest not in self.table for digest in self.loader.cached())
+
+    def stages(self) -> tuple[LoadStage, ...]:
+        placed = LoadStage("place", self.loads, self._place_seconds)
+        return (*self.loader.stages(), placed)
+
     def resident(self) -> tuple[ResidentAdapter, ...]:
         return tuple(
             ResidentAdapter(digest, self._labels[digest], self.table.pins(digest))
@@ -75,6 +101,7 @@ class Residency:
 
     def _place(self, ref: AdapterRef, adapter: HostAdapter) -> None:
         """Copy into a slot, or leave no trace: the first of a rank may not fit the device."""
+        started = time.monotonic()
         slot = self.table.place(ref.digest, adapter.bucket)
         try:
             self.stacks.load(slot, adapter)
@@ -85,19 +112,20 @@ class Residency:
             raise AdapterLoadFailed(
                 f"{ref.label} cannot be put into a slot of rank {adapter.bucket}: {error}"
             ) from error
+        self._place_seconds += time.monotonic() - started
         self._labels[ref.digest] = ref.label
 
     def _make_room(self, digest: str) -> bool:
         if len(self.table) < self.table.capacity:
             return True
-        claimed_by_others = {v for d, v in self._claims.items() if d != digest}
-        idle = [d for d in self.table.idle() if d not in claimed_by_others]
+        taken = {v for d, v in self._claims.items() if d != digest} | self.kept
+        idle = [d for d in self.table.idle() if d not in taken]
         mine = self._claims.get(digest)
         if idle:
             self._evict(mine if mine in idle else idle[0])
             return True
         if mine is None:
-            free = [d for d in self.table.resident() if d not in claimed_by_others]
+            free = [d for d in self.table.resident() if d not in taken]
             if free:
                 self._claims[digest] = min(free, key=self.table.pins)
         return False

@@ -1,7 +1,5 @@
-"""The commands of tenants: key create, list, rotate and revoke; share and unshare."""
+"""The commands of tenants: tenant list, show; key create, list, rotate, revoke; share, unshare."""
 
-import re
-from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -11,24 +9,60 @@ from rich.table import Table
 from registry.adapter import AdapterName
 from registry.commands import Home, Json, clear_errors, open_registry
 from registry.database import now
-from registry.errors import WardrobeError
 from registry.records import KeyRecord
-from registry.screen import plain, print_json
-from serving.tenants.keys import INFER, READ, add_key, rotate_key, rotate_operator_key
+from registry.screen import plain, print_json, shown
+from serving.tenants.duration import parse_duration
+from serving.tenants.keys import (
+    INFER,
+    READ,
+    add_key,
+    describe,
+    id_of,
+    rotate_key,
+    rotate_operator_key,
+)
+from serving.tenants.tenants import get_tenant, list_tenants
 
 app = typer.Typer(no_args_is_help=True)
 key_app = typer.Typer(no_args_is_help=True, help="Keys that open the server.")
-
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-_SPAN = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+tenant_app = typer.Typer(no_args_is_help=True, help="Tenants and what they have.")
 
 Tenant = Annotated[str, typer.Argument(help="The namespace the key belongs to, or operator.")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id that `wardrobe key list` shows.")]
 Name = Annotated[str, typer.Argument(help="NAMESPACE/NAME")]
 
 
-class SpanInvalid(WardrobeError):
-    code = "span_invalid"
+@tenant_app.command("list")
+@clear_errors()
+def tenant_list(home: Home = None, as_json: Json = False) -> None:
+    """List whoever has a key, an adapter, a share or an endpoint."""
+    with open_registry(home) as registry:
+        found = list_tenants(registry)
+    if as_json:
+        return print_json(found)
+    table = Table("tenant", "valid keys", "adapters", "shared with it", "endpoints")
+    for each in found:
+        counts = (each.valid_keys, len(each.adapters), len(each.shared), len(each.endpoints))
+        table.add_row(shown(each.name), *map(str, counts))
+    return Console().print(table)
+
+
+@tenant_app.command("show")
+@clear_errors()
+def tenant_show(
+    tenant: Annotated[str, typer.Argument(help="The namespace of its adapters.")],
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a tenant has, by name."""
+    with open_registry(home) as registry:
+        found = get_tenant(registry, tenant)
+    if as_json:
+        return print_json(found)
+    print(f"{found.name}: {found.valid_keys} valid keys")
+    for word in ("adapters", "shared", "endpoints"):
+        print(f"{word}: {', '.join(getattr(found, word)) or '–'}")
+    return None
 
 
 @key_app.command("create")
@@ -46,7 +80,7 @@ def key_create(
     as_json: Json = False,
 ) -> None:
     """Make a key for a tenant and print it once. Without --scope it may infer and read."""
-    lifetime = _span(expires) if expires else None
+    lifetime = parse_duration(expires) if expires else None
     with open_registry(home) as registry:
         key = add_key(registry, tenant, scopes or (INFER, READ), lifetime)
     _show_key(key, as_json)
@@ -59,7 +93,7 @@ def key_list(home: Home = None, as_json: Json = False) -> None:
     with open_registry(home) as registry:
         keys = registry.keys()
     if as_json:
-        return print_json([_facts(key) for key in keys])
+        return print_json([describe(key) for key in keys])
     table = Table("id", "tenant", "scopes", "made", "state")
     for key in keys:
         table.add_row(
@@ -88,7 +122,7 @@ def key_rotate(
         if key_id is None:
             key = rotate_operator_key(registry)
         else:
-            key = rotate_key(registry, key_id, _span(grace))
+            key = rotate_key(registry, key_id, parse_duration(grace))
     _show_key(key, as_json)
 
 
@@ -99,7 +133,7 @@ def key_revoke(key_id: KeyId, home: Home = None, as_json: Json = False) -> None:
     with open_registry(home) as registry:
         key = registry.revoke_key(key_id)
     if as_json:
-        return print_json(_facts(key))
+        return print_json(describe(key))
     return print(f"revoked {key.key_id} of {key.tenant}")
 
 
@@ -137,30 +171,10 @@ def unshare(
     )
 
 
-def _span(text: str) -> timedelta:
-    match = _SPAN.fullmatch(text)
-    if not match:
-        raise SpanInvalid(f"{text!r} is no span of time. Write a number and s, m, h or d: 90d.")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
-
-
 def _show_key(key: str, as_json: bool) -> None:
     if as_json:
-        return print_json({"id": key.split("_")[1], "key": key})
+        return print_json({"id": id_of(key), "key": key})
     return print(key)
-
-
-def _facts(key: KeyRecord) -> dict[str, object]:
-    """Return what may be shown of a key: everything but the hash."""
-    return {
-        "id": key.key_id,
-        "tenant": key.tenant,
-        "scopes": list(key.scopes),
-        "created_at": key.created_at,
-        "expires_at": key.expires_at,
-        "revoked_at": key.revoked_at,
-        "valid": key.valid_at(now()),
-    }
 
 
 def _state(key: KeyRecord) -> str:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 
 from registry.adapter import DEFAULT_NAMESPACE, check_tenant
 from registry.database import now
-from registry.errors import NotFound, StoreUnavailable, WardrobeError
+from registry.errors import KeyNotFound, NotFound, StoreUnavailable, WardrobeError
 from registry.records import KeyRecord
 from registry.store import Registry
 
@@ -42,6 +42,12 @@ class InvalidKey(WardrobeError):
 
 class ScopeMissing(WardrobeError):
     code = "insufficient_scope"
+
+
+class TenantNotFound(NotFound):
+    """An address of a tenant that the key is not of, whether there is such a tenant or not."""
+
+    code = "tenant_not_found"
 
 
 class ScopeUnknown(WardrobeError):
@@ -72,12 +78,20 @@ class Principal:
                 f"It has: {', '.join(sorted(self.scopes)) or 'none'}."
             )
 
+    def require_tenant(self, tenant: str) -> None:
+        if tenant != self.tenant:
+            raise no_tenant(tenant)
+
     def require_operator(self) -> None:
         if not self.is_operator:
             raise ScopeMissing(
                 f"This tells about every tenant: it is for the operator's keys, not for those of "
                 f"{self.tenant!r}."
             )
+
+
+def no_tenant(name: str) -> TenantNotFound:
+    return TenantNotFound(f"There is no tenant {name[:63]!r} here.")
 
 
 ANYBODY = Principal(OPERATOR, frozenset(SCOPES))
@@ -105,11 +119,18 @@ def _valid_operator_keys(registry: Registry) -> list[KeyRecord]:
 
 
 def add_key(
-    registry: Registry, tenant: str, scopes: Sequence[str], lifetime: timedelta | None = None
+    registry: Registry,
+    tenant: str,
+    scopes: Sequence[str],
+    lifetime: timedelta | None = None,
+    *,
+    key_id: str | None = None,
 ) -> str:
     """Make a key for a tenant and return its text, which is shown only now.
 
-    Raises InvalidName for what cannot be a tenant and ScopeUnknown for what is no scope.
+    `key_id` is 12 hex digits of the maker's choice: who sends a wish again cannot get two keys.
+    Raises InvalidName for what cannot be a tenant, ScopeUnknown for what is no scope, and Conflict
+    for an id that is taken.
     """
     check_tenant(tenant)
     unknown = [scope for scope in scopes if scope not in SCOPES]
@@ -118,7 +139,7 @@ def add_key(
             f"{', '.join(map(repr, unknown)) or 'An empty list'} is no scope. "
             f"A key needs one or more of: {', '.join(SCOPES)}."
         )
-    key_id, text = new_key()
+    key_id, text = new_key(key_id)
     ordered = tuple(scope for scope in SCOPES if scope in scopes)
     expires_at = _after(lifetime) if lifetime is not None else None
     registry.add_key(key_id, hash_key(text), tenant, ordered, expires_at)
@@ -128,12 +149,12 @@ def add_key(
 def rotate_key(registry: Registry, key_id: str, grace: timedelta) -> str:
     """Return a new key like this one, which goes on working for `grace`.
 
-    The new one lives as long as the old one was to live. Raises NotFound for a key that is unknown
-    or has ended: what was revoked must not come back.
+    The new one lives as long as the old one was to live. Raises KeyNotFound for a key that is
+    unknown or has ended: what was revoked must not come back.
     """
     old = registry.find_key(key_id)
     if old is None or not old.valid_at(now()):
-        raise NotFound(f"There is no valid key {key_id!r}. See: wardrobe key list")
+        raise KeyNotFound(f"There is no valid key {key_id!r}. See: wardrobe key list")
     new = add_key(registry, old.tenant, old.scopes, _lifetime(old))
     registry.expire_key(key_id, _after(grace))
     return new
@@ -150,10 +171,28 @@ def _after(lifetime: timedelta) -> str:
     return (datetime.now(UTC) + lifetime).isoformat(timespec="milliseconds")
 
 
-def new_key() -> tuple[str, str]:
+def new_key(key_id: str | None = None) -> tuple[str, str]:
     """Return (id, key text)."""
-    key_id = secrets.token_hex(6)
+    key_id = key_id or secrets.token_hex(6)
     return key_id, f"wr_{key_id}_{secrets.token_hex(32)}"
+
+
+def id_of(text: str) -> str:
+    """Return the public part of a key."""
+    return text.split("_")[1]
+
+
+def describe(key: KeyRecord) -> dict[str, object]:
+    """Return what may be shown of a key: everything but the hash."""
+    return {
+        "id": key.key_id,
+        "tenant": key.tenant,
+        "scopes": list(key.scopes),
+        "created_at": key.created_at,
+        "expires_at": key.expires_at,
+        "revoked_at": key.revoked_at,
+        "valid": key.valid_at(now()),
+    }
 
 
 def hash_key(text: str) -> str:

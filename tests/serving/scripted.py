@@ -18,6 +18,7 @@ from serving.engine.boundary import (
     EngineUnavailable,
     FinishReason,
     GenerateRequest,
+    LoadStage,
     RequestFailed,
     RequestRefused,
     ResidentAdapter,
@@ -60,7 +61,10 @@ class ScriptedEngine:
     not_finite: set[str] = field(default_factory=set[str])  # digests whose answers are NaN
     fail_after: int | None = None  # tokens, then RequestFailed
     history: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    slots: int = 8
+    kept: set[str] = field(default_factory=set[str])  # digests
     resident: dict[str, AdapterRef] = field(default_factory=dict[str, AdapterRef])
+    asked: list[GenerateRequest] = field(default_factory=list[GenerateRequest])
     running: dict[str, GenerateRequest] = field(default_factory=dict[str, GenerateRequest])
     waiting: int = 0
     aborted: int = 0
@@ -71,6 +75,7 @@ class ScriptedEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
         self._admit(request)
+        self.asked.append(request)
         self.waiting += 1
         try:
             while len(self.running) >= self.max_running:
@@ -147,6 +152,15 @@ class ScriptedEngine:
         self.resident[adapter.digest] = adapter
         self.history.append(("load", adapter.label))
 
+    async def keep(self, adapter: AdapterRef) -> None:
+        if len(self.kept | {adapter.digest}) >= self.slots:
+            raise AdapterLoadFailed(f"{adapter.label} cannot be kept: one slot stays free")
+        await self.warm(adapter)
+        self.kept.add(adapter.digest)
+
+    async def release(self, adapter: AdapterRef) -> None:
+        self.kept.discard(adapter.digest)
+
     async def stats(self) -> EngineStats:
         worn = [r.adapter.digest for r in self.running.values() if r.adapter]
         return EngineStats(
@@ -156,11 +170,13 @@ class ScriptedEngine:
             max_waiting=self.max_waiting,
             kv_tokens_used=0,
             kv_tokens_total=self.max_model_len * self.max_running,
-            adapter_slots=max(8, len(self.resident)),
+            adapter_slots=max(self.slots, len(self.resident)),
             resident=tuple(
                 ResidentAdapter(ref.digest, ref.label, worn.count(ref.digest))
                 for ref in self.resident.values()
             ),
+            loading=(),
+            in_memory=0,
             steps=self.generated,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated,
@@ -168,7 +184,7 @@ class ScriptedEngine:
             failed=self.failed,
             adapter_loads=len(self.resident),
             adapter_evictions=0,
-            adapter_load_seconds=self.load_seconds * len(self.resident),
+            load_stages=(LoadStage("read", len(self.resident), self.load_seconds),),
             device="script",
             dtype="float32",
             operators="script",

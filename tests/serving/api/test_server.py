@@ -103,7 +103,7 @@ def test_metrics_count_requests_tokens_and_times(live: Running) -> None:
     route = 'route="/v1/chat/completions"'
     assert f'wardrobe_requests_total{{{route},status="200"}} 3.0' in text
     assert f'wardrobe_requests_total{{{route},status="404"}} 1.0' in text
-    assert 'wardrobe_tokens_total{adapter="acme/support",kind="completion"} 15.0' in text
+    assert 'wardrobe_tokens_total{kind="completion",version="acme/support@v1"} 15.0' in text
     assert "wardrobe_time_to_first_token_seconds_count 3.0" in text
     assert "wardrobe_inter_token_seconds_count 12.0" in text
     assert "wardrobe_adapter_loads_total 1.0" in text
@@ -111,7 +111,9 @@ def test_metrics_count_requests_tokens_and_times(live: Running) -> None:
     totals = {name for name in kinds if name.endswith("_total")}
     assert "wardrobe_engine_generated_tokens_total" in totals
     assert {kinds[name] for name in totals} == {"counter"}
-    assert kinds["wardrobe_adapters_resident"] == "gauge"
+    assert kinds["wardrobe_adapters"] == "gauge"
+    assert 'wardrobe_adapters{tier="slot"} 1.0' in text
+    assert 'wardrobe_adapter_load_stage_seconds_count{stage="read"} 1.0' in text
 
 
 def test_a_big_prompt_does_not_stall_the_health_check(live: Running) -> None:

@@ -1,0 +1,132 @@
+"""A kept adapter stays in its slot whoever waits, until it is released; one slot stays for all."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from serving.engine.boundary import AdapterLoadFailed
+from serving.engine.engine import TorchEngine
+from serving.engine.settings import EngineSettings
+from tests.serving.engine.driving import (
+    Folders,
+    base_of,
+    complete,
+    complete_all,
+    request,
+    stream,
+    until,
+)
+
+
+def play(base: Path, folders: Folders, body: Callable[[TorchEngine], Awaitable[None]]) -> None:
+    """Run a body on an engine with two slots for adapters."""
+    settings = EngineSettings(
+        device="cpu", dtype="float32", max_running=4, max_model_len=64, adapter_slots=2
+    )
+
+    async def main() -> None:
+        engine = TorchEngine.create(base_of(base), folders, settings)
+        try:
+            async with asyncio.timeout(30):
+                await body(engine)
+        finally:
+            await engine.aclose()
+
+    asyncio.run(main())
+
+
+def resident(stats: object, folders: Folders) -> set[str]:
+    names = {ref.digest: name for name, ref in folders.refs.items()}
+    return {names[each.digest] for each in stats.resident}  # type: ignore[attr-defined]
+
+
+def test_others_take_turns_in_what_is_left(tiny_base: Path, tiny_folders: Folders) -> None:
+    a, b, c = (tiny_folders.refs[name] for name in "abc")
+
+    async def body(engine: TorchEngine) -> None:
+        await engine.keep(a)
+        await engine.keep(a)
+        for ref in (b, c, b, c):
+            await complete(engine, request("x", ref, max_tokens=2))
+            assert "a" in resident(await engine.stats(), tiny_folders)
+        await engine.release(a)
+        await engine.release(a)
+        await complete(engine, request("x", b, max_tokens=2))
+        await complete(engine, request("x", c, max_tokens=2))
+        stats = await until(engine, lambda stats: len(stats.resident) == 2)
+        assert resident(stats, tiny_folders) == {"b", "c"}, "a was used least recently"
+
+    play(tiny_base, tiny_folders, body)
+
+
+def test_no_request_waits_for_ever_beside_a_kept_adapter(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    a, b, c = (tiny_folders.refs[name] for name in "abc")
+
+    async def body(engine: TorchEngine) -> None:
+        await engine.keep(a)
+        asks = [request("x", ref, max_tokens=8) for ref in (a, b, c, b, c, a)]
+        results = await complete_all(engine, asks)
+        assert [r for r in results if isinstance(r, BaseException)] == []
+        assert "a" in resident(await engine.stats(), tiny_folders)
+
+    play(tiny_base, tiny_folders, body)
+
+
+def test_a_slot_that_is_claimed_for_another_can_still_be_kept(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """Both slots are worn when c arrives: it claims one, and that one is kept before it drains."""
+    a, b, c = (tiny_folders.refs[name] for name in "abc")
+
+    async def body(engine: TorchEngine) -> None:
+        long = [stream(engine, request("x", ref, max_tokens=50)) for ref in (a, b)]
+        for each in long:
+            await anext(each)
+        waiting = asyncio.create_task(complete(engine, request("x", c, max_tokens=2)))
+        await until(engine, lambda stats: stats.loading == (c,))
+        keeping = asyncio.create_task(engine.keep(a))
+        for each in long:
+            async for _ in each:
+                pass
+        await asyncio.gather(waiting, keeping)
+        assert resident(await engine.stats(), tiny_folders) >= {"a"}
+
+    play(tiny_base, tiny_folders, body)
+
+
+def test_the_last_slot_is_not_kept_and_a_broken_adapter_keeps_none(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    a, b = (tiny_folders.refs[name] for name in "ab")
+
+    async def body(engine: TorchEngine) -> None:
+        with pytest.raises(AdapterLoadFailed):
+            await engine.keep(tiny_folders.refs["missing"])
+        await engine.keep(a)
+        with pytest.raises(AdapterLoadFailed, match="1 of 2 adapter slots are kept"):
+            await engine.keep(b)
+        await engine.release(a)
+        await engine.keep(b)
+
+    play(tiny_base, tiny_folders, body)
+
+
+def test_the_stats_tell_tiers_and_the_parts_of_loading(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    a, b, c = (tiny_folders.refs[name] for name in "abc")
+
+    async def body(engine: TorchEngine) -> None:
+        for ref in (a, b, c):
+            await engine.warm(ref)
+        stats = await until(engine, lambda stats: len(stats.resident) == 2)
+        assert (stats.in_memory, stats.loading) == (1, ()), "the one that made room"
+        stages = {stage.name: stage for stage in stats.load_stages}
+        assert [stages[name].count for name in ("fetch", "read", "place")] == [3, 3, 3]
+        assert all(stage.seconds > 0 for stage in stages.values())
+
+    play(tiny_base, tiny_folders, body)
