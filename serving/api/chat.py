@@ -1,7 +1,5 @@
 """POST /v1/chat/completions, in the shapes of the OpenAI API."""
 
-import secrets
-import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +10,14 @@ from litestar.types import ASGIApp
 from serving.api.admission import admit, defaults_of, reserve
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare, everywhere
+from serving.api.calls import delta_of, finish_reason, message_of
 from serving.api.plan import Plan, make_plan, room_for_answer
 from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import ChatRequest, RequestDecoder
 from serving.api.sequence import Piece, PlacedLogprob
 from serving.api.services import Services, read_json, services_of
 from serving.api.tools import call_of, toolbox_of
-from serving.calls import CallDelta, CallParser, Event
+from serving.calls import CallParser
 from serving.prompt import put_before
 from serving.routing import Route
 from serving.tenants.keys import INFER
@@ -26,7 +25,6 @@ from serving.tokens import ChatMessage, Tokens
 
 _DECODER = RequestDecoder.of(ChatRequest)
 _encode = msgspec.json.Encoder().encode
-_ID_LETTERS = string.ascii_letters + string.digits
 
 
 @post(everywhere("/v1/chat/completions"), opt=declare(INFER), status_code=200)
@@ -114,7 +112,7 @@ class ChatShape:
             events += self._event(piece.index, delta, logprobs)
             logprobs = None  # they stand beside the first thing that they say
         if piece.finish_reason:
-            events += self._event(piece.index, {}, None, _reason(piece.finish_reason, called))
+            events += self._event(piece.index, {}, None, finish_reason(piece.finish_reason, called))
         return events
 
     def _deltas(self, piece: Piece) -> tuple[list[dict[str, Any]], bool]:
@@ -126,18 +124,8 @@ class ChatShape:
         found = parser.push(piece.text)
         if piece.finish_reason:
             found += parser.finish()
-        deltas = [self._delta(event) for event in found]
+        deltas = [delta_of(event) for event in found]
         return deltas or ([{"content": ""}] if piece.logprobs else []), parser.calls > 0
-
-    def _delta(self, event: Event) -> dict[str, Any]:
-        if isinstance(event, str):
-            return {"content": event}
-        call: dict[str, Any] = {"index": event.index}
-        function = {"arguments": event.arguments}
-        if event.name:
-            call |= {"id": _call_id(), "type": "function"}
-            function = {"name": event.name} | function
-        return {"tool_calls": [call | {"function": function}]}
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
@@ -160,12 +148,12 @@ class ChatShape:
         }
         if self._toolbox is not None:
             parser = self._toolbox.parser()
-            message |= _message([*parser.push(message["content"]), *parser.finish()])
+            message |= message_of([*parser.push(message["content"]), *parser.finish()])
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs_of(choice.logprobs),
-            "finish_reason": _reason(choice.finish_reason, "tool_calls" in message),
+            "finish_reason": finish_reason(choice.finish_reason, "tool_calls" in message),
         }
 
     def _opening(self, index: int) -> bytes:
@@ -205,25 +193,3 @@ class ChatShape:
             "bytes": list(self._tokens.token_bytes(token_id)),
             "logprob": logprob,
         }
-
-
-def _message(events: Sequence[Event]) -> dict[str, Any]:
-    """Return the fields of a message that these events make; `tool_calls` only where there are."""
-    calls: list[dict[str, Any]] = []
-    for event in events:
-        if isinstance(event, CallDelta) and event.name:
-            function = {"name": event.name, "arguments": ""}
-            calls.append({"id": _call_id(), "type": "function", "function": function})
-        elif isinstance(event, CallDelta):
-            calls[event.index]["function"]["arguments"] += event.arguments
-    content = "".join(event for event in events if isinstance(event, str))
-    return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
-
-
-def _reason(reason: str, called: bool) -> str:
-    return "tool_calls" if called and reason == "stop" else reason
-
-
-def _call_id() -> str:
-    """Return a new id: nine letters and digits, which is what Mistral's templates insist on."""
-    return "".join(secrets.choice(_ID_LETTERS) for _ in range(9))

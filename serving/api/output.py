@@ -1,13 +1,42 @@
 """What a request says of its output: the form it must have, and tokens that it likes or not."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Raw, Struct
 
 from registry.errors import Refused
 from registry.jsonfile import parse_object
 from serving.api.errors import RequestError
-from serving.api.schemas import JsonObjectFormat, JsonSchemaFormat, RegexFormat, ResponseFormat
 from serving.engine.boundary import Grammar
+
+
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
+    """No format: free text."""
+
+
+class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="json_object"):
+    """Any JSON object."""
+
+
+class JsonSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    schema: Raw
+    description: str | None = None
+    strict: bool | None = None  # every answer follows the schema, asked for or not
+
+
+class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema"):
+    json_schema: JsonSchema
+
+
+class RegexFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="regex"):
+    """As text-generation-inference has it; the OpenAI API has none."""
+
+    value: Annotated[str, Meta(min_length=1)]
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat
 
 ANY_OBJECT = Grammar("json", '{"type":"object"}')
 

@@ -5,21 +5,21 @@ Each field is decoded on its own, so that an error names its field. `null` means
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from serving.api.conversation import MAX_TOOLS, Message, ToolChoice, ToolField
+from serving.api.output import ResponseFormat, TextFormat
 from serving.api.request_error import RequestError
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TOKENS = 1_000_000
 MAX_MESSAGES = 1024
-MAX_PARTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 300
-MAX_TOOLS = 128
 
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
@@ -28,105 +28,11 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_TOKENS)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
-ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool = False
-
-
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
-    text: str
-
-
-class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
-    name: ToolName
-    arguments: str  # JSON
-
-
-class CallField(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):
-    """A call in an answer that is sent back as history."""
-
-    id: Annotated[str, Meta(min_length=1, max_length=256)]
-    function: CalledFunction
-
-
-class Message(Struct, frozen=True, forbid_unknown_fields=True):
-    role: Annotated[str, Meta(pattern="^(system|developer|user|assistant|tool)$")]
-    content: str | Annotated[list[TextPart], Meta(max_length=MAX_PARTS)] | None = None
-    tool_calls: Annotated[list[CallField], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
-    tool_call_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
-    # Clients send answers back as history, with every field that an answer may have.
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-
-    def __post_init__(self) -> None:
-        if self.tool_calls is not None and self.role != "assistant":
-            raise ValueError(f"`tool_calls` are of the assistant, not of {self.role!r}")
-        if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise ValueError(
-                "`tool_call_id` belongs to messages of the role `tool`, and to no other"
-            )
-        if self.content is None and self.tool_calls is None:
-            raise ValueError("`content` is missing")
-
-    @property
-    def text(self) -> str:
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
-
-
-class Function(Struct, frozen=True, forbid_unknown_fields=True):
-    name: ToolName
-    description: Annotated[str, Meta(max_length=16_384)] = ""
-    parameters: Raw = Raw(b"null")  # a JSON schema of an object; null: no parameters
-    strict: bool | None = None
-
-
-class ToolField(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):
-    function: Function
-
-
-class FunctionName(Struct, frozen=True, forbid_unknown_fields=True):
-    name: ToolName
-
-
-class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, tag="function"):
-    function: FunctionName
-
-
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
-
-
-class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
-    """No format: free text."""
-
-
-class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="json_object"):
-    """Any JSON object."""
-
-
-class JsonSchema(Struct, frozen=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
-    schema: Raw
-    description: str | None = None
-    strict: bool | None = None  # every answer follows the schema, asked for or not
-
-
-class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="json_schema"):
-    json_schema: JsonSchema
-
-
-class RegexFormat(Struct, frozen=True, forbid_unknown_fields=True, tag="regex"):
-    """As text-generation-inference has it; the OpenAI API has none."""
-
-    value: Annotated[str, Meta(min_length=1)]
-
-
-ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat
 
 
 class SamplingFields(Struct, frozen=True, kw_only=True):

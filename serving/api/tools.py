@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from serving.api.conversation import CallField, NamedTool, ToolField
 from serving.api.errors import RequestError
-from serving.api.output import json_object
-from serving.api.schemas import CallField, ChatRequest, NamedTool, TextFormat, ToolField
+from serving.api.output import TextFormat, json_object
+from serving.api.schemas import ChatRequest
 from serving.calls import CallFormat, CallParser
 from serving.engine.boundary import Grammar
 from serving.tokens import Tokens, ToolCall

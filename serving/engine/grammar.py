@@ -7,11 +7,14 @@ time and memory of compiling (`grammar_trial`), and the work of one step (its `L
 
 import asyncio
 import re
+import signal
 import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,13 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from serving.engine import grammar_trial
-from serving.engine.boundary import EngineError, EngineUnavailable, Grammar, GrammarRefused
+from serving.engine.boundary import (
+    EngineBusy,
+    EngineError,
+    EngineUnavailable,
+    Grammar,
+    GrammarRefused,
+)
 
 MAX_SOURCE_CHARACTERS = 65_536
 MAX_DEPTH = 64  # of brackets in a schema
@@ -27,8 +36,11 @@ KEPT = 64  # compiled grammars, the last used ones; refusals count
 MAX_REASON_CHARACTERS = 600
 TRIAL_SECONDS = 30  # on the clock, for a machine that is busy; the trial's own CPU time is shorter
 
-# Between the tokens of a JSON text. Without a bound a model may write spaces for ever.
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# How a trial ends by what it tries: out of time, out of memory, out of stack.
+_FAULTS = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
+
+# Between the tokens of a JSON text. Without a bound a model may write spaces for ever.
 JSON_SPACE = r"[ \n\t]{0,16}"
 
 
@@ -40,11 +52,17 @@ class Constraint:
     """Where one output is in its grammar."""
 
     def __init__(
-        self, matcher: LLMatcher, vocab: int, eos_ids: list[int], taken_for_end: list[int]
+        self,
+        matcher: LLMatcher,
+        vocab: int,
+        eos_ids: list[int],
+        taken_for_end: list[int],
+        on_failure: Callable[[], None],
     ) -> None:
         """`taken_for_end`: what llguidance allows as an end. It guesses where a base has none."""
         self._matcher, self._vocab = matcher, vocab
         self._eos_ids, self._taken_for_end = eos_ids, taken_for_end
+        self._on_failure = on_failure
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens [vocab] may come next: an end of text where the grammar may end.
@@ -67,6 +85,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._on_failure()
             raise GrammarFailed(
                 f"The output's grammar needs more work at one token than is allowed: "
                 f"{_reason(self._matcher.get_error())}. Send a simpler schema or expression."
@@ -88,18 +107,29 @@ class GrammarCompiler:
         """Return a walk from the grammar's beginning. Raises GrammarRefused with the reason."""
         _check_bounds(grammar)
         future = self._future(grammar)
+        forget = partial(self._forget, grammar, future)
         try:
             compiled = await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:
             if future.cancelled():
                 raise EngineUnavailable("The engine is closed.") from None
             raise
-        return Constraint(
-            compiled.deep_copy(), self._vocab, self._eos_ids, self._tokenizer.result().eos_tokens
-        )
+        except GrammarRefused:
+            raise  # it will be wrong the next time, too
+        except Exception:
+            forget()
+            raise
+        ends = self._tokenizer.result().eos_tokens
+        # Copies share what the lexer has learned, so one that it is too much for spoils it for all.
+        return Constraint(compiled.deep_copy(), self._vocab, self._eos_ids, ends, on_failure=forget)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _forget(self, grammar: Grammar, future: "Future[LLMatcher]") -> None:
+        with self._lock:
+            if self._compiled.get(grammar) is future:
+                del self._compiled[grammar]
 
     def _future(self, grammar: Grammar) -> "Future[LLMatcher]":
         with self._lock:  # callers may have loops of their own
@@ -179,15 +209,18 @@ def _try_apart(source: str) -> None:
             command, input=source, capture_output=True, timeout=TRIAL_SECONDS, encoding="utf-8"
         )
     except subprocess.TimeoutExpired as error:
-        raise GrammarRefused(
-            f"The grammar was not compiled in {TRIAL_SECONDS} seconds. Send a simpler one."
+        raise EngineBusy(
+            f"The machine is too busy: the grammar was not compiled in {TRIAL_SECONDS} seconds.",
+            TRIAL_SECONDS,
         ) from error
-    if trial.returncode > 0:
-        raise RuntimeError(f"the trial of a grammar failed: {trial.stderr[-2000:]}")
-    if trial.returncode < 0:  # a signal: out of time or out of memory
+    if trial.returncode in _FAULTS or "MemoryError" in trial.stderr:
         raise GrammarRefused(
             f"The grammar takes more than {grammar_trial.CPU_SECONDS} s of CPU or "
             f"{grammar_trial.MEMORY_BYTES >> 20} MiB to compile. Send a simpler one."
+        )
+    if trial.returncode:
+        raise RuntimeError(
+            f"the trial of a grammar ended with {trial.returncode}: {trial.stderr[-2000:]}"
         )
     if trial.stdout:
         raise _refusal(trial.stdout)

@@ -15,13 +15,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 CPU_SECONDS = 1
 MEMORY_BYTES = 1 << 30
 
-# Half of llguidance's own where a step of the engine waits for it; a lexer state takes up to 2 kB.
+# Half of llguidance's own, or less, where a step of the engine waits for it.
 LIMITS = LLParserLimits(
     max_items_in_row=1_000,
     initial_lexer_fuel=500_000,
     step_lexer_fuel=100_000,
     step_max_items=25_000,
-    max_lexer_states=20_000,
+    max_lexer_states=100_000,
     max_grammar_size=100_000,
     precompute_large_lexemes=False,
     verbose_errors=False,
@@ -29,7 +29,7 @@ LIMITS = LLParserLimits(
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))  # SIGXCPU, then SIGKILL
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(5)  # running requests go first

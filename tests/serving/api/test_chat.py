@@ -1,6 +1,7 @@
 from serving.api.chat import messages_of
+from serving.api.conversation import Message, TextPart
 from serving.api.plan import seed_of_choice
-from serving.api.schemas import ChatRequest, Message, TextPart
+from serving.api.schemas import ChatRequest
 from serving.routing import Route
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import re
 import threading
 from collections.abc import Sequence
@@ -14,11 +15,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 
+from serving.engine import grammar_trial
 from serving.engine.boundary import Grammar, GrammarRefused, RequestFailed
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
-from serving.engine.grammar import KEPT, MAX_DEPTH, MAX_SOURCE_CHARACTERS, GrammarCompiler
+from serving.engine.grammar import (
+    KEPT,
+    MAX_DEPTH,
+    MAX_SOURCE_CHARACTERS,
+    Constraint,
+    GrammarCompiler,
+    GrammarFailed,
+)
 from serving.engine.ops.sampling import greedy
 from serving.engine.sampler import Sampled, Sampler
 from serving.engine.sequence import Sequence as Request
@@ -415,6 +425,47 @@ def test_a_grammar_is_compiled_once_while_it_is_used_and_a_refusal_is_remembered
         with pytest.raises(GrammarRefused):
             await grammars.start(bad)
         assert grammars.compiled.count("(") == 2, "it had been forgotten"
+        grammars.close()
+
+    asyncio.run(main())
+
+
+def test_a_grammar_that_was_too_much_for_one_request_is_compiled_anew_for_the_next(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests share what a lexer has learned, and the bound on it."""
+    few = LLParserLimits(max_lexer_states=150, precompute_large_lexemes=False, verbose_errors=False)
+    monkeypatch.setattr(grammar_trial, "LIMITS", few)
+
+    def walk(constraint: Constraint) -> None:
+        for letter in random.Random(1).choices(b"ab", k=200):
+            assert constraint.allowed()[letter]
+            constraint.advance(letter)
+
+    async def main() -> None:
+        grammars = compiler(tiny_base)
+        grammar = Grammar("regex", "(.*a.{50}){2}")
+        with pytest.raises(GrammarFailed, match="more work"):
+            walk(await grammars.start(grammar))
+        assert (await grammars.start(grammar)).allowed()[ord("a")]
+        with pytest.raises(GrammarFailed, match="more work"):
+            walk(await grammars.start(grammar))
+        grammars.close()
+
+    asyncio.run(main())
+
+
+def test_a_machine_that_cannot_try_a_grammar_now_has_not_refused_it(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        grammars = compiler(tiny_base)
+        grammar = Grammar("regex", "ab")
+        with monkeypatch.context() as broken:
+            broken.setattr("sys.executable", "/nowhere/python")
+            with pytest.raises(FileNotFoundError):
+                await grammars.start(grammar)
+        await grammars.start(grammar)
         grammars.close()
 
     asyncio.run(main())

@@ -1,0 +1,42 @@
+"""Calls of tools in an answer, as the OpenAI API writes them."""
+
+import secrets
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from serving.calls import CallDelta, Event
+
+_ID_LETTERS = string.ascii_letters + string.digits
+
+
+def delta_of(event: Event) -> dict[str, Any]:
+    """Return what a chunk of a stream says: the name of a call comes first and with its id."""
+    if isinstance(event, str):
+        return {"content": event}
+    if not event.name:
+        return {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}
+    return {"tool_calls": [{"index": event.index, **_call(event)}]}
+
+
+def message_of(events: Sequence[Event]) -> dict[str, Any]:
+    """Return the fields of a whole message; `tool_calls` only where there are any."""
+    calls: list[dict[str, Any]] = []
+    for event in events:
+        if isinstance(event, CallDelta) and event.name:
+            calls.append(_call(event))
+        elif isinstance(event, CallDelta):
+            calls[event.index]["function"]["arguments"] += event.arguments
+    content = "".join(event for event in events if isinstance(event, str))
+    return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
+
+
+def finish_reason(reason: str, called: bool) -> str:
+    return "tool_calls" if called and reason == "stop" else reason
+
+
+def _call(event: CallDelta) -> dict[str, Any]:
+    # Nine letters and digits: what Mistral's templates insist on when it comes back as history.
+    new_id = "".join(secrets.choice(_ID_LETTERS) for _ in range(9))
+    function = {"name": event.name, "arguments": event.arguments}
+    return {"id": new_id, "type": "function", "function": function}
