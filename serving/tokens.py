@@ -5,7 +5,6 @@ Neither tokenizer nor template ever comes from a request or an adapter.
 """
 
 import asyncio
-import json
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,8 @@ from transformers import AutoTokenizer
 
 from registry.chat import ChatEncoder
 from registry.errors import WardrobeError
-from serving.calls import FORMATS, CallDelta, CallFormat, CallParser
 from serving.detokenizer import Detokenizer
+from serving.template import ToolTemplate, ask_template
 from serving.tools import Tool
 
 # One Unicode character takes at most this many UTF-8 bytes.
@@ -78,10 +77,6 @@ class ChatMessage:
         return message
 
 
-_PROBE = Tool("probe_tool", {"type": "object", "properties": {"key": {"type": "string"}}})
-_PROBE_CALL = ToolCall("call00000", "probe_tool", {"key": "value"})  # Mistral wants 9 characters
-
-
 class Tokens:
     """The tokenizer of one base model. Close it after use."""
 
@@ -126,25 +121,9 @@ class Tokens:
         return await self._in_thread(lambda: self._encode_chat(messages, tools))
 
     @cached_property
-    def call_format(self) -> CallFormat | None:
-        """How the base's template writes calls of tools; None: not at all, or in no known way.
-
-        The template itself is asked: it renders a call, and a format that reads it back is its own.
-        """
-        question, call = (
-            {"role": "user", "content": "?"},
-            ChatMessage("assistant", "", (_PROBE_CALL,)),
-        )
-        tools = [_PROBE.described]
-        try:
-            asked = self._chat.text([question], tools)
-            told = self._chat.text([question, call.rendered], tools, answer=False)
-        except (TemplateError, TypeError, ValueError):
-            return None  # it has no place for what it was given
-        if _PROBE.name not in asked:
-            return None
-        answer = told.removeprefix(asked)
-        return next((form for form in FORMATS if _reads(form, answer)), None)
+    def tool_template(self) -> ToolTemplate | None:
+        """How the base's chat template has tools; None: in no way that is known."""
+        return ask_template(self._chat) if self.has_chat_template else None
 
     def special_id(self, text: str) -> int | None:
         """Return the id of the control token that this text is, or None."""
@@ -215,19 +194,6 @@ class Tokens:
         if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             return bytes([int(match[1], 16)])
         return token.replace("\u2581", " ").encode()
-
-
-def _reads(form: CallFormat, answer: str) -> bool:
-    parser = CallParser(form, frozenset({_PROBE.name}))
-    events = [
-        each for each in (*parser.push(answer), *parser.finish()) if isinstance(each, CallDelta)
-    ]
-    if [event.name for event in events if event.name] != [_PROBE.name]:
-        return False
-    try:
-        return json.loads("".join(event.arguments for event in events)) == _PROBE_CALL.arguments
-    except ValueError:
-        return False
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

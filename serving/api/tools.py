@@ -35,8 +35,8 @@ def toolbox_of(fields: ChatRequest, tokens: Tokens) -> Toolbox | None:
     Raises RequestError for a choice that is none, and for a base that knows no tools.
     """
     history = any(m.tool_calls is not None or m.role == "tool" for m in fields.messages)
-    form = tokens.call_format if fields.tools or history else None
-    if form is None and (fields.tools or history):
+    template = tokens.tool_template if fields.tools or history else None
+    if template is None and (fields.tools or history):
         raise RequestError(
             "This base model's chat template has no tools, or writes their calls in a form that "
             "is not read here. Use a base model whose template has them, or leave tools out.",
@@ -44,7 +44,7 @@ def toolbox_of(fields: ChatRequest, tokens: Tokens) -> Toolbox | None:
             code="tools_unsupported",
         )
     chosen = _chosen(fields)
-    if form is None or not chosen or fields.tool_choice == "none":
+    if template is None or not chosen or fields.tool_choice == "none":
         return None
     if not isinstance(fields.response_format, TextFormat):
         raise RequestError(
@@ -52,14 +52,17 @@ def toolbox_of(fields: ChatRequest, tokens: Tokens) -> Toolbox | None:
             'that format. Send one of them, or `tool_choice: "none"`.',
             param="response_format",
         )
+    must = fields.tool_choice != "auto"
     grammar = call_grammar(
-        form,
+        template.form,
         chosen,
-        must=fields.tool_choice != "auto",
-        many=fields.parallel_tool_calls and not isinstance(fields.tool_choice, NamedTool),
+        must=must,
+        many=fields.parallel_tool_calls
+        and not isinstance(fields.tool_choice, NamedTool)
+        and (template.several or not must),
         special_id=tokens.special_id,
     )
-    return Toolbox(form, chosen, grammar)
+    return Toolbox(template.form, chosen, grammar)
 
 
 def _chosen(fields: ChatRequest) -> tuple[Tool, ...]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from registry.adapter import AdapterRef
+from serving.engine.boundary import Grammar
 from serving.engine.build import assemble, read_model
 from serving.engine.compiled_model import CompiledModel
 from serving.engine.engine import TorchEngine
@@ -111,7 +112,11 @@ async def drive(engine: TorchEngine, folders: Folders, requests: int, workers: i
     async def one(ref: AdapterRef | None, token: int) -> None:
         prompt = [rng.randrange(256) for _ in range(rng.randint(1, 30))]
         count, stop_at = rng.choice((1, 1, 2, 3, 6)), rng.random()
-        deltas = stream(engine, request(prompt, ref, max_tokens=count))
+        held = rng.random() < 0.1  # whatever it wears, a grammar makes it write something else
+        if held:
+            token = ord("%")
+        grammar = Grammar("regex", "%+") if held else None
+        deltas = stream(engine, request(prompt, ref, max_tokens=count, grammar=grammar))
         async for delta in deltas:
             counts["wrong"] += any(t != token for t in delta.token_ids)
             if stop_at < 0.1:
