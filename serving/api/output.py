@@ -7,7 +7,7 @@ from msgspec import Meta, Raw, Struct
 
 from registry.errors import Refused
 from registry.jsonfile import parse_object
-from serving.api.errors import RequestError
+from serving.api.request_error import RequestError
 from serving.engine.boundary import Grammar
 
 

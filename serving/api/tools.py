@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from serving.api.conversation import CallField, NamedTool, ToolField
-from serving.api.errors import RequestError
 from serving.api.output import TextFormat, json_object
+from serving.api.request_error import RequestError
 from serving.api.schemas import ChatRequest
 from serving.calls import CallFormat, CallParser
 from serving.engine.boundary import Grammar
