@@ -89,7 +89,9 @@ def serve(
         ),
     ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Sequences in one batch.")] = 32,
-    max_waiting: Annotated[int, typer.Option(min=0, help="More that may wait; then 429.")] = 128,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="More of one tenant that may wait; then 429.")
+    ] = 128,
     max_model_len: Annotated[
         int | None, typer.Option(min=16, help="Tokens of prompt and answer together.")
     ] = None,

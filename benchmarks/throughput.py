@@ -85,7 +85,7 @@ def running_server(home: Path, base_id: str, extra: list[str]) -> Iterator[str]:
     """Start `wardrobe serve`, wait until it is ready, end it afterwards."""
     port = free_port()
     command = [sys.executable, "-m", "wardrobe", "serve", "--home", str(home), "--base", base_id]
-    command += ["--port", str(port), "--no-auth", *extra]
+    command += ["--port", str(port), *extra]
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - our own command
     try:
@@ -112,6 +112,10 @@ async def wait_ready(url: str, server: subprocess.Popen[bytes]) -> str:
     return "the server was not ready in 60 s"
 
 
+class Refused(RuntimeError):
+    """The server had no room for the request (429)."""
+
+
 async def one_request(
     session: aiohttp.ClientSession, url: str, prompt: list[int], model: str, max_tokens: int
 ) -> Record:
@@ -127,6 +131,8 @@ async def one_request(
     }
     record = Record(time.perf_counter())
     async with session.post(f"{url}/v1/completions", json=body) as answer:
+        if answer.status == 429:
+            raise Refused(await answer.text())
         if answer.status != 200:
             raise RuntimeError(f"HTTP {answer.status}: {(await answer.text())[:200]}")
         async for line in answer.content:
@@ -248,7 +254,7 @@ def main() -> None:
         home = Path(folder)
         fill_registry(home, base, bases)
         pool = prompts(str(base.path), 400, seed=0)
-        with running_server(home, base.id, args.serve) as url:
+        with running_server(home, base.id, ["--no-auth", *args.serve]) as url:
             figures = asyncio.run(measure(url, cells, args.repeats, pool))
     print(f"\n{setup_line(base, args.repeats)}\n\n{table(figures)}")
     if args.out:

@@ -75,6 +75,11 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+def jain(shares: Sequence[float]) -> float:
+    """Return (Σx)² / (n Σx²): 1 when all are equal, 1/n when one has everything."""
+    return sum(shares) ** 2 / (len(shares) * sum(x * x for x in shares))
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What one repeat of one cell gave. Times in milliseconds."""

@@ -35,6 +35,7 @@ _COUNTERS = {
     "wardrobe_engine_generated_tokens": ("generated_tokens", "Tokens sampled"),
     "wardrobe_engine_aborted": ("aborted", "Sequences that were aborted"),
     "wardrobe_engine_failed": ("failed", "Sequences that failed"),
+    "wardrobe_engine_paused": ("paused", "Times a sequence gave its place to another tenant"),
     "wardrobe_adapter_loads": ("adapter_loads", "Adapters loaded into a slot"),
     "wardrobe_adapter_evictions": ("adapter_evictions", "Adapters put out of their slot"),
 }

@@ -162,6 +162,7 @@ class EngineStats:
     generated_tokens: int
     aborted: int
     failed: int
+    paused: int  # times that a running request gave its place to another tenant or class
     adapter_loads: int
     adapter_evictions: int
     load_stages: tuple[LoadStage, ...]

@@ -15,7 +15,7 @@ from serving.engine.boundary import EngineStats, EngineUnavailable
 from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
-from serving.engine.hardware import choose_device, choose_dtype, total_memory
+from serving.engine.hardware import choose_device, choose_dtype, ridge_tokens, total_memory
 from serving.engine.kv_cache import KVCache
 from serving.engine.linear import Linear, PackedLinear
 from serving.engine.loader import AdapterLoader
@@ -82,14 +82,19 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     layout = LoraLayout(spec.layers, spec.groups)
     stacks = LoraStacks(layout, settings.adapter_slots, dtype, device)
     table = SlotTable(settings.adapter_slots)
-    cache = KVCache(spec, settings.max_running, model.length, dtype, device)
+    cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)
     loader = AdapterLoader(
         fetch,
         lambda folder, ref: read_adapter(folder, ref, layout, dtype, settings.max_lora_rank),
         settings.host_adapter_bytes,
     )
     core = EngineCore(
-        Scheduler(settings.max_batched_tokens),
+        Scheduler(
+            settings.max_running,
+            settings.kv_slots - settings.max_running,
+            settings.max_batched_tokens,
+            ridge_tokens(device),
+        ),
         cache,
         Residency(table, stacks, loader),
         ModelRunner(model, cache, table, stacks),
@@ -104,14 +109,14 @@ def _max_model_len(
 ) -> int:
     """Return the tokens of one KV slot: every running sequence must be able to fill its own."""
     budget = settings.kv_cache_bytes or total_memory(device) // 2
-    fits = budget // (spec.kv_bytes_per_token(dtype) * settings.max_running)
+    fits = budget // (spec.kv_bytes_per_token(dtype) * settings.kv_slots)
     wanted = settings.max_model_len
     if wanted is None:
         wanted = min(spec.context, fits // LENGTH_STEP * LENGTH_STEP)
     if not 0 < wanted <= min(spec.context, fits):
         raise EngineUnavailable(
             f"max_model_len={wanted}: the base was made for {spec.context} tokens, and "
-            f"{budget} bytes hold {fits} tokens for each of {settings.max_running} sequences. "
+            f"{budget} bytes hold {fits} tokens for each of {settings.kv_slots} sequences. "
             "Lower max_model_len or max_running, or raise kv_cache_bytes."
         )
     return wanted
@@ -124,7 +129,7 @@ def _blank_stats(settings: EngineSettings, model: Forward) -> EngineStats:
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         kv_tokens_used=0,
-        kv_tokens_total=settings.max_running * model.length,
+        kv_tokens_total=settings.kv_slots * model.length,
         adapter_slots=settings.adapter_slots,
         resident=(),
         loading=(),
@@ -134,6 +139,7 @@ def _blank_stats(settings: EngineSettings, model: Forward) -> EngineStats:
         generated_tokens=0,
         aborted=0,
         failed=0,
+        paused=0,
         adapter_loads=0,
         adapter_evictions=0,
         load_stages=(),

@@ -47,6 +47,7 @@ class Counters:
     generated_tokens: int = 0
     aborted: int = 0
     failed: int = 0
+    paused: int = 0
 
 
 class EngineCore:
@@ -112,7 +113,7 @@ class EngineCore:
             base,
             running=len(running),
             waiting=len(self.scheduler.waiting),
-            kv_tokens_used=sum(sequence.computed for sequence in running),
+            kv_tokens_used=sum(s.computed for s in (*running, *self.scheduler.parked)),
             resident=self.residency.resident(),
             loading=self._loading(),
             in_memory=self.residency.in_memory,
@@ -121,6 +122,7 @@ class EngineCore:
             generated_tokens=counters.generated_tokens,
             aborted=counters.aborted,
             failed=counters.failed,
+            paused=counters.paused,
             adapter_loads=self.residency.loads,
             adapter_evictions=self.residency.evictions,
             load_stages=self.residency.stages(),
@@ -144,16 +146,13 @@ class EngineCore:
                 events.append((warm, error))
             del self.warming[warm]
             self._stirred = True
-        failed: list[Event] = []
-        self.scheduler.admit(
-            lambda: self.cache.has_room, lambda sequence: self._ready(sequence, failed)
-        )
-        for sequence, _ in failed:
-            assert isinstance(sequence, Sequence)
-            self._release(sequence)
-            self.counters.failed += 1
+        for move in self.scheduler.admit(lambda s: self._ready(s, events)):
+            if move.pauses is not None:
+                self._pause(move.pauses, move.drops)
+            self._start(move.starts)
+        self._drain()
         self.residency.forget_unwanted(self._wanted())
-        return events + failed
+        return events
 
     def _wanted(self) -> Iterator[str]:
         """Yield the digests that somebody waits for."""
@@ -169,19 +168,43 @@ class EngineCore:
         table = self.residency.table
         return tuple({ref.digest: ref for ref in wished if ref.digest not in table}.values())
 
-    def _ready(self, sequence: Sequence, failed: list[Event]) -> bool:
-        """Take a KV slot and pin the adapter, or do neither."""
+    def _ready(self, sequence: Sequence, events: list[Event]) -> bool:
+        """Tell whether the adapter is in a slot. A request whose adapter cannot be worn ends."""
+        if sequence.adapter is None:
+            return True
+        try:
+            # A low request must not drain an adapter that normal ones wear.
+            claim = sequence.request.priority == "normal"
+            return self.residency.ensure(sequence.adapter, claim=claim)
+        except AdapterLoadFailed as error:
+            self._release(sequence)
+            self.counters.failed += 1
+            events.append((sequence, error))
+            return False
+
+    def _drain(self) -> None:
+        """Pause who alone wears an adapter whose slot was claimed for a request it yields to."""
+        for waiting in self.scheduler.waiting:
+            claimed = self.residency.claimed_for(waiting.adapter)
+            if claimed is None or self.residency.table.pins(claimed) != 1:
+                continue
+            for running in self.scheduler.yielding(waiting.request):
+                if running.adapter is not None and running.adapter.digest == claimed:
+                    self._pause(running, self.scheduler.pause(running))
+
+    def _start(self, sequence: Sequence) -> None:
+        """Take a KV slot, unless it kept one over a pause, and pin the adapter."""
+        if sequence.kv_slot < 0:
+            sequence.kv_slot = self.cache.take()
         if sequence.adapter is not None:
-            try:
-                if not self.residency.ensure(sequence.adapter):
-                    return False
-            except AdapterLoadFailed as error:
-                failed.append((sequence, error))
-                return False
             self.residency.table.pin(sequence.adapter.digest)
-        sequence.kv_slot = self.cache.take()
         self._stirred = True
-        return True
+
+    def _pause(self, sequence: Sequence, dropped: Sequence | None) -> None:
+        self._unpin(sequence)
+        if dropped is not None:
+            self._forget(dropped)
+        self.counters.paused += 1
 
     def _run(self, rows: Rows[Row]) -> dict[Sequence, Outcome]:
         """Run and sample; halve the rows until whoever makes the step fail, fails alone.
@@ -212,10 +235,9 @@ class EngineCore:
             self.counters.failed += 1
             yield sequence, outcome
             return
-        self.counters.prompt_tokens += max(
-            0, min(row.start + row.count, sequence.prompt_length) - row.start
-        )
-        sequence.computed = row.start + row.count
+        self.counters.prompt_tokens += row.new_prompt_tokens
+        self.scheduler.charge(row, sampled=outcome is not None)
+        sequence.advance(row)
         if outcome is None:
             return
         self.counters.generated_tokens += 1
@@ -236,12 +258,21 @@ class EngineCore:
         return TokenDelta((sampled.token_id,), logprobs, reason, sequence.produced)
 
     def _release(self, sequence: Sequence) -> None:
-        """Free what the sequence holds. A waiting one holds nothing."""
+        """End a request and free what it holds: a running one all, a paused one perhaps KV."""
+        if sequence in self.scheduler.running:
+            self._unpin(sequence)
         if sequence.kv_slot >= 0:
-            # All it ever wrote: a failed step may have written up to its last token.
-            self.cache.release(sequence.kv_slot, len(sequence.tokens))
-            sequence.kv_slot = -1
-            if sequence.adapter is not None:
-                self.residency.table.unpin(sequence.adapter.digest)
+            self._forget(sequence)
         self.scheduler.remove(sequence)
         self._stirred = True
+
+    def _unpin(self, sequence: Sequence) -> None:
+        if sequence.adapter is not None:
+            self.residency.table.unpin(sequence.adapter.digest)
+        self._stirred = True
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Give back the KV slot, clean."""
+        # All it ever wrote: a failed step may have written up to its last token.
+        self.cache.release(sequence.kv_slot, len(sequence.tokens))
+        sequence.kv_slot = -1

@@ -153,15 +153,20 @@ class TorchEngine:
             if self._death or self._closing:
                 raise EngineUnavailable(self._death or "The engine is closed.")
             if isinstance(ticket, Sequence):
-                self._check_room()
+                self._check_room(ticket.request)
             stream = self._streams[ticket] = _Stream(ticket)
             self._inbox.append((self._core.add, ticket))
             self._changed.notify()
             return stream
 
-    def _check_room(self) -> None:
-        """Raise EngineBusy when no more requests may wait; adapters that warm do not count."""
-        taken = sum(isinstance(ticket, Sequence) for ticket in self._streams)
+    def _check_room(self, request: GenerateRequest) -> None:
+        """Raise EngineBusy when a tenant's class is full: it takes nobody else's room."""
+        taken = sum(
+            isinstance(ticket, Sequence)
+            and ticket.request.tenant == request.tenant
+            and ticket.request.priority == request.priority
+            for ticket in self._streams
+        )
         limit = self._settings.max_running + self._settings.max_waiting
         if taken >= limit:
             raise EngineBusy(

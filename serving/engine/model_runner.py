@@ -84,7 +84,7 @@ class ModelRunner:
         chunks: list[Chunk] = []
         sampled: list[int] = []
         for row in packed:
-            sequence, stop = row.sequence, row.start + row.count
+            sequence, stop = row.sequence, row.stop
             if row.count > 1:
                 chunks.append(Chunk(len(ids), len(ids) + row.count, sequence.kv_slot, row.start))
             ids += sequence.tokens[row.start : stop]

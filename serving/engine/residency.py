@@ -31,27 +31,31 @@ class Residency:
         self._labels: dict[str, str] = {}
         self._waits: dict[str, Load] = {}  # digest → its load, while somebody waits for it
         self._claims: dict[str, str] = {}  # waiting digest → resident digest that drains for it
+        self._asked: set[str] = set()  # in this pass
 
     def forget_unwanted(self, wanted: Iterable[str]) -> None:
         """Drop the loads and claims that nobody waits for; call around each pass."""
         digests = set(wanted)
+        self._asked.clear()
         self._waits = {d: load for d, load in self._waits.items() if d in digests}
         self._claims = {d: v for d, v in self._claims.items() if d in digests}
 
-    def ensure(self, ref: AdapterRef) -> bool:
+    def ensure(self, ref: AdapterRef, *, claim: bool = True) -> bool:
         """Tell whether the adapter is in a slot; work towards it when it is not.
 
-        Call in the order of arrival. Raises AdapterLoadFailed.
+        Call in the order in which requests should start. Without `claim` it takes only a slot that
+        nobody wears. Raises AdapterLoadFailed.
         """
         if ref.digest in self.table:
             return ref.digest not in self._claims.values()
+        self._come_first(ref.digest)
         self.prefetch(ref)
         load = self._waits.get(ref.digest)
         if load is None or not load.done():
             return False
         if error := load.exception():
             raise AdapterLoadFailed(str(error)) from error
-        if not self._make_room(ref.digest):
+        if not self._make_room(ref.digest, claim=claim):
             return False
         self._place(ref, load.result())
         del self._waits[ref.digest]
@@ -93,11 +97,28 @@ class Residency:
         placed = LoadStage("place", self.loads, self._place_seconds)
         return (*self.loader.stages(), placed)
 
+    def claimed_for(self, ref: AdapterRef | None) -> str | None:
+        """Return the digest that drains so that this adapter can have its slot."""
+        return None if ref is None else self._claims.get(ref.digest)
+
     def resident(self) -> tuple[ResidentAdapter, ...]:
         return tuple(
             ResidentAdapter(digest, self._labels[digest], self.table.pins(digest))
             for digest in self.table.resident()
         )
+
+    def _come_first(self, digest: str) -> None:
+        """Take the turn of a load that nobody has asked for in this pass, if all turns are taken.
+
+        Who is asked for first should start first: a tenant with many adapters must not keep the
+        only one of another tenant on the disk.
+        """
+        self._asked.add(digest)
+        if digest not in self._waits and len(self._waits) >= MAX_LOADS:
+            later = next((d for d in reversed(self._waits) if d not in self._asked), None)
+            if later is not None:
+                del self._waits[later]
+                self._claims.pop(later, None)
 
     def _place(self, ref: AdapterRef, adapter: HostAdapter) -> None:
         """Copy into a slot, or leave no trace: the first of a rank may not fit the device."""
@@ -115,7 +136,7 @@ class Residency:
         self._place_seconds += time.monotonic() - started
         self._labels[ref.digest] = ref.label
 
-    def _make_room(self, digest: str) -> bool:
+    def _make_room(self, digest: str, *, claim: bool) -> bool:
         if len(self.table) < self.table.capacity:
             return True
         taken = {v for d, v in self._claims.items() if d != digest} | self.kept
@@ -124,7 +145,7 @@ class Residency:
         if idle:
             self._evict(mine if mine in idle else idle[0])
             return True
-        if mine is None:
+        if mine is None and claim:
             free = [d for d in self.table.resident() if d not in taken]
             if free:
                 self._claims[digest] = min(free, key=self.table.pins)

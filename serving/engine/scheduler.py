@@ -1,45 +1,174 @@
 """Which sequences take part in a step, and with how many tokens."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from serving.engine.boundary import GenerateRequest, Priority
+from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Row, Sequence
+
+STRETCH = 3  # times as long as without prompts: the most that a step with prompts should take
+LOW_SHARE = 8  # beside normal requests, low ones get one token in so many
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A request starts, perhaps in the place of another one."""
+
+    starts: Sequence
+    pauses: Sequence | None = None
+    drops: Sequence | None = None  # a paused one that loses its keys and values for it
 
 
 class Scheduler:
-    """Waiting requests in order of arrival, running sequences in order of admission."""
+    """Waiting requests by priority, tenant and arrival; running ones in order of admission."""
 
-    def __init__(self, max_batched_tokens: int) -> None:
-        self.max_batched_tokens = max_batched_tokens
-        self.waiting: dict[Sequence, None] = {}  # ordered, and cheap to take out of the middle
+    def __init__(
+        self, max_running: int, max_parked: int, max_batched_tokens: int, ridge: int
+    ) -> None:
+        """Plan for a device that reads the weights in the time that it computes `ridge` tokens.
+
+        Of the paused requests, `max_parked` keep their keys and values.
+        """
+        self.max_running, self.max_parked = max_running, max_parked
+        self.max_batched_tokens, self.ridge = max_batched_tokens, ridge
+        self.queues: dict[Priority, FairQueue] = {"normal": FairQueue(), "low": FairQueue()}
         self.running: dict[Sequence, None] = {}
+        self.parked: dict[Sequence, None] = {}  # waiting again, with keys and values
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return [sequence for queue in self.queues.values() for sequence in queue]
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting[sequence] = None
+        self._queue(sequence).add(sequence)
 
-    def admit(self, has_room: Callable[[], bool], ready: Callable[[Sequence], bool]) -> None:
-        """Move waiting requests to the running ones, first come first served.
+    def admit(self, ready: Callable[[Sequence], bool]) -> Iterator[Move]:
+        """Yield who starts now. Before the next is asked for, the caller does what it says.
 
-        One that is not ready (its adapter is on its way) is passed over, not waited for; it keeps
-        its place. `ready` is asked only when there is room, and True means the place is taken.
+        Between tenants the Virtual Token Counter decides, inside one it is first come first
+        served. Who is not `ready` (its adapter is on its way) is passed over, not waited for.
+        `ready` is asked only when there is a place, and may take the request out of the queue.
         """
-        for sequence in list(self.waiting):
-            if not has_room():
-                return
-            if ready(sequence):
-                del self.waiting[sequence]
-                self.running[sequence] = None
+        for priority in self.queues:
+            while move := self._next(priority, ready):
+                yield move
 
     def schedule(self) -> list[Row]:
-        """Plan a step: a token for each decoding sequence, then prompt chunks up to the bound."""
-        rows = [Row(s, s.computed, 1) for s in self.running if s.remaining == 1]
-        budget = self.max_batched_tokens - len(rows)
-        for sequence in self.running:
-            if sequence.remaining > 1 and budget > 0:
-                count = min(budget, sequence.remaining)
+        """Plan a step: normal requests, then low ones in what is left.
+
+        Beside normal requests low ones get a small share of the step only, since every row makes
+        it longer; the other low ones keep their place and their state, and wait.
+        """
+        rows = self._plan("normal", self.max_batched_tokens)
+        tokens = sum(row.count for row in rows)
+        left = self.max_batched_tokens - tokens
+        return rows + self._plan("low", min(left, max(1, tokens // LOW_SHARE)) if rows else left)
+
+    def charge(self, row: Row, sampled: bool) -> None:
+        """Count what was computed for a row's tenant; call it before the row's `advance`."""
+        queue, tenant = self._queue(row.sequence), row.sequence.request.tenant
+        queue.charge(tenant, row.new_prompt_tokens + row.repeated, int(sampled))
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queue(sequence).remove(sequence)
+        self.running.pop(sequence, None)
+        self.parked.pop(sequence, None)
+
+    def _next(self, priority: Priority, ready: Callable[[Sequence], bool]) -> Move | None:
+        for line in self.queues[priority].lines(self._unread(priority)):
+            victim = None
+            if len(self.running) >= self.max_running:
+                victim = self._victim(line[0].request)
+                if victim is None:
+                    continue
+            if sequence := next(filter(ready, line), None):
+                return self._start(sequence, victim)
+        return None
+
+    def yielding(self, to: GenerateRequest) -> list[Sequence]:
+        """Return who gives its place to a waiting request, the newest first.
+
+        Every low one does to a normal one. Inside a class those do whose tenant has had more, and
+        runs more also after the exchange: so two tenants cannot take a place from each other in
+        turn.
+        """
+        rows, counter = self._rows(to.priority), self.queues[to.priority].counter
+
+        def yields(own: GenerateRequest) -> bool:
+            if own.priority != to.priority:
+                return to.priority == "normal"
+            less = counter(to.tenant) <= counter(own.tenant)
+            return less and rows[own.tenant] >= rows[to.tenant] + 2
+
+        return [running for running in reversed(self.running) if yields(running.request)]
+
+    def pause(self, sequence: Sequence) -> Sequence | None:
+        """Put a running request before all that wait of its tenant.
+
+        Return who must lose its keys and values for want of memory, if anybody: a low one, else
+        the one that was paused first and is going to be the last to go on. It will read all its
+        tokens again.
+        """
+        del self.running[sequence]
+        self._queue(sequence).put_back(sequence)
+        self.parked[sequence] = None
+        if len(self.parked) <= self.max_parked:
+            return None
+        dropped = min(self.parked, key=lambda s: s.request.priority == "normal")
+        del self.parked[dropped]
+        dropped.computed = 0
+        return dropped
+
+    def _victim(self, to: GenerateRequest) -> Sequence | None:
+        """Return the newest low one, else the newest of whoever runs most."""
+        rows = self._rows(to.priority)
+        return max(
+            self.yielding(to),
+            key=lambda r: (r.request.priority == "low", rows[r.request.tenant]),
+            default=None,
+        )
+
+    def _start(self, sequence: Sequence, victim: Sequence | None) -> Move:
+        self._queue(sequence).remove(sequence)
+        self.parked.pop(sequence, None)
+        dropped = None if victim is None else self.pause(victim)
+        self.running[sequence] = None
+        return Move(sequence, victim, dropped)
+
+    def _plan(self, priority: Priority, tokens: int) -> list[Row]:
+        """Return a token for each decoding sequence, then prompt chunks, the least served first.
+
+        Every prompt token makes the step longer for those that decode. Reading the weights takes
+        as long as computing `ridge` tokens, so a step of n tokens takes about ridge + n, and
+        (STRETCH - 1) (ridge + decoding) prompt tokens make it STRETCH times as long.
+        """
+        running = self._of(priority)
+        rows = [Row(s, s.computed, 1) for s in running if s.remaining == 1][:tokens]
+        budget = tokens - len(rows)
+        if rows:
+            budget = min(budget, (STRETCH - 1) * (self.ridge + len(rows)))
+        prompts = [sequence for sequence in running if sequence.unread]
+        counter = self.queues[priority].counter
+        for sequence in sorted(prompts, key=lambda s: counter(s.request.tenant)):
+            if count := min(budget, sequence.unread):
                 rows.append(Row(sequence, sequence.computed, count))
                 budget -= count
         return rows
 
-    def remove(self, sequence: Sequence) -> None:
-        self.waiting.pop(sequence, None)
-        self.running.pop(sequence, None)
+    def _of(self, priority: Priority) -> list[Sequence]:
+        return [running for running in self.running if running.request.priority == priority]
+
+    def _rows(self, priority: Priority) -> Counter[str]:
+        """Return how many requests of a class each tenant runs."""
+        return Counter(running.request.tenant for running in self._of(priority))
+
+    def _unread(self, priority: Priority) -> Counter[str]:
+        unread: Counter[str] = Counter()
+        for running in self._of(priority):
+            unread[running.request.tenant] += running.unread
+        return unread
+
+    def _queue(self, sequence: Sequence) -> FairQueue:
+        return self.queues[sequence.request.priority]

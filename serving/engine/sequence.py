@@ -38,6 +38,7 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt_ids)
         self.prompt_length = len(request.prompt_ids)
         self.computed = 0  # tokens whose keys and values are in the cache
+        self.read = 0  # tokens ever computed: more than `computed` after a pause
         self.kv_slot = -1  # -1 until admitted
         self.draws = Draws(request.sampling.seed)
 
@@ -58,6 +59,16 @@ class Sequence:
         """Tokens the model has not read: 1 while decoding, more before that."""
         return len(self.tokens) - self.computed
 
+    @property
+    def unread(self) -> int:
+        """Tokens to be read before it decodes."""
+        return self.remaining if self.remaining > 1 else 0
+
+    def advance(self, row: "Row") -> None:
+        """Note that a row of this sequence has been computed."""
+        self.computed = row.stop
+        self.read = max(self.read, row.stop)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -68,6 +79,21 @@ class Row:
     count: int
 
     @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
     def samples(self) -> bool:
         """Tell whether the last token read is the last one there is."""
-        return self.start + self.count == len(self.sequence.tokens)
+        return self.stop == len(self.sequence.tokens)
+
+    @property
+    def new_prompt_tokens(self) -> int:
+        """Prompt tokens in it that were never read before; ask before `advance`."""
+        sequence = self.sequence
+        return max(0, min(self.stop, sequence.prompt_length) - max(self.start, sequence.read))
+
+    @property
+    def repeated(self) -> int:
+        """Tokens in it that had been read before a pause; ask before `advance`."""
+        return max(0, min(self.stop, self.sequence.read) - self.start)

@@ -21,11 +21,11 @@ class EngineSettings:
     max_running: int = 32
     """Sequences that share one step."""
     max_waiting: int = 128
-    """Requests that may wait beyond those that run; the next one gets EngineBusy."""
+    """Requests of one tenant and class that may wait beyond `max_running`; then EngineBusy."""
     max_model_len: int | None = None
     """Prompt and output tokens of one sequence; None: what the base and the KV budget allow."""
     max_batched_tokens: int = 512
-    """Tokens of one step: first one for each running sequence, then chunks of prompts."""
+    """Tokens of one step at most. Beside running sequences prompts are read in smaller chunks."""
     adapter_slots: int = 32
     """Adapters that can be worn at once."""
     max_lora_rank: int = 256
@@ -36,6 +36,11 @@ class EngineSettings:
     """Bytes for keys and values of all sequences; None: half of the device's memory."""
     threads: int | None = None
     """CPU threads of one operator; None: torch decides."""
+
+    @property
+    def kv_slots(self) -> int:
+        """Sequences that can have keys and values at once: those that run, and some paused ones."""
+        return self.max_running + self.max_running // 8
 
     def __post_init__(self) -> None:
         for name in ("max_running", "adapter_slots", "max_lora_rank"):

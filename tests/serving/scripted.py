@@ -182,6 +182,7 @@ class ScriptedEngine:
             generated_tokens=self.generated,
             aborted=self.aborted,
             failed=self.failed,
+            paused=0,
             adapter_loads=len(self.resident),
             adapter_evictions=0,
             load_stages=(LoadStage("read", len(self.resident), self.load_seconds),),

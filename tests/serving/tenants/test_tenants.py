@@ -9,8 +9,11 @@ import pytest
 
 from registry.adapter import AdapterName
 from registry.errors import InvalidName, NotFound
+from serving.engine.boundary import GenerateRequest
 from serving.tenants.keys import FRESH_SECONDS, SCOPES, add_key, rotate_key
-from tests.serving.live import CHAT, Running, Wardrobe
+from serving.tokens import Tokens
+from tests.serving.live import CHAT, Running, Wardrobe, running
+from tests.serving.scripted import ScriptedEngine, repeat_label
 
 BETA = AdapterName("beta", "legal")
 
@@ -185,3 +188,22 @@ def test_an_expired_key_is_no_key_and_rotation_leaves_a_grace(
 def test_what_cannot_be_a_tenant_is_called_one_and_no_adapter(wardrobe: Wardrobe) -> None:
     with pytest.raises(InvalidName, match="'Acme!' is not a tenant"):
         add_key(wardrobe.registry, "Acme!", SCOPES)
+
+
+def test_the_engine_learns_whose_key_a_request_came_with(
+    tokens: Tokens, wardrobe: Wardrobe
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def script(request: GenerateRequest) -> Iterator[int]:
+        seen.append((request.tenant, request.priority))
+        return repeat_label(request)
+
+    keys = [add_key(wardrobe.registry, tenant, SCOPES) for tenant in ("acme", "beta")]
+    with running(wardrobe, tokens, ScriptedEngine(script)) as live:
+        body = {"model": "base", "prompt": "hello", "max_tokens": 2, "user": "beta"}
+        for key in keys:
+            assert chat(live, key, "base").status_code == 200
+            url = f"{live.url}/v1/completions"
+            assert httpx.post(url, json=body, headers=bearer(key), timeout=30).status_code == 200
+    assert seen == [("acme", "normal")] * 2 + [("beta", "normal")] * 2

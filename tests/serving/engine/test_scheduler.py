@@ -1,0 +1,247 @@
+"""Shares of a crowded engine, in simulated steps: no model, no clock, no thread."""
+
+import random
+from collections import Counter, defaultdict
+
+import pytest
+
+from benchmarks.workload import jain, percentile
+from serving.engine.boundary import GenerateRequest, Priority, SamplingParams
+from serving.engine.fair_queue import CREDIT, OUTPUT_WEIGHT, PROMPT_WEIGHT
+from serving.engine.scheduler import LOW_SHARE, STRETCH, Scheduler
+from serving.engine.sequence import Row
+from serving.engine.sequence import Sequence as Request
+
+PLACES, PARKED, RIDGE = 16, 2, 16
+
+
+class Steps:
+    """A scheduler whose model answers at once: it counts steps and what each tenant got."""
+
+    def __init__(self, *, by_tenant: bool = True) -> None:
+        """Without `by_tenant` no request says whose it is: first come, first served."""
+        self.scheduler = Scheduler(PLACES, PARKED, max_batched_tokens=512, ridge=RIDGE)
+        self.by_tenant = by_tenant
+        self.now = 0
+        self.rows: list[Row] = []  # of the last step
+        self.service: Counter[str] = Counter()  # weighted tokens, each counted once
+        self.sent: dict[Request, int] = {}  # all that have not ended, and when they came
+        self.owner: dict[Request, str] = {}
+        self.alive: Counter[str] = Counter()
+        self.first: dict[str, list[int]] = defaultdict(list)  # steps to the first token
+        self.paused = self.dropped = 0
+
+    def send(
+        self, tenant: str, prompt: int = 64, output: int = 32, priority: Priority = "normal"
+    ) -> Request:
+        named = tenant if self.by_tenant else ""
+        params = SamplingParams(max_tokens=output)
+        request = GenerateRequest("r", (1,) * prompt, params, tenant=named, priority=priority)
+        sequence = Request(request)
+        self.sent[sequence], self.owner[sequence] = self.now, tenant
+        self.alive[tenant] += 1
+        self.scheduler.add(sequence)
+        return sequence
+
+    def keep(self, tenant: str, count: int, prompt: int = 64, output: int = 32) -> None:
+        """Fill up a tenant's requests that wait or run."""
+        while self.alive[tenant] < count:
+            self.send(tenant, prompt, output)
+
+    def waits(self, tenant: str) -> list[int]:
+        """Return steps to the first token; who has none yet has waited until now."""
+        unanswered = [
+            self.now - sent
+            for request, sent in self.sent.items()
+            if self.owner[request] == tenant and not request.produced
+        ]
+        return self.first[tenant] + unanswered
+
+    def step(self) -> None:
+        for move in self.scheduler.admit(lambda _: True):
+            self.paused += move.pauses is not None
+            self.dropped += move.drops is not None
+            assert len(self.scheduler.running) <= PLACES
+            assert len(self.scheduler.parked) <= PARKED
+        self.rows = self.scheduler.schedule()
+        self.now += 1
+        for row in self.rows:
+            self._advance(row)
+
+    def _advance(self, row: Row) -> None:
+        sequence, tenant = row.sequence, self.owner[row.sequence]
+        assert row.start == sequence.computed, "a token was skipped or read twice"
+        prompt = row.new_prompt_tokens
+        self.scheduler.charge(row, sampled=row.samples)
+        sequence.advance(row)
+        self.service[tenant] += PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * row.samples
+        if not row.samples:
+            return
+        sequence.tokens.append(0)
+        if sequence.produced == 1:
+            self.first[tenant].append(self.now - self.sent[sequence])
+        if sequence.produced == sequence.sampling.max_tokens:
+            self.scheduler.remove(sequence)
+            del self.sent[sequence]
+            self.alive[tenant] -= 1
+
+
+def largest_gap(steps: Steps) -> int:
+    """Return how far two tenants that never stop asking come apart; their requests differ."""
+    largest = 0
+    for _ in range(3000):
+        steps.keep("few", 20, prompt=30, output=40)
+        steps.keep("many", 200, prompt=200, output=10)
+        steps.step()
+        largest = max(largest, abs(steps.service["few"] - steps.service["many"]))
+    return largest
+
+
+# Theorem 4.4 of the paper: 2 max(w_p · longest prompt, w_q · tokens that fit into the batch).
+BOUND = 2 * max(PROMPT_WEIGHT * 200, OUTPUT_WEIGHT * PLACES * 210)
+
+
+def test_two_tenants_that_never_stop_asking_stay_within_the_bound() -> None:
+    assert largest_gap(Steps()) <= BOUND
+
+
+def test_first_come_first_served_breaks_that_bound() -> None:
+    assert largest_gap(Steps(by_tenant=False)) > BOUND
+
+
+def service_under_load(steps: Steps) -> float:
+    """Return Jain's index when everybody asks for more than there is, one 100 times as much."""
+    for _ in range(1200):
+        for tenant in "abcd":
+            steps.keep(tenant, 8)
+        steps.keep("noisy", 800)
+        steps.step()
+    return jain([steps.service[tenant] for tenant in ("a", "b", "c", "d", "noisy")])
+
+
+def test_a_tenant_that_asks_for_a_hundred_times_as_much_gets_no_more() -> None:
+    assert service_under_load(Steps()) >= 0.95
+
+
+def test_first_come_first_served_gives_it_nearly_everything() -> None:
+    assert service_under_load(Steps(by_tenant=False)) < 0.5
+
+
+def others_p99(steps: Steps, noisy: int, output: int) -> float:
+    """Return the 99th percentile of the others' steps to a first token, beside a noisy tenant.
+
+    The others send at random, each two fifths of its share; `noisy` requests of the fifth are
+    always there.
+    """
+    rng = random.Random(7)
+    for _ in range(2500):
+        for tenant in "abcd":
+            if rng.random() < 0.4 / 4 * PLACES / 36:
+                steps.send(tenant)
+        steps.keep("noisy", noisy, output=output)
+        steps.step()
+    waits = [wait for tenant in "abcd" for wait in steps.waits(tenant)]
+    return percentile(waits, 99)
+
+
+@pytest.mark.parametrize("output", [32, 1000])
+def test_the_others_hardly_notice_a_noisy_tenant(output: int) -> None:
+    assert others_p99(Steps(), 300, output) <= 2 * others_p99(Steps(), 3, output)
+
+
+@pytest.mark.parametrize("output", [32, 1000])
+def test_first_come_first_served_makes_the_others_wait(output: int) -> None:
+    crowded, quiet = (others_p99(Steps(by_tenant=False), n, output) for n in (300, 3))
+    assert crowded > 10 * quiet
+
+
+def saved_up() -> int:
+    """Return what a tenant that slept gets more than one that did not, once both ask for all."""
+    steps = Steps()
+    steps.keep("late", 2)
+    for now in range(1500):
+        steps.keep("early", 40)
+        if now > 1000:
+            steps.keep("late", 40)
+        if now == 1000:
+            before = steps.service.copy()
+        steps.step()
+    gained = steps.service - before
+    return gained["late"] - gained["early"]
+
+
+def test_a_tenant_that_slept_has_saved_up_no_more_than_a_little_credit() -> None:
+    assert saved_up() <= CREDIT + BOUND // 10
+
+
+def test_without_the_lift_it_would_get_everything_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.engine.fair_queue.CREDIT", 1 << 40)
+    assert saved_up() > BOUND // 2
+
+
+def test_two_tenants_take_each_other_s_places_only_once() -> None:
+    """A place changes hands when somebody comes, not back and forth."""
+    steps = Steps()
+    for _ in range(200):
+        steps.keep("a", 40, output=1000)
+        if steps.now > 20:
+            steps.keep("b", 40, output=1000)
+        steps.step()
+    assert 0 < steps.paused < PLACES
+
+
+def test_low_requests_wait_for_normal_ones_and_cost_them_little() -> None:
+    def waits(low: int) -> list[int]:
+        steps, rng = Steps(), random.Random(3)
+        for _ in range(low):
+            steps.send("shadow", output=200, priority="low")
+        for _ in range(600):
+            if rng.random() < 0.3:
+                steps.send("a")
+            steps.step()
+            normal = sum(r.count for r in steps.rows if r.sequence.request.priority == "normal")
+            other = sum(r.count for r in steps.rows) - normal
+            assert not normal or other <= max(1, normal // LOW_SHARE)
+        return steps.waits("a")
+
+    assert waits(50) == waits(0)
+
+
+def test_a_low_request_that_was_paused_ends_with_all_its_tokens() -> None:
+    steps = Steps()
+    low = [steps.send("shadow", output=50, priority="low") for _ in range(PLACES)]
+    for _ in range(10):
+        steps.step()
+    for _ in range(PLACES):
+        steps.send("a", output=20)
+    steps.step()
+    assert steps.paused == PLACES
+    while steps.sent:
+        steps.step()
+    assert [request.produced for request in low] == [50] * PLACES
+    # Each token counts once, however often the pause made the model read it.
+    assert steps.service["shadow"] == PLACES * (64 * PROMPT_WEIGHT + 50 * OUTPUT_WEIGHT)
+
+
+def test_prompts_make_a_step_no_more_than_three_times_as_long() -> None:
+    steps = Steps()
+    for _ in range(300):
+        steps.keep("a", 3 * PLACES, prompt=400, output=50)
+        steps.step()
+        decoding = sum(row.count == 1 for row in steps.rows)
+        tokens = sum(row.count for row in steps.rows)
+        assert not decoding or RIDGE + tokens <= STRETCH * (RIDGE + decoding)
+
+
+def test_nobody_waits_for_an_adapter_of_somebody_else() -> None:
+    """Who is not ready is passed over, keeps its place in the line, and starts when it is."""
+    scheduler = Scheduler(2, 0, max_batched_tokens=64, ridge=RIDGE)
+    requests = [Request(GenerateRequest(str(i), (1,), SamplingParams())) for i in range(3)]
+    for sequence in requests:
+        scheduler.add(sequence)
+    slow, second, third = requests
+    assert [move.starts for move in scheduler.admit(lambda s: s is second)] == [second]
+    assert scheduler.waiting == [slow, third]
+    assert [move.starts for move in scheduler.admit(lambda _: True)] == [slow]
