@@ -159,12 +159,13 @@ def saved_up() -> int:
     """Return what a tenant that slept gets more than one that did not, once both ask for all."""
     steps = Steps()
     steps.keep("late", 2)
-    for now in range(1500):
+    for _ in range(1000):
         steps.keep("early", 40)
-        if now > 1000:
-            steps.keep("late", 40)
-        if now == 1000:
-            before = steps.service.copy()
+        steps.step()
+    before = steps.service.copy()
+    for _ in range(500):
+        steps.keep("early", 40)
+        steps.keep("late", 40)
         steps.step()
     gained = steps.service - before
     return gained["late"] - gained["early"]
