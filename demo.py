@@ -9,12 +9,15 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,9 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from training.data.builders.icd10 import Icd10Options, build_icd10
+from training.data.examples import Example
 
 ROOT = Path(__file__).parent
 SMART_HOME = "home/smart-home"
@@ -36,6 +42,12 @@ QUESTIONS = (
     (ICD10, "Acute bronchitis due to streptococcus"),
     (ICD10, "Nontoxic diffuse goiter"),
 )
+
+CROWD = 24  # users of an experiment who ask at once
+SCOPES = ("infer", "read", "feedback", "push", "experiments")  # of each tenant's key
+COMPLAINT = "complaint:binary:lower"
+SYSTEM = "Name the ICD-10 chapter of the diagnosis."
+FEW_SHOT = {"kind": "prompt", "base": {"id": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
 
 console = Console(highlight=False)
 
@@ -83,11 +95,14 @@ def operator_key(home: Path) -> str:
     """Keep the operator key of this demo in a file that only its owner reads."""
     path = home / "operator.key"
     if not path.exists():
-        key = json.loads(wardrobe(home, "key", "rotate", "--json", quiet=True))["key"]
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(key)
+        write_key(path, json.loads(wardrobe(home, "key", "rotate", "--json", quiet=True))["key"])
     return path.read_text().strip()
+
+
+def write_key(path: Path, key: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(key)
 
 
 def stop_server(home: Path) -> None:
@@ -111,6 +126,11 @@ def wait_for_exit(pid: int) -> None:
         except ProcessLookupError:
             return
         time.sleep(0.1)
+
+
+def client_of(server: Server, key: str) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60)
 
 
 def free_port(wanted: int) -> int:
@@ -283,6 +303,130 @@ async def promote_and_roll_back(server: Server) -> None:
         wardrobe(server.home, *promote)
 
 
+def tenant_key(home: Path, tenant: str) -> str:
+    """Keep a tenant's key like the operator's: in a file that only its owner reads."""
+    path = home / f"{tenant}.key"
+    if not path.exists():
+        scopes = [word for scope in SCOPES for word in ("--scope", scope)]
+        made = json.loads(wardrobe(home, "key", "create", tenant, *scopes, "--json", quiet=True))
+        write_key(path, made["key"])
+    return path.read_text().strip()
+
+
+async def two_tenants(server: Server) -> str:
+    """Show what each tenant's key sees; return the clinic's."""
+    say("5. Two tenants, a key each: what belongs to the other one is not there")
+    keys = {tenant: tenant_key(server.home, tenant) for tenant in ("home", "clinic")}
+    for tenant, key in keys.items():
+        async with client_of(server, key) as client:
+            seen = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+            asked = {"model": SMART_HOME, "prompt": "hello", "max_tokens": 1}
+            status = (await client.post("/v1/completions", json=asked)).status_code
+        names = ", ".join(sorted({name.partition("@")[0] for name in seen}))
+        console.print(f"  the key of {tenant} sees {names}; {SMART_HOME} answers it {status}")
+    return keys["clinic"]
+
+
+@dataclass(slots=True)
+class Crowd:
+    """A clinic's simulated users: each asks for a chapter, and says when the answer was wrong."""
+
+    client: httpx.AsyncClient
+    items: Sequence[Example]
+    asked: int = 0
+    failed: int = 0
+
+    async def decide(self, experiment: str, most: int) -> dict[str, Any]:
+        """Let users come until the server ends the experiment; return its report."""
+        while True:
+            report = (await self.client.get(f"/v1/experiments/{experiment}")).json()
+            if report["state"] != "running" or self.asked >= most:
+                return report
+            users = range(self.asked, self.asked + CROWD)
+            await asyncio.gather(*(self._user(experiment, number) for number in users))
+            self.asked += CROWD
+
+    async def _user(self, experiment: str, number: int) -> None:
+        example = self.items[number % len(self.items)]
+        body = {
+            "model": ICD10,
+            "messages": [{"role": "user", "content": example.turns[-1].content}],
+            "temperature": 0,
+            "max_tokens": 6,  # of a title: enough to tell it from the others
+        }
+        unit = {"x-unit-key": f"{experiment} user {number}"}
+        answer = await self.client.post("/v1/chat/completions", json=body, headers=unit)
+        if not answer.is_success:
+            self.failed += 1
+        elif "x-arm" in answer.headers:
+            said = answer.json()["choices"][0]["message"]["content"].strip()
+            right = bool(said) and example.completion.startswith(said)
+            what = {"request_id": answer.headers["x-request-id"], "value": 1}
+            what["metric"] = "right" if right else "complaint"
+            (await self.client.post("/v1/feedback", json=what)).raise_for_status()
+
+
+async def push(client: httpx.AsyncClient, files: Mapping[str, bytes]) -> int:
+    """Push files as the clinic's next version; what is there already keeps its number."""
+    parts = {name: (name, content) for name, content in files.items()}
+    pushed = await client.post(f"/v1/adapters/{ICD10}/versions", files=parts)
+    pushed.raise_for_status()
+    return pushed.json()["number"]
+
+
+def files_of(home: Path, name: str) -> dict[str, bytes]:
+    """Return the files of an adapter's newest version."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "pulled")
+        newest = versions(home, name)[-1]["number"]
+        wardrobe(home, "pull", f"{name}@v{newest}", str(out), quiet=True)
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+async def begin(client: httpx.AsyncClient, treatment: int, exposure: float, **more: Any) -> str:
+    design = {"treatments": [f"@v{treatment}"], "metric": "right:binary", **more}
+    made = await client.post(f"/v1/adapters/{ICD10}/experiments", json=design)
+    made.raise_for_status()
+    path = f"/v1/experiments/{made.json()['id']}"
+    move = {"reason": "the demo", "exposure": exposure}
+    (await client.post(f"{path}/start", json=move)).raise_for_status()
+    return made.json()["id"]
+
+
+def show(report: dict[str, Any], crowd: Crowd) -> None:
+    table = Table("arm", "version", "units", *(m["name"] for m in report["metrics_declared"]))
+    for number, arm in enumerate(report["arms"]):
+        read = [m for m in report["metrics"] if number == 0 or m["arm"] == arm["label"]]
+        side = "treated" if number else "control"
+        values = (f"{m[side]:.3g}" for m in read)
+        table.add_row(arm["label"], arm["version"], str(report["units"][number]), *values)
+    console.print(table)
+    last = report["decisions"][-1]
+    console.print(
+        f"  [bold]{last['action']}[/] by {last['actor']}: {escape(last['reason'])}\n"
+        f"  {crowd.asked} users asked, {crowd.failed} requests failed"
+    )
+
+
+async def let_users_decide(server: Server, key: str) -> None:
+    """Compare LoRA with few-shot, and let a wrong version be taken back, on the clinic's users."""
+    items = build_icd10(Icd10Options(categories_per_chapter=20), seed=1)
+    random.Random(1).shuffle(items)  # noqa: S311 - who asks what, not a secret
+    async with client_of(server, key) as client:
+        say("6. An A/B test: the LoRA in production against a few-shot prompt")
+        shots = [[example.turns[-1].content, example.completion] for example in items[-2:]]
+        card = FEW_SHOT | {"prompt": {"system": SYSTEM, "examples": shots}}
+        few_shot = await push(client, {"wardrobe.json": json.dumps(card).encode()})
+        crowd = Crowd(client, items)
+        shown = {"signals": [COMPLAINT]}
+        show(await crowd.decide(await begin(client, few_shot, 1.0, **shown), 480), crowd)
+        say("7. A bad version: somebody pushes the smart-home adapter under the clinic's name")
+        wrong = await push(client, files_of(server.home, SMART_HOME))
+        crowd = Crowd(client, items)
+        guarded = {"guardrails": [COMPLAINT, "errors"]}
+        show(await crowd.decide(await begin(client, wrong, 0.3, **guarded), 480), crowd)
+
+
 def what_next(server: Server) -> None:
     text = f"""The server runs at {server.url} (pid {server.pid}, log {server.home}/server.log).
 
@@ -323,6 +467,8 @@ def main() -> None:
     try:
         asyncio.run(side_by_side(server))
         asyncio.run(promote_and_roll_back(server))
+        clinic = asyncio.run(two_tenants(server))
+        asyncio.run(let_users_decide(server, clinic))
     except BaseException:
         stop_server(home)
         raise

@@ -10,12 +10,14 @@ from registry import commands as registry_commands
 from registry.commands import Home, clear_errors, open_registry
 from registry.errors import WardrobeError
 from serving.experiments.commands import app as experiment_app
+from serving.experiments.looks import from_feedback
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app, tenant_app
 from serving.tenants.endpoint_commands import app as endpoint_app
 from serving.tenants.limit_commands import app as usage_app
 from serving.tenants.limit_commands import limit_app
 from training.commands import app as training_app
+from training.commands import data as training_data
 from training.commands.bases import DEFAULT_BASE, find_base
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="One frozen base model, a wardrobe of adapters: train, version, serve, hot-swap.",
 )
+training_data.app.command("from-feedback")(clear_errors()(from_feedback))
 app.add_typer(training_app)
 app.add_typer(registry_commands.app)
 app.add_typer(tenants_app)
@@ -106,6 +109,16 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds for running streams after SIGTERM.")
     ] = 30.0,
+    webhook: Annotated[
+        str | None, typer.Option(metavar="URL", help="Is told the decisions of experiments.")
+    ] = None,
+    webhook_secret: Annotated[
+        str,
+        typer.Option(
+            envvar="WARDROBE_WEBHOOK_SECRET",
+            help="Signs what the webhook gets, whsec_…; best in the environment.",
+        ),
+    ] = "",
     home: Home = None,
 ) -> None:
     """Serve the base and every adapter of the registry over HTTP."""
@@ -114,6 +127,7 @@ def serve(
     from serving.api.settings import ServerSettings
     from serving.engine.engine import TorchEngine
     from serving.engine.settings import EngineSettings
+    from serving.experiments.webhook import Webhook
     from serving.tenants.keys import ensure_operator_key
     from serving.tenants.redact import RedactingFormatter
     from serving.tokens import Tokens
@@ -127,6 +141,7 @@ def serve(
         auth=auth,
         hosts=tuple(map(AllowedHost.parse, hosts or [])),
         drain_timeout=drain_timeout,
+        webhook=Webhook.parse(webhook, webhook_secret) if webhook else None,
     )
     try:
         engine_settings = EngineSettings(

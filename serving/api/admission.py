@@ -12,11 +12,12 @@ from serving.api.errors import RequestError
 from serving.api.plan import Plan
 from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import DefaultsOf, SamplingFields
+from serving.api.sequence import Piece
 from serving.api.services import Services, services_of
+from serving.experiments.answers import Exposure, Outcome
 from serving.experiments.experiment import unit_of
-from serving.experiments.live import Running
+from serving.experiments.formats import Format
 from serving.experiments.recorder import Recorder
-from serving.experiments.store import Exposure, Outcome
 from serving.routing import Route
 
 UNIT_HEADER = "x-unit-key"
@@ -44,9 +45,8 @@ async def admit(request: Request[Any, Any, Any], fields: SamplingFields) -> Rout
     route = await services.router.resolve(fields.model, request.user)
     record.lease = services.meter.lease(record.tenant, route.name)
     record.lease.enter()
-    running = services.experiments.of(route.production_of) if route.production_of else None
-    if running is not None:
-        route = await _take_part(services, running, route, _unit_key(request, fields), record)
+    if route.production_of is not None:
+        route = await _take_part(services, route, _unit_key(request, fields), record)
     record.label, record.digest = route.label, route.fingerprint
     record.endpoint = str(route.endpoint.name) if route.endpoint else ""
     return route
@@ -60,14 +60,17 @@ def reserve(record: RequestRecord, plan: Plan) -> None:
 
 
 async def _take_part(
-    services: Services, running: Running, route: Route, key: str | None, record: RequestRecord
+    services: Services, route: Route, key: str | None, record: RequestRecord
 ) -> Route:
     """Return the route of the unit's arm, or the given one for a unit that is not exposed."""
-    experiment = running.experiment
-    if running.routes[0].fingerprint != route.fingerprint:
-        return route  # production was moved, perhaps away from what is broken: no arm holds it up
+    assert route.production_of is not None, "only production is split"
     # Of two tenants, each has its own user 17.
-    unit = unit_of(experiment.salt, f"{record.tenant}\x1f{key or record.request_id}")
+    whose = f"{record.tenant}\x1f{key or record.request_id}"
+    running = services.experiments.of(route.production_of, whose)
+    if running is None or running.routes[0].fingerprint != route.fingerprint:
+        return route  # production was moved, perhaps away from what is broken: no arm holds it up
+    experiment = running.experiment
+    unit = unit_of(experiment.salt, whose)
     arm = experiment.assign(unit)
     if arm is None:
         return route
@@ -77,21 +80,38 @@ async def _take_part(
     try:
         await services.recorder.expose(row)
     except StoreUnavailable:
+        services.metrics.exposures.labels("no").inc()
         return route  # production answers, and nobody is counted: not a silent arm
-    record.on_end.append(partial(_end, services.recorder))
+    services.metrics.exposures.labels("yes").inc()
+    judged = Format() if experiment.judges_format else None
+    if judged is not None:
+        record.watchers.append(partial(_watch, judged))
+    record.on_end.append(partial(_end, services.recorder, judged))
     record.experiment, record.arm = experiment.id, str(arm)
-    label = "" if experiment.blind else experiment.arms[arm].label
-    taken = replace(
-        running.routes[arm], experiment=experiment.id, arm=label, blind=experiment.blind
-    )
+    blind = experiment.policy.blind
+    label = "" if blind else experiment.arms[arm].label
+    taken = replace(running.routes[arm], experiment=experiment.id, arm=label, blind=blind)
     return taken.behind(route.endpoint)
 
 
-def _end(recorder: Recorder, record: RequestRecord) -> None:
+def _watch(judged: Format, piece: Piece) -> None:
+    judged.watch(piece.index, piece.text, ended=piece.finish_reason is not None)
+
+
+def _end(recorder: Recorder, judged: Format | None, record: RequestRecord) -> None:
     failed = record.status >= 400 or record.outcome not in ("", "disconnect")
     if record.status in NOT_THE_ARMS_FAULT:
         failed = False
-    recorder.end(Outcome(record.request_id, failed, record.seconds, record.completion_tokens))
+    recorder.end(
+        Outcome(
+            record.request_id,
+            failed,
+            record.seconds,
+            record.completion_tokens,
+            record.prompt_tokens,
+            judged is not None and judged.malformed,
+        )
+    )
 
 
 def _unit_key(request: Request[Any, Any, Any], fields: SamplingFields) -> str | None:

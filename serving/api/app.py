@@ -24,7 +24,12 @@ from serving.api.endpoints import (
 from serving.api.errors import respond_with_error
 from serving.api.experiments import (
     create_experiment,
+    create_layer,
+    get_demonstrations,
     get_experiment,
+    get_layer,
+    get_power,
+    get_report,
     give_feedback,
     list_experiments,
     move_experiment,
@@ -52,6 +57,7 @@ from serving.engine.boundary import Engine
 from serving.experiments.live import LiveExperiments
 from serving.experiments.recorder import Recorder
 from serving.experiments.store import Experiments
+from serving.experiments.webhook import Deliveries, Webhook
 from serving.follower import Follower
 from serving.loaded import LoadedAdapters
 from serving.routing import LiveTable, Router
@@ -75,7 +81,12 @@ HANDLERS = (
     create_experiment,
     list_experiments,
     get_experiment,
+    get_report,
+    get_power,
     move_experiment,
+    create_layer,
+    get_layer,
+    get_demonstrations,
     give_feedback,
     list_limits,
     get_limits,
@@ -161,13 +172,19 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
             server_id=services.settings.server_id,
             url=services.settings.url,
         )
+        webhook = services.settings.webhook
+        deliveries = _deliveries(services, webhook) if webhook else None
         services.recorder.start()
         services.meter.start()
         await follower.start()
         await services.experiments.start()
+        if deliveries is not None:
+            deliveries.start()
         try:
             yield
         finally:
+            if deliveries is not None:
+                await deliveries.stop()
             await services.experiments.stop()
             await follower.stop()
             await asyncio.to_thread(services.recorder.stop)
@@ -176,3 +193,8 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
             await services.engine.aclose()
 
     return lifespan
+
+
+def _deliveries(services: Services, webhook: Webhook) -> Deliveries:
+    counter = services.metrics.webhook
+    return Deliveries(services.store.outbox, webhook, lambda result: counter.labels(result).inc())

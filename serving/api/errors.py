@@ -18,8 +18,9 @@ from registry import errors as domain
 from serving.api.record import record_of
 from serving.api.request_error import RequestError
 from serving.engine import boundary as engine
+from serving.experiments.codec import ExperimentNotFound
 from serving.experiments.design import DesignInvalid
-from serving.experiments.store import ExperimentNotFound, FeedbackInvalid
+from serving.experiments.feedback import FeedbackInvalid
 from serving.loaded import AdapterNotLoaded
 from serving.routing import ModelNotLive
 from serving.selfcheck import SelfCheckFailed

@@ -84,6 +84,18 @@ class Metrics:
         self.ttft = self._histogram(
             "time_to_first_token_seconds", "Request to first token", TTFT_BUCKETS
         )
+        self.exposures = Counter(
+            "wardrobe_exposures",
+            "Answers of units in experiments; not written in time: production answered, uncounted",
+            ["written"],
+            registry=self._registry,
+        )
+        self.webhook = Counter(
+            "wardrobe_webhook_attempts",
+            "Attempts to tell the webhook a decision",
+            ["result"],
+            registry=self._registry,
+        )
         self.itl = self._histogram("inter_token_seconds", "From one token to the next", _ITL)
         self.e2e = self._histogram("request_seconds", "Whole inference requests", _E2E)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from registry.errors import WardrobeError
 from serving.api.hosts import AllowedHost
+from serving.experiments.webhook import Webhook
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -35,6 +36,7 @@ class ServerSettings:
     max_requests: int = 1024  # in flight at once; more get 503
     max_choices: int = 64  # prompts × n of one request
     default_max_tokens: int = 2048  # of a chat that names no limit
+    webhook: Webhook | None = None  # who is told the decisions of experiments
     server_id: str = field(default_factory=lambda: f"{os.getpid()}-{secrets.token_hex(4)}")
 
     def __post_init__(self) -> None:

@@ -1,34 +1,34 @@
-"""The commands of experiments: create, start, ramp, pause, stop, list, status."""
+"""The commands that change experiments: create, start, ramp, pause, stop, and layers."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from registry.adapter import AdapterName
 from registry.commands import Home, Json, actor, clear_errors, open_registry
-from registry.home import default_home
-from registry.screen import print_json, shown
-from serving.experiments.design import check_policy, make_arms, make_metrics
+from registry.screen import print_json
+from serving.experiments.design import (
+    check_holdout,
+    check_policy,
+    check_share,
+    make_arms,
+    make_metrics,
+    read_prices,
+)
+from serving.experiments.experiment import BUILT_IN, Policy
+from serving.experiments.layers import describe_layer
+from serving.experiments.looks import Id, open_experiments
+from serving.experiments.looks import app as looks
 from serving.experiments.moves import move
-from serving.experiments.report import describe, summarize
-from serving.experiments.store import Experiments
+from serving.experiments.ramps import read_ramp
+from serving.experiments.report import summarize
 
 app = typer.Typer(no_args_is_help=True, help="A/B tests between versions, on live traffic.")
+layer_app = typer.Typer(no_args_is_help=True, help="Experiments that share no unit, and a holdout.")
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="As `experiment list` shows it.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; it stays in the log.")]
-METRIC = "NAME:KIND[:lower], KIND one of binary, total, average; or errors, latency, tokens."
-
-
-@contextmanager
-def open_experiments(home: Path | None) -> Generator[Experiments]:
-    with Experiments(home or default_home()) as store:
-        yield store
+METRIC = f"NAME:KIND[:lower], KIND one of binary, total, average; or {', '.join(BUILT_IN)}."
 
 
 @app.command("create")
@@ -52,22 +52,50 @@ def create(
         Literal["tell", "promote"], typer.Option(help="What a winner leads to.")
     ] = "tell",
     blind: Annotated[bool, typer.Option("--blind", help="Answers do not name the arm.")] = False,
+    ramp: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ramp",
+            metavar="EXPOSURE[:TIME[:UNITS]]",
+            help="A stage, held that long and for so many units: 0.02:1h:500. May be repeated.",
+        ),
+    ] = None,
+    least_effect: Annotated[
+        float | None, typer.Option(help="Stop when no treatment can be better by so much.")
+    ] = None,
+    max_units: Annotated[int | None, typer.Option(help="Stop at so many units.")] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT:GENERATED", help="Of a million tokens, for `cost`."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Share no unit with its other experiments.")
+    ] = None,
+    layer_share: Annotated[float, typer.Option(help="Of the layer's units.")] = 0.5,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
     """Write an experiment down. The control is what production is now."""
     adapter = AdapterName.parse(name)
     metrics = make_metrics(metric, guardrails or ["errors"], signals or [])
+    policy = Policy(
+        alpha=alpha,
+        on_win=on_win,
+        blind=blind,
+        ramp=read_ramp(ramp or []),
+        least_effect=least_effect,
+        max_units=max_units,
+        prices=read_prices(prices) if prices else None,
+    )
+    part = (layer, check_share(layer_share, "share of the layer")) if layer else None
     with open_registry(home) as registry, open_experiments(home) as store:
         arms = make_arms(registry, adapter, treatments, share)
-        check_policy(arms, adapter, alpha, on_win)
-        made = store.create(
-            adapter, arms, metrics, alpha=alpha, on_win=on_win, blind=blind, actor=actor()
-        )
+        check_policy(arms, metrics, adapter, policy)
+        made = store.create(adapter, arms, metrics, policy, layer=part, actor=actor())
     if as_json:
         return print_json(summarize(made))
     print(f"{made.id} is written. Run it with:")
-    return print(f"  wardrobe experiment start {made.id} --exposure 0.1")
+    return print(f"  wardrobe experiment start {made.id}{'' if ramp else ' --exposure 0.1'}")
 
 
 def _move(
@@ -91,7 +119,7 @@ def _move(
 def start(
     experiment_id: Id,
     exposure: Annotated[
-        float | None, typer.Option(help="Share of units that take part, 0 to 1.")
+        float | None, typer.Option(help="Share of units that take part. Default: the first stage.")
     ] = None,
     reason: Reason = "started",
     home: Home = None,
@@ -128,63 +156,42 @@ def stop(experiment_id: Id, reason: Reason, home: Home = None, as_json: Json = F
     _move(experiment_id, "stop", None, reason, home, as_json)
 
 
-@app.command("list")
+@layer_app.command("create")
 @clear_errors()
-def list_experiments(home: Home = None, as_json: Json = False) -> None:
-    """List the experiments, oldest first."""
+def create_layer(
+    name: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME")],
+    holdout: Annotated[float, typer.Option(help="Share of units that no experiment gets.")] = 0.0,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Make a layer; `experiment create --layer NAME` takes a part of it."""
+    layer = AdapterName.parse(name)
     with open_experiments(home) as store:
-        found = store.find()
+        made = store.add_layer(layer.namespace, layer.name, check_holdout(holdout))
     if as_json:
-        return print_json([summarize(experiment) for experiment in found])
-    table = Table("id", "adapter", "state", "exposure", "decides")
-    for e in found:
-        row = (e.id, str(e.name), e.state, f"{100 * e.exposure:g} %", e.primary.name)
-        table.add_row(*row)
-    return Console().print(table)
+        return print_json(describe_layer(made))
+    return print(f"{name} is made; {100 * holdout:g} % of the units are in no experiment of it")
 
 
-@app.command("status")
+@layer_app.command("show")
 @clear_errors()
-def status(experiment_id: Id, home: Home = None, as_json: Json = False) -> None:
-    """Show the numbers as they are now, what they say, and every decision so far.
-
-    Look as often as you like: the intervals hold for all looks together.
-    """
+def show_layer(
+    name: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME")],
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Show who has which part of a layer, and what is free."""
+    layer = AdapterName.parse(name)
     with open_experiments(home) as store:
-        facts = describe(store, store.get(experiment_id))
+        facts = describe_layer(store.layer(layer.namespace, layer.name))
     if as_json:
         return print_json(facts)
-    console = Console(soft_wrap=True)
-    console.print(
-        f"[bold]{facts['id']}[/] on {facts['name']}: {facts['state']}, "
-        f"exposure {100 * facts['exposure']:g} %"
-    )
-    console.print(_arms_table(facts))
-    console.print(_metrics_table(facts))
-    console.print(f"[bold]{shown(facts['sentence'])}[/]")
-    for note in facts["notes"]:
-        console.print(f"[yellow]{shown(note)}[/]")
-    for line in facts["decisions"]:
-        said = shown(f"{line['at'][:19]}  {line['action']} by {line['actor']}  {line['reason']}")
-        console.print(f"[dim]{said}[/]")
-    return None
+    for taken in facts["taken"]:
+        print(f"{taken['low']:g} to {taken['high']:g}  {taken['experiment']}")
+    for low, high in facts["free"]:
+        print(f"{low:g} to {high:g}  free")
+    return print(f"{1 - facts['holdout']:g} to 1  holdout")
 
 
-def _arms_table(facts: dict[str, Any]) -> Table:
-    table = Table("arm", "version", "share", "units", "answers")
-    for number, arm in enumerate(facts["arms"]):
-        counted = (str(facts["units"][number]), str(facts["answers"][number]))
-        table.add_row(arm["label"], shown(arm["version"]), f"{arm['share']:g}", *counted)
-    return table
-
-
-def _metrics_table(facts: dict[str, Any]) -> Table:
-    roles = {metric["name"]: metric["role"] for metric in facts["metrics_declared"]}
-    table = Table("metric", "role", "arm", "control", "arm's", "difference at every look")
-    for reading in facts["metrics"]:
-        span = "collecting"
-        if not reading["collecting"]:
-            span = f"{reading['difference']:+.4g} ({reading['low']:+.4g} to {reading['high']:+.4g})"
-        values = (f"{reading['control']:.4g}", f"{reading['treated']:.4g}", span)
-        table.add_row(shown(reading["metric"]), roles[reading["metric"]], reading["arm"], *values)
-    return table
+app.add_typer(looks)
+app.add_typer(layer_app, name="layer")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from serving.experiments.answers import Counts
 from serving.experiments.experiment import Experiment, Metric
 from serving.experiments.sequential import (
     MIN_UNITS,
@@ -19,9 +20,8 @@ from serving.experiments.sequential import (
     shares_log_e,
     units_for,
 )
-from serving.experiments.store import Counts
 
-Action = Literal["go on", "pause", "stop harmed", "win", "loss"]
+Action = Literal["go on", "pause", "stop harmed", "win", "loss", "futile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,8 @@ def decide(experiment: Experiment, counts: Sequence[Counts]) -> Verdict:
     )
     for reading in readings:
         if reading.harmed:
-            return Verdict("stop harmed", _harm(reading), readings=readings, units=units)
+            sentence = _harm(reading, units[_arm_number(experiment, reading.arm)])
+            return Verdict("stop harmed", sentence, readings=readings, units=units)
     return _judge_primary(experiment, readings, units)
 
 
@@ -113,8 +114,8 @@ def _alpha(experiment: Experiment, metric: Metric) -> float:
     """Share α over the arms, and among the guardrails over them as well (Bonferroni)."""
     arms = len(experiment.arms) - 1
     if metric.role == "guardrail":
-        return experiment.alpha / (arms * len(experiment.guardrails))
-    return experiment.alpha / arms
+        return experiment.policy.alpha / (arms * len(experiment.guardrails))
+    return experiment.policy.alpha / arms
 
 
 def _is_worse(metric: Metric, difference: Difference) -> bool:
@@ -134,10 +135,16 @@ def _is_worse_early(
     return shares_log_e(pair[0], pair[1], share) > math.log(1 / alpha)
 
 
-def _harm(reading: Reading) -> str:
+def _arm_number(experiment: Experiment, label: str) -> int:
+    return [arm.label for arm in experiment.arms].index(label)
+
+
+def _harm(reading: Reading, units: int) -> str:
+    early = ", by the exact test of few units"
+    how = early if reading.difference.collecting else _interval(reading)
     return (
         f"{reading.arm} harms {reading.metric}: {reading.treated:.4g} against "
-        f"{reading.control:.4g} of the control{_interval(reading)}."
+        f"{reading.control:.4g} of the control{how}. {units} units had met it."
     )
 
 
@@ -158,6 +165,8 @@ def _judge_primary(
     if all(_is_worse(experiment.primary, reading.difference) for reading in primary):
         texts = [f"{_versus(reading)}: worse{_interval(reading)}" for reading in primary]
         return Verdict("loss", "; ".join(texts) + ".", 0, readings, units)
+    if futile := _futility(experiment, primary, units):
+        return Verdict("futile", futile, None, readings, units)
     if any(reading.difference.collecting for reading in primary):
         sentence = (
             f"Collecting: nothing is said until each arm has {MIN_UNITS} units that count, or "
@@ -166,6 +175,21 @@ def _judge_primary(
         return Verdict("go on", sentence, None, readings, units)
     texts = [f"{_versus(r)}: not told apart{_interval(r)}{_needed(r)}" for r in primary]
     return Verdict("go on", "; ".join(texts) + ".", None, readings, units)
+
+
+def _futility(experiment: Experiment, primary: Sequence[Reading], units: tuple[int, ...]) -> str:
+    """Say why going on would not be worth it; empty while it is."""
+    policy, sign = experiment.policy, 1 if experiment.primary.better == "higher" else -1
+    if policy.max_units is not None and sum(units) >= policy.max_units:
+        texts = "; ".join(f"{_versus(r)}: not told apart{_interval(r)}" for r in primary)
+        return f"{sum(units)} units, the most this test was to take. {texts}."
+    if policy.least_effect is None:
+        return ""
+    best = [max(sign * r.difference.low, sign * r.difference.high) for r in primary]
+    if max(best) >= policy.least_effect:
+        return ""
+    texts = "; ".join(f"{_versus(r)}{_interval(r)}" for r in primary)
+    return f"No treatment is better by {policy.least_effect:g}, the least worth having. {texts}."
 
 
 def _reversed(metric: Metric) -> Metric:
@@ -189,5 +213,5 @@ def _needed(reading: Reading) -> str:
 def _interval(reading: Reading) -> str:
     d = reading.difference
     if d.collecting:
-        return ", by the exact test of few units"
+        return ", too few units for an interval"
     return f" (difference {d.value:+.4g}, {d.low:+.4g} to {d.high:+.4g} at every look)"

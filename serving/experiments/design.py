@@ -1,12 +1,22 @@
 """From what a person writes to the design of an experiment: arms pinned by digest, metrics."""
 
+import math
 from collections.abc import Sequence
 
 from registry.adapter import PRODUCTION, AdapterName, Selector
 from registry.base import BaseModel
 from registry.errors import WardrobeError
 from registry.store import Registry
-from serving.experiments.experiment import BUILT_IN, FEEDBACK_KINDS, Arm, Kind, Metric, Role
+from serving.experiments.experiment import (
+    BUILT_IN,
+    FEEDBACK_KINDS,
+    REMARKS,
+    Arm,
+    Kind,
+    Metric,
+    Policy,
+    Role,
+)
 
 BASE = "base"
 MAX_ARMS = 8
@@ -93,6 +103,8 @@ def _metric(text: str, role: Role) -> Metric:
         )
     if not name.replace("_", "").replace("-", "").isalnum() or len(name) > 63:
         raise DesignInvalid(f"{name!r} is no name of a metric: letters, digits, - and _, up to 63.")
+    if name in REMARKS:
+        raise DesignInvalid(f"{name!r} is feedback in words. Call the metric something else.")
     return Metric(name, _kind(kind), role, "lower" if better == "lower" else "higher")
 
 
@@ -104,21 +116,59 @@ def _kind(text: str) -> Kind:
         "errors": "errors",
         "latency": "latency",
         "tokens": "tokens",
+        "cost": "cost",
+        "malformed": "malformed",
     }
     return kinds[text]
 
 
-def check_policy(arms: Sequence[Arm], name: AdapterName, alpha: float, on_win: str) -> None:
+def check_policy(
+    arms: Sequence[Arm], metrics: Sequence[Metric], name: AdapterName, policy: Policy
+) -> None:
     """Raises DesignInvalid for a policy that could not be carried out."""
-    if not 0 < alpha < 0.5:
-        raise DesignInvalid(f"alpha is {alpha}; it must be above 0 and below 0.5, such as 0.05.")
-    if on_win == "promote" and any(arm.name != name for arm in arms):
+    if not 0 < policy.alpha < 0.5:
+        raise DesignInvalid(
+            f"alpha is {policy.alpha}; it must be above 0 and below 0.5, such as 0.05."
+        )
+    if policy.on_win == "promote" and any(arm.name != name for arm in arms):
         raise DesignInvalid(
             f"Only a version of {name} can be promoted; an arm is something else. Let it tell."
         )
+    costs = any(metric.kind == "cost" for metric in metrics)
+    if costs != (policy.prices is not None):
+        raise DesignInvalid("The metric `cost` and the prices of tokens go together.")
+    _check_numbers(policy)
 
 
-def check_exposure(exposure: float) -> float:
-    if not 0 < exposure <= 1:
-        raise DesignInvalid(f"The exposure is {exposure}; it is a share above 0, up to 1.")
-    return exposure
+def _check_numbers(policy: Policy) -> None:
+    least, most = policy.least_effect, policy.max_units
+    if least is not None and not 0 < least < math.inf:
+        raise DesignInvalid(f"The least effect is {least}; it is how much better, above 0.")
+    if most is not None and most < 1:
+        raise DesignInvalid(f"The most units are {most}; it takes at least one.")
+    if not all(0 <= price < math.inf for price in policy.prices or ()):
+        raise DesignInvalid(f"The prices are {policy.prices}; they are 0 or more.")
+
+
+def read_prices(text: str) -> tuple[float, float]:
+    """Read PROMPT:GENERATED, the prices of a million tokens. Raises DesignInvalid."""
+    prompt, _, generated = text.partition(":")
+    try:
+        return float(prompt), float(generated)
+    except ValueError:
+        raise DesignInvalid(
+            f"{text!r} are no prices. Write PROMPT:GENERATED, such as 0.15:0.60, for a million "
+            "tokens of each."
+        ) from None
+
+
+def check_share(share: float, of_what: str) -> float:
+    if not 0 < share <= 1:
+        raise DesignInvalid(f"The {of_what} is {share}; it is a share above 0, up to 1.")
+    return share
+
+
+def check_holdout(share: float) -> float:
+    if not 0 <= share < 1:
+        raise DesignInvalid(f"The holdout is {share}; it is a share of 0 or more, below 1.")
+    return share

@@ -3,7 +3,8 @@
 An experiment splits the traffic of one adapter's `production` alias. The first arm is the control.
 Units outside the exposure get what production is and are not counted; inside it, the split is
 fixed, so a ramp never mixes days of different rates (see `sequential`). An arm never changes while
-the experiment runs: another split or another version is another experiment.
+the experiment runs: another split or another version is another experiment. Experiments in one
+layer share no unit: each has a slice of the layer.
 """
 
 import hashlib
@@ -15,10 +16,12 @@ from registry.adapter import AdapterName
 State = Literal["draft", "running", "paused", "stopped"]
 Role = Literal["primary", "guardrail", "signal"]
 Better = Literal["higher", "lower"]
-Kind = Literal["binary", "total", "average", "errors", "latency", "tokens"]
+Kind = Literal["binary", "total", "average", "errors", "latency", "tokens", "cost", "malformed"]
 
 FEEDBACK_KINDS = ("binary", "total", "average")
-BUILT_IN = ("errors", "latency", "tokens")  # measured by the server; named as they are
+REMARKS = ("comment", "demonstration")  # feedback in words
+# Measured by the server; named as they are.
+BUILT_IN = ("errors", "latency", "tokens", "cost", "malformed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Metric:
     errors   the share of answers that failed
     latency  the mean of ln(seconds) of an answer: skewed times are compared by their logarithm
     tokens   the mean number of generated tokens of an answer
+    cost     the mean price of an answer: its prompt and generated tokens at the policy's prices
+    malformed  the share of answers that came to their end and are not JSON
     """
 
     name: str
@@ -49,6 +54,42 @@ class Arm:
     number: int | None
     digest: str  # pinned when the experiment is made
 
+    @property
+    def version(self) -> str:
+        return f"{self.name}@v{self.number}" if self.name else "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One stage of a ramp: this exposure, held so long and until so many units took part in all."""
+
+    exposure: float
+    seconds: float = 0.0
+    units: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The units of a layer that one experiment may have: those placed from `low` up to `high`."""
+
+    layer: str
+    salt: str  # the layer's: all its experiments place units alike
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How an experiment is run and judged; fixed when it is made."""
+
+    alpha: float = 0.05  # over all looks, arms and the primary metric; as much for the guardrails
+    on_win: Literal["tell", "promote"] = "tell"
+    blind: bool = False  # the answer's headers do not say which arm it was
+    ramp: tuple[Step, ...] = ()  # moved by the server; empty for exposures that people move
+    least_effect: float | None = None  # of the primary metric: no less is worth having
+    max_units: int | None = None  # of all arms together
+    prices: tuple[float, float] | None = None  # of a million prompt and of generated tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
@@ -58,15 +99,15 @@ class Experiment:
     name: AdapterName  # whose production traffic is split
     arms: tuple[Arm, ...]
     metrics: tuple[Metric, ...]  # the first is the primary one
-    alpha: float  # over all looks, arms and the primary metric; as much again over the guardrails
-    on_win: Literal["tell", "promote"]
-    blind: bool  # the answer's headers do not say which arm it was
+    policy: Policy
+    slice: Slice | None  # None: all units
     salt: str
     state: State
     exposure: float  # share of units that take part, 0 to 1
     generation: int  # grows with every change; compare-and-set works on it
     created_at: str
     started_at: str | None
+    held_since: str | None  # when it was last started or ramped
     ended_at: str | None
 
     @property
@@ -76,6 +117,16 @@ class Experiment:
     @property
     def guardrails(self) -> tuple[Metric, ...]:
         return tuple(metric for metric in self.metrics if metric.role == "guardrail")
+
+    @property
+    def judges_format(self) -> bool:
+        return any(metric.kind == "malformed" for metric in self.metrics)
+
+    def may_have(self, key: str) -> bool:
+        """Tell whether a unit's key is in this experiment's slice of its layer."""
+        if self.slice is None:
+            return True
+        return self.slice.low <= _place(self.slice.salt, "layer", key) < self.slice.high
 
     def assign(self, unit: str) -> int | None:
         """Return the arm of a unit, or None outside the exposure. Depends on nothing else."""

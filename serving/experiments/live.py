@@ -8,6 +8,7 @@ does production that is moved by somebody else: the control would be no control 
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,12 +20,14 @@ from registry.records import Alias
 from registry.store import Registry
 from serving.experiments.decide import Verdict, decide
 from serving.experiments.experiment import Arm, Experiment, State
+from serving.experiments.ramps import describe_step, next_step
 from serving.experiments.store import Experiments
 from serving.routing import Route
 
 POLL_SECONDS = 0.25
 JUDGE_SECONDS = 1.0
 JUDGE_REST = 20  # times what a judgement took: never more than a twentieth of the time
+START_SECONDS = 10.0  # that a server waits at its start for the arms of what runs
 TAKE_UP_SECONDS = 120.0  # arms that are not ready by then cannot be served
 ACTOR = "wardrobe"  # who decides when nobody does
 
@@ -59,15 +62,21 @@ class LiveExperiments:
         self._registry = registry
         self._base = base
         self._make_ready = make_ready
-        self._running: dict[AdapterName, Running] = {}
+        # By the adapter and the experiment's id; only those of a layer are several on one adapter.
+        self._running: defaultdict[AdapterName, dict[str, Running]] = defaultdict(dict)
         self._taking: dict[str, asyncio.Task[None]] = {}  # experiment id → its arms being loaded
         self._loops: list[asyncio.Task[None]] = []
 
-    def of(self, name: AdapterName) -> Running | None:
-        """Return the experiment that splits the production traffic of an adapter."""
-        return self._running.get(name)
+    def of(self, name: AdapterName, key: str) -> Running | None:
+        """Return the experiment on an adapter that may have the unit called `key`."""
+        on_it = self._running.get(name, {}).values()
+        return next((running for running in on_it if running.experiment.may_have(key)), None)
 
     async def start(self) -> None:
+        """Take up what runs before the first request comes: whoever has an arm is to keep it."""
+        await self._survive(self._follow)
+        if self._taking:
+            await asyncio.wait(list(self._taking.values()), timeout=START_SECONDS)
         self._loops = [
             asyncio.create_task(self._repeat(self._follow, POLL_SECONDS)),
             asyncio.create_task(self._repeat(self._judge, JUDGE_SECONDS, rest=JUDGE_REST)),
@@ -99,18 +108,18 @@ class LiveExperiments:
     async def _follow(self) -> None:
         found = await asyncio.to_thread(self._store.find, ["running"])
         here = {experiment.id for experiment in found}
-        for name, known in list(self._running.items()):
-            if known.experiment.id not in here:
-                del self._running[name]
+        for known in self._running.values():
+            for experiment_id in known.keys() - here:
+                del known[experiment_id]
         for experiment_id, task in self._taking.items():
             if experiment_id not in here:
                 task.cancel()
         for experiment in found:
-            known = self._running.get(experiment.name)
+            known = self._running[experiment.name].get(experiment.id)
             if known is None and experiment.id not in self._taking:
                 self._begin(experiment)
             elif known is not None and known.experiment != experiment:  # a ramp: the same arms
-                self._running[experiment.name] = replace(known, experiment=experiment)
+                self._put(replace(known, experiment=experiment))
 
     def _begin(self, experiment: Experiment) -> None:
         """Load the arms on the side: a slow one must not keep others from being stopped."""
@@ -136,8 +145,11 @@ class LiveExperiments:
         else:
             if await asyncio.to_thread(self._store.get, experiment.id) != experiment:
                 return  # it was stopped or ramped meanwhile: the next look takes it as it is
-            self._running[experiment.name] = Running(experiment, tuple(routes))
+            self._put(Running(experiment, tuple(routes)))
             log.info("experiment=%s splits name=%s", experiment.id, experiment.name)
+
+    def _put(self, running: Running) -> None:
+        self._running[running.experiment.name][running.experiment.id] = running
 
     async def _route(self, arm: Arm) -> Route:
         if arm.name is None or arm.number is None:
@@ -154,7 +166,7 @@ class LiveExperiments:
         return Route.to(version)
 
     async def _judge(self) -> None:
-        for running in list(self._running.values()):
+        for running in [r for known in self._running.values() for r in known.values()]:
             await self._survive(partial(self._judge_one, running.experiment))
 
     async def _judge_one(self, experiment: Experiment) -> None:
@@ -162,13 +174,24 @@ class LiveExperiments:
         verdict = decide(experiment, counts)
         if verdict.action == "pause":
             await self._move(experiment, "paused", "pause", verdict.sentence, verdict)
-        elif verdict.action in ("stop harmed", "loss"):
+        elif verdict.action in ("stop harmed", "loss", "futile"):
             await self._move(experiment, "stopped", verdict.action, verdict.sentence, verdict)
-        elif verdict.action == "win" and experiment.on_win == "promote":
+        elif verdict.action == "win" and experiment.policy.on_win == "promote":
             assert verdict.winner is not None, "a win has its arm"
             await self._promote(experiment, experiment.arms[verdict.winner], verdict)
         elif moved := await asyncio.to_thread(self._moved, experiment):
             await self._move(experiment, "paused", "pause", moved, verdict)
+        else:
+            await self._ramp(experiment, verdict)
+
+    async def _ramp(self, experiment: Experiment, verdict: Verdict) -> None:
+        """Raise the exposure when the ramp's next stage is due and nothing speaks against it."""
+        units = sum(verdict.units)
+        if (step := next_step(experiment, units)) is None:
+            return
+        reason = f"The ramp's next stage, {describe_step(step)}, with {units} units so far."
+        exposure = step.exposure
+        await self._move(experiment, "running", "ramp", reason, verdict, exposure=exposure)
 
     def _moved(self, experiment: Experiment, *allowed: Arm) -> str:
         """Say why the control is no control any more; empty while production is an allowed arm."""
@@ -221,11 +244,13 @@ class LiveExperiments:
         reason: str,
         verdict: Verdict | None = None,
         also: Callable[[], None] | None = None,
+        exposure: float | None = None,
     ) -> None:
         move = partial(
             self._store.move,
             experiment,
             state,
+            exposure=exposure,
             action=action,
             actor=ACTOR,
             reason=reason,
@@ -237,4 +262,5 @@ class LiveExperiments:
             await asyncio.to_thread(move)
         except Conflict:
             return  # another server, or a person, was first; the next look shows what they did
-        self._running.pop(experiment.name, None)
+        if state != "running":
+            self._running[experiment.name].pop(experiment.id, None)

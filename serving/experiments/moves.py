@@ -1,7 +1,7 @@
 """What people may do with an experiment, and in which state."""
 
 from registry.errors import Conflict
-from serving.experiments.design import DesignInvalid, check_exposure
+from serving.experiments.design import DesignInvalid, check_share
 from serving.experiments.experiment import Experiment, State
 from serving.experiments.store import Experiments
 
@@ -44,9 +44,11 @@ def move(
 
 
 def _exposure(experiment: Experiment, action: str, wanted: float | None) -> float:
+    if wanted is None and action == "start" and not experiment.exposure and experiment.policy.ramp:
+        wanted = experiment.policy.ramp[0].exposure
     if wanted is None and (action == "ramp" or not experiment.exposure):
         raise DesignInvalid(f"{action} needs an exposure: the share of units that take part.")
-    exposure = experiment.exposure if wanted is None else check_exposure(wanted)
+    exposure = experiment.exposure if wanted is None else check_share(wanted, "exposure")
     if exposure < experiment.exposure:
         raise DesignInvalid(
             f"The exposure is {experiment.exposure:g} and can only grow: units that saw an arm "

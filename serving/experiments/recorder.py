@@ -1,7 +1,8 @@
 """Writes exposures before the first token leaves, many requests in one durable transaction.
 
 One thread writes whatever has come in since its last write, so that a busy server pays for few
-transactions and a quiet one waits for a single one.
+transactions and a quiet one waits for a single one. Nobody waits long for a database that somebody
+else holds: the request goes on without being exposed, and its row is then never written.
 """
 
 import asyncio
@@ -13,10 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from registry.errors import StoreUnavailable, WardrobeError
-from serving.experiments.store import Experiments, Exposure, Outcome
+from serving.experiments.answers import Exposure, Outcome
+from serving.experiments.store import Experiments
 
 MAX_QUEUED = 10_000
 BATCH = 500
+EXPOSE_SECONDS = 0.25  # that a request waits until its row is being written
+AGAIN_SECONDS = 1.0  # between attempts to write outcomes
 
 log = logging.getLogger("wardrobe.experiments")
 
@@ -27,6 +31,11 @@ class _Entry:
 
     row: Exposure | Outcome
     done: Callable[[WardrobeError | None], None] | None = None
+    # Whoever takes it decides: the thread that writes the row, or the request that goes without.
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self) -> bool:
+        return self.turn.acquire(blocking=False)
 
 
 @dataclass(slots=True)
@@ -36,6 +45,7 @@ class Recorder:
     store: Experiments
     _queue: "queue.Queue[_Entry | None]" = field(default_factory=lambda: queue.Queue(MAX_QUEUED))
     _thread: threading.Thread | None = None
+    _unwritten: list[_Entry] = field(default_factory=list[_Entry])  # outcomes that met a failure
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="experiments", daemon=True)
@@ -49,7 +59,11 @@ class Recorder:
             self._thread = None
 
     async def expose(self, row: Exposure) -> None:
-        """Return when the row is durable. Raises StoreUnavailable."""
+        """Return when the row is durable.
+
+        Raises StoreUnavailable when it was not; within EXPOSE_SECONDS when the database is held by
+        somebody else.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -65,10 +79,14 @@ class Recorder:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, error)
 
+        entry = _Entry(row, done)
         try:
-            self._queue.put_nowait(_Entry(row, done))
+            self._queue.put_nowait(entry)
         except queue.Full:
             raise StoreUnavailable("Too many exposures wait to be written.") from None
+        await asyncio.wait([future], timeout=EXPOSE_SECONDS)
+        if not future.done() and entry.take():
+            raise StoreUnavailable(f"The database was not free within {EXPOSE_SECONDS:g} seconds.")
         await future
 
     def end(self, row: Outcome) -> None:
@@ -83,15 +101,20 @@ class Recorder:
         while going:
             batch = self._take()
             going = None not in batch
-            entries = [entry for entry in batch if entry is not None]
+            entries = self._unwritten + [entry for entry in batch if entry is not None]
             error = self._write(entries)
+            free_again = isinstance(error, StoreUnavailable)  # what is refused stays refused
+            self._unwritten = self._left(entries) if free_again else []
             for entry in entries:
                 if entry.done is not None:
                     entry.done(error)
 
     def _take(self) -> list[_Entry | None]:
         """Wait for one entry, then take what else is there."""
-        batch = [self._queue.get()]
+        try:
+            batch = [self._queue.get(timeout=AGAIN_SECONDS if self._unwritten else None)]
+        except queue.Empty:
+            return []  # for another attempt
         while len(batch) < BATCH and batch[-1] is not None:
             try:
                 batch.append(self._queue.get_nowait())
@@ -99,11 +122,20 @@ class Recorder:
                 break
         return batch
 
+    def _left(self, entries: list[_Entry]) -> list[_Entry]:
+        """Return the outcomes to try again; exposures have no second chance."""
+        ended = [entry for entry in entries if isinstance(entry.row, Outcome)]
+        if len(ended) > MAX_QUEUED:
+            log.error("the outcomes of %d answers are lost", len(ended) - MAX_QUEUED)
+        return ended[:MAX_QUEUED]
+
     def _write(self, entries: list[_Entry]) -> WardrobeError | None:
-        exposed = [entry.row for entry in entries if isinstance(entry.row, Exposure)]
         ended = [entry.row for entry in entries if isinstance(entry.row, Outcome)]
         try:
-            self.store.record(exposed, ended)
+            with self.store.recording() as write:
+                waited = [entry for entry in entries if entry.done is not None and entry.take()]
+                exposed = [entry.row for entry in waited if isinstance(entry.row, Exposure)]
+                write(exposed, ended)
         except WardrobeError as error:
             log.error("exposures could not be written: %s", error.message)
             return error

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 TAU = 0.1  # standard deviation of the standardised effect expected beforehand: effects are small
 MIN_UNITS = 100  # of each arm, before a mean is judged; the t form is asymptotic
@@ -174,17 +175,22 @@ def _alternatives(share: float) -> tuple[tuple[float, float], ...]:
     return tuple(pairs)
 
 
-def units_for(effect: float, deviation: float, share: float, alpha: float) -> int:
-    """Return how many units in both arms narrow the interval to ± `effect`.
+def units_for(
+    effect: float, deviation: float, share: float, alpha: float, power: float = 0.5
+) -> int:
+    """Return how many units in both arms show a true difference of `effect`, with this chance.
 
-    That many show a true difference of this size about every second time. `deviation` is a unit's
-    standard deviation (√(p(1−p)) for a share p), `share` the second arm's part of the units.
+    At 0.5 that is where the interval is ± `effect`. It is the chance at one look with so many
+    units; those before it only add to it. `deviation` is a unit's standard deviation (√(p(1−p))
+    for a share p), `share` the second arm's part of the units.
     """
+    luck = NormalDist().inv_cdf(power)  # standard errors that the difference may fall short by
     low, high = 2 * MIN_UNITS, 10**12
     while low < high:
         n = (low + high) // 2
         n2 = n * share
         k = 1 + TAU * TAU * (n - n2) * n2 / n
         variance = deviation**2 * (1 / n2 + 1 / (n - n2))
-        low, high = (low, n) if _half_width(variance, n - 2, k, alpha) <= effect else (n + 1, high)
+        needed = _half_width(variance, n - 2, k, alpha) + luck * math.sqrt(variance)
+        low, high = (low, n) if needed <= effect else (n + 1, high)
     return low

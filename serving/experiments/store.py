@@ -1,67 +1,51 @@
-"""Experiments on disk: their design and state, who was exposed, what came of it."""
+"""Experiments on disk: their life cycle and log; what was answered is in `answers`."""
 
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 from filelock import FileLock
-from sqlalchemy import Connection, Row, func, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy import Connection, func, insert, select, update
 
 from registry.adapter import AdapterName
 from registry.database import Database, now
-from registry.errors import Conflict, NotFound, WardrobeError
-from serving.experiments.experiment import BUILT_IN, Arm, Experiment, Metric, State
-from serving.experiments.sequential import Sums
-from serving.experiments.sums import sums_of
+from registry.errors import Conflict
+from serving.experiments.answers import (
+    Counts,
+    Coverage,
+    Exposure,
+    Outcome,
+    count_arms,
+    cover_arms,
+    keyed_share,
+    write_answers,
+)
+from serving.experiments.codec import get_experiment, read_experiment, write_design
+from serving.experiments.experiment import Arm, Experiment, Metric, Policy, State
+from serving.experiments.feedback import (
+    Demonstration,
+    comments_of,
+    read_demonstrations,
+    write_remark,
+    write_value,
+)
+from serving.experiments.layers import Layer, add_layer, read_layer, take_slice
+from serving.experiments.outbox import Outbox
 from serving.experiments.tables import (
     SCHEMA,
     decisions,
+    deliveries,
     experiments,
-    exposures,
-    feedback,
-    feedback_log,
-    outcomes,
 )
 
 ACTIVE = ("running", "paused")
 MAX_OPEN = 100  # experiments of one tenant that are not stopped
-
-
-class ExperimentNotFound(NotFound):
-    """No experiment, or none that this caller may know of."""
-
-    code = "experiment_not_found"
-
-
-class FeedbackInvalid(WardrobeError):
-    code = "feedback_invalid"
-
-
-@dataclass(frozen=True, slots=True)
-class Exposure:
-    """One answer that a unit of an experiment is about to get."""
-
-    request_id: str
-    experiment: str
-    arm: int
-    unit: str
-    tenant: str
-    keyed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How an exposed answer ended."""
-
-    request_id: str
-    failed: bool
-    seconds: float
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +57,7 @@ class Decision:
     actor: str
     reason: str
     numbers: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """The sums of one arm: how many units and answers, and each metric by its name."""
-
-    units: int
-    answers: int
-    metrics: dict[str, Sums]
+    webhook: str = ""  # what became of telling it; empty where nobody was to be told
 
 
 class Experiments:
@@ -92,6 +68,8 @@ class Experiments:
         with FileLock(home / ".experiments.lock"):
             self._database = Database(f"sqlite:///{home / 'experiments.sqlite'}", SCHEMA)
             self._database.prepare()
+        self.outbox = Outbox(self._database)
+        self._writing = threading.Lock()
 
     def close(self) -> None:
         self._database.close()
@@ -107,6 +85,16 @@ class Experiments:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def _write(self) -> Generator[Connection]:
+        """Begin a transaction in turn with the other threads.
+
+        SQLite lets a second writer sleep and look again, longer and longer: beside a stream of
+        feedback an exposure would not get in for seconds.
+        """
+        with self._writing, self._database.write() as connection:
+            yield connection
+
     # Life cycle
 
     def create(
@@ -114,44 +102,38 @@ class Experiments:
         name: AdapterName,
         arms: Sequence[Arm],
         metrics: Sequence[Metric],
+        policy: Policy,
         *,
-        alpha: float,
-        on_win: str,
-        blind: bool,
+        layer: tuple[str, float] | None = None,
         actor: str,
     ) -> Experiment:
         """Write the design of an experiment down. It runs when it is started.
 
-        Raises Conflict when the tenant has MAX_OPEN of them already.
+        `layer` is the name of one and the share of its units that the experiment gets. Raises
+        Conflict when the tenant has MAX_OPEN of them already or the layer has no such part free.
         """
-        design = {
-            "arms": [_plain_arm(arm) for arm in arms],
-            "metrics": [asdict(metric) for metric in metrics],
-            "alpha": alpha,
-            "on_win": on_win,
-            "blind": blind,
-            "salt": secrets.token_hex(16),
-        }
         row = {
             "id": f"exp_{secrets.token_hex(6)}",
             "namespace": name.namespace,
             "name": name.name,
-            "design": design,
             "state": "draft",
             "exposure": 0.0,
             "generation": 1,
             "created_at": now(),
         }
-        with self._database.write() as connection:
+        salt = secrets.token_hex(16)
+        with self._write() as connection:
             _refuse_too_many(connection, name.namespace)
-            connection.execute(insert(experiments).values(**row))
+            part = take_slice(connection, name.namespace, *layer) if layer else None
+            design = write_design(arms, metrics, policy, part, salt)
+            connection.execute(insert(experiments).values(**row, design=design))
             _log(connection, row["id"], "create", actor, "", {})
-            return _get(connection, row["id"])
+            return get_experiment(connection, row["id"])
 
     def get(self, experiment_id: str) -> Experiment:
         """Raises NotFound."""
         with self._database.read() as connection:
-            return _get(connection, experiment_id)
+            return get_experiment(connection, experiment_id)
 
     def find(
         self, states: Sequence[State] | None = None, namespace: str | None = None
@@ -163,7 +145,7 @@ class Experiments:
         if namespace is not None:
             query = query.where(experiments.c.namespace == namespace)
         with self._database.read() as connection:
-            return [_experiment(row) for row in connection.execute(query)]
+            return [read_experiment(row) for row in connection.execute(query)]
 
     def move(
         self,
@@ -184,7 +166,7 @@ class Experiments:
         experiment; what it raises undoes the move.
         """
         after = exposure if exposure is not None else experiment.exposure
-        with self._database.write() as connection:
+        with self._write() as connection:
             if state in ACTIVE:
                 _refuse_second(connection, experiment)
             changed = connection.execute(
@@ -198,6 +180,7 @@ class Experiments:
                     exposure=after,
                     generation=experiment.generation + 1,
                     started_at=experiment.started_at or (now() if state == "running" else None),
+                    held_since=now() if state == "running" else experiment.held_since,
                     ended_at=now() if state == "stopped" else None,
                 )
             )
@@ -206,33 +189,56 @@ class Experiments:
             _log(connection, experiment.id, action, actor, reason, numbers or {})
             if also is not None:
                 also()
-            return _get(connection, experiment.id)
+            return get_experiment(connection, experiment.id)
 
     def decisions(self, experiment_id: str) -> list[Decision]:
         """Return the log, oldest first. Raises NotFound."""
+        told = decisions.outerjoin(deliveries, deliveries.c.decision == decisions.c.seq)
         query = (
-            select(decisions)
+            select(decisions, deliveries.c.state, deliveries.c.error)
+            .select_from(told)
             .where(decisions.c.experiment == experiment_id)
             .order_by(decisions.c.seq)
         )
         with self._database.read() as connection:
-            _get(connection, experiment_id)
+            get_experiment(connection, experiment_id)
             return [
-                Decision(row.at, row.action, row.actor, row.reason, row.numbers)
+                Decision(
+                    row.at,
+                    row.action,
+                    row.actor,
+                    row.reason,
+                    row.numbers,
+                    ": ".join(filter(None, (row.state, row.error))),
+                )
                 for row in connection.execute(query)
             ]
 
+    def add_layer(self, namespace: str, name: str, holdout: float) -> Layer:
+        """Raises Conflict."""
+        with self._write() as connection:
+            return add_layer(connection, namespace, name, holdout)
+
+    def layer(self, namespace: str, name: str) -> Layer:
+        """Raises NotFound."""
+        with self._database.read() as connection:
+            return read_layer(connection, namespace, name)
+
     # What happened
+
+    @contextmanager
+    def recording(self) -> Generator[Callable[[Sequence[Exposure], Sequence[Outcome]], None]]:
+        """Wait for the database, then take rows; they are durable when the block has ended.
+
+        Idempotent: a row that is there stays.
+        """
+        with self._write() as connection:
+            yield partial(write_answers, connection)
 
     def record(self, exposed: Sequence[Exposure], ended: Sequence[Outcome]) -> None:
         """Write many rows in one transaction; durable when this returns. Idempotent."""
-        with self._database.write() as connection:
-            if exposed:
-                rows = [{**asdict(row), "at": now()} for row in exposed]
-                connection.execute(upsert(exposures).on_conflict_do_nothing(), rows)
-            if ended:
-                rows = [asdict(row) for row in ended]
-                connection.execute(upsert(outcomes).on_conflict_do_nothing(), rows)
+        with self.recording() as write:
+            write(exposed, ended)
 
     def give_feedback(
         self, request_id: str, metric: str, value: float, *, tenant: str | None, key: str | None
@@ -242,50 +248,47 @@ class Experiments:
         With `key`, sending the metric again changes nothing: False. `tenant` None is the operator.
         Raises NotFound for an answer that is in no experiment, or is another tenant's.
         """
-        with self._database.write() as connection:
-            experiment = _experiment_of(connection, request_id, tenant)
-            _check_metric(experiment, metric, value)
-            once = {"request_id": request_id, "metric": metric, "value": value, "at": now()}
-            written = connection.execute(
-                upsert(feedback_log).on_conflict_do_nothing().values(**once, key=key)
+        with self._write() as connection:
+            return write_value(connection, request_id, metric, value, tenant=tenant, key=key)
+
+    def give_words(
+        self,
+        request_id: str,
+        kind: str,
+        text: str,
+        messages: Sequence[dict[str, str]],
+        *,
+        tenant: str | None,
+        key: str | None,
+    ) -> bool:
+        """Record a comment, or a demonstration with what was asked. As `give_feedback`."""
+        with self._write() as connection:
+            return write_remark(
+                connection, request_id, kind, text, messages, tenant=tenant, key=key
             )
-            if written.rowcount == 0:
-                return False
-            latest = upsert(feedback).values(**once)
-            same = [feedback.c.request_id, feedback.c.metric]
-            replaced = {"value": latest.excluded.value, "at": latest.excluded.at}
-            connection.execute(latest.on_conflict_do_update(index_elements=same, set_=replaced))
-            return True
+
+    def demonstrations(self, name: AdapterName) -> list[Demonstration]:
+        with self._database.read() as connection:
+            return read_demonstrations(connection, name)
+
+    def comments(self, experiment: Experiment) -> list[dict[str, Any]]:
+        with self._database.read() as connection:
+            return comments_of(connection, experiment)
 
     def counts(self, experiment: Experiment) -> list[Counts]:
         """Return what every arm adds up to, one term for each unit."""
         with self._database.read() as connection:
-            sizes = _sizes(connection, experiment)
-            metrics = {m.name: sums_of(connection, experiment, m) for m in experiment.metrics}
-        return [
-            Counts(*sizes.get(arm, (0, 0)), {name: by[arm] for name, by in metrics.items()})
-            for arm in range(len(experiment.arms))
-        ]
+            return count_arms(connection, experiment)
+
+    def coverage(self, experiment: Experiment) -> list[Coverage]:
+        """Return, for every arm, how much of what was to be known of its answers is."""
+        with self._database.read() as connection:
+            return cover_arms(connection, experiment)
 
     def keyed_share(self, experiment: Experiment) -> float:
         """Return the share of answers whose unit was named by the client; 1 before the first."""
-        query = select(func.avg(exposures.c.keyed)).where(exposures.c.experiment == experiment.id)
         with self._database.read() as connection:
-            share = connection.execute(query).scalar()
-        return 1.0 if share is None else float(share)
-
-
-def _sizes(connection: Connection, experiment: Experiment) -> dict[int, tuple[int, int]]:
-    query = (
-        select(
-            exposures.c.arm,
-            func.count(func.distinct(exposures.c.unit)),
-            func.count(),
-        )
-        .where(exposures.c.experiment == experiment.id)
-        .group_by(exposures.c.arm)
-    )
-    return {arm: (units, answers) for arm, units, answers in connection.execute(query)}
+            return keyed_share(connection, experiment)
 
 
 def _refuse_too_many(connection: Connection, namespace: str) -> None:
@@ -299,75 +302,23 @@ def _refuse_too_many(connection: Connection, namespace: str) -> None:
 
 
 def _refuse_second(connection: Connection, experiment: Experiment) -> None:
-    """Two experiments on one adapter would be in each other's traffic."""
-    query = select(experiments.c.id).where(
+    """Two experiments on one adapter would be in each other's traffic, but for those of a layer."""
+    query = select(experiments).where(
         experiments.c.namespace == experiment.name.namespace,
         experiments.c.name == experiment.name.name,
         experiments.c.state.in_(ACTIVE),
         experiments.c.id != experiment.id,
     )
-    if other := connection.execute(query).scalar():
-        raise Conflict(f"{other} splits the traffic of {experiment.name} or is paused. Stop it.")
+    for other in map(read_experiment, connection.execute(query)):
+        if _layer(other) is None or _layer(other) != _layer(experiment):
+            raise Conflict(
+                f"{other.id} splits the traffic of {experiment.name} or is paused. Stop it, or "
+                "make both in one layer."
+            )
 
 
-def _experiment_of(connection: Connection, request_id: str, tenant: str | None) -> Experiment:
-    query = select(exposures).where(exposures.c.request_id == request_id)
-    row = connection.execute(query).first()
-    if row is None or (tenant is not None and row.tenant != tenant):
-        raise ExperimentNotFound(f"No experiment knows an answer {request_id!r}.")
-    return _get(connection, row.experiment)
-
-
-def _check_metric(experiment: Experiment, name: str, value: float) -> None:
-    taken = {m.name: m for m in experiment.metrics if m.name not in BUILT_IN}
-    if name not in taken:
-        known = ", ".join(taken) or "none"
-        raise ExperimentNotFound(f"{experiment.id} takes no feedback {name!r}. It takes: {known}.")
-    if taken[name].kind == "binary" and value not in (0.0, 1.0):
-        raise FeedbackInvalid(f"{name} is 0 or 1, and {value} was sent.")
-
-
-def _get(connection: Connection, experiment_id: str) -> Experiment:
-    query = select(experiments).where(experiments.c.id == experiment_id)
-    row = connection.execute(query).first()
-    if row is None:
-        raise no_experiment(experiment_id)
-    return _experiment(row)
-
-
-def no_experiment(experiment_id: str) -> ExperimentNotFound:
-    return ExperimentNotFound(
-        f"There is no experiment {experiment_id!r}. See: wardrobe experiment list"
-    )
-
-
-def _experiment(row: Row[Any]) -> Experiment:
-    design = row.design
-    return Experiment(
-        id=row.id,
-        name=AdapterName(row.namespace, row.name),
-        arms=tuple(_arm(arm) for arm in design["arms"]),
-        metrics=tuple(msgspec.convert(metric, Metric) for metric in design["metrics"]),
-        alpha=design["alpha"],
-        on_win=design["on_win"],
-        blind=design["blind"],
-        salt=design["salt"],
-        state=row.state,
-        exposure=row.exposure,
-        generation=row.generation,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-    )
-
-
-def _plain_arm(arm: Arm) -> dict[str, Any]:
-    return {**asdict(arm), "name": str(arm.name) if arm.name else None}
-
-
-def _arm(value: dict[str, Any]) -> Arm:
-    name = AdapterName.parse(value["name"]) if value["name"] else None
-    return replace(msgspec.convert({**value, "name": None}, Arm), name=name)
+def _layer(experiment: Experiment) -> str | None:
+    return experiment.slice.layer if experiment.slice else None
 
 
 def _log(

@@ -15,7 +15,7 @@ from serving.experiments.tables import exposures, feedback, outcomes
 
 def sums_of(connection: Connection, experiment: Experiment, metric: Metric) -> dict[int, Sums]:
     """Return arm → sums; an arm without units has zeros."""
-    source, y, x = _parts(metric)
+    source, y, x = _parts(experiment, metric)
     units = (
         select(exposures.c.arm, y.label("y"), x.label("x"))
         .select_from(source)
@@ -32,7 +32,9 @@ def sums_of(connection: Connection, experiment: Experiment, metric: Metric) -> d
     return {arm: found.get(arm, Sums(0)) for arm in range(len(experiment.arms))}
 
 
-def _parts(metric: Metric) -> tuple[FromClause, ColumnElement[Any], ColumnElement[Any]]:
+def _parts(
+    experiment: Experiment, metric: Metric
+) -> tuple[FromClause, ColumnElement[Any], ColumnElement[Any]]:
     """Return the joined rows, and a unit's numerator and denominator over its answers."""
     if metric.kind in ("binary", "total", "average"):
         same = (feedback.c.request_id == exposures.c.request_id) & (
@@ -46,9 +48,12 @@ def _parts(metric: Metric) -> tuple[FromClause, ColumnElement[Any], ColumnElemen
         return source, total, literal(1.0) if metric.kind == "total" else func.count(value)
     same = outcomes.c.request_id == exposures.c.request_id
     source = exposures.outerjoin(outcomes, same)
+    prompt, generated = experiment.policy.prices or (0.0, 0.0)
     value = {
         "errors": case((outcomes.c.failed, 1.0), else_=0.0),
         "latency": func.ln(outcomes.c.seconds),
         "tokens": outcomes.c.tokens,
+        "cost": (outcomes.c.prompt_tokens * prompt + outcomes.c.tokens * generated) / 1e6,
+        "malformed": case((outcomes.c.malformed, 1.0), else_=0.0),
     }[metric.kind]
     return source, func.coalesce(func.sum(value), 0.0), func.count(outcomes.c.request_id)

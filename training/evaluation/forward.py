@@ -1,9 +1,11 @@
 """What a model expects of given text: forward passes through transformers and PEFT, no sampling.
 
-One row at a time: no padding beside it changes a bit, so equal models give equal bits.
+Where bits are compared, one row at a time: nothing beside it changes a bit, so equal models give
+equal bits. Where sums are wanted, several at once: the models are causal, so what is put behind a
+row to make it as long as the others reaches none of its tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 
 from registry.base import BaseModel
 from training.model import Hardware, load_base, peft_without_advice
 from training.progress import own_progress_only
+
+PADDING = 0  # any token will do
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,20 @@ class Reader:
         """Return the sum of −log p over the tokens that count, in nats."""
         targets = torch.tensor(row.ids[row.start :])[:, None]
         return -float(self.log_probs(row).gather(1, targets).sum())
+
+    def losses(self, rows: Sequence[Row]) -> list[float]:
+        """Return the `loss` of each row of one batch; equal to it but for rounding."""
+        longest = max(len(row.ids) for row in rows)
+        padded = [row.ids + (PADDING,) * (longest - len(row.ids)) for row in rows]
+        with torch.inference_mode():
+            ids = torch.tensor(padded, device=self.model.device)
+            logits = self.model(input_ids=ids).logits[:, -longest:]  # virtual tokens left out
+            return [self._loss(row, of_row) for row, of_row in zip(rows, logits, strict=True)]
+
+    def _loss(self, row: Row, logits: torch.Tensor) -> float:
+        counting = logits[row.start - 1 : len(row.ids) - 1].float()
+        targets = torch.tensor(row.ids[row.start :], device=counting.device)
+        return float(cross_entropy(counting, targets, reduction="sum"))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Loss on held-out answers: how many nats a token of the expected answer costs a variant."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from training.data.examples import Example
@@ -10,6 +10,8 @@ from training.evaluation.statistics import Loss, mean_loss
 from training.model import Hardware
 from training.progress import Progress, Report
 from training.prompt import Prompter
+
+MAX_TOKENS = 1024  # of a batch with its padding: each has a logit for every word of the vocabulary
 
 
 def held_out_loss(
@@ -22,11 +24,26 @@ def held_out_loss(
 ) -> Loss:
     """Return the loss of the expected answers, their end included, as training computes it."""
     asking = replace(prompter, system=variant.system)
-    sums: list[tuple[float, int]] = []
+    rows: list[Row] = []
+    for example in held_out:
+        prompt = asking.prompt_ids(variant.turns(example))
+        rows.append(Row(prompt + prompter.completion_ids(example.completion), len(prompt)))
+    nats: dict[int, float] = {}
     with load_reader(variant.model, variant.adapter, hardware) as reader:
-        for number, example in enumerate(held_out, start=1):
-            prompt = asking.prompt_ids(variant.turns(example))
-            row = Row(prompt + prompter.completion_ids(example.completion), len(prompt))
-            sums.append((reader.loss(row), len(row.ids) - row.start))
-            progress(Progress("evaluate", number, len(held_out), f"loss, {variant.name}"))
+        for batch in _batches(rows):
+            nats |= zip(batch, reader.losses([rows[number] for number in batch]), strict=True)
+            progress(Progress("evaluate", len(nats), len(rows), f"loss, {variant.name}"))
+    sums = [(nats[number], len(row.ids) - row.start) for number, row in enumerate(rows)]
     return mean_loss(sums, [example.group for example in held_out])
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Yield the numbers of rows, those of like length together, MAX_TOKENS at most in a batch."""
+    batch: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        if batch and (len(batch) + 1) * len(rows[number].ids) > MAX_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch

@@ -4,22 +4,24 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from registry.adapter import AdapterName
 from registry.errors import Conflict, NotFound
+from serving.experiments.answers import Exposure, Outcome
 from serving.experiments.decide import decide
 from serving.experiments.design import DesignInvalid, make_metrics
-from serving.experiments.experiment import Arm, Experiment, unit_of
+from serving.experiments.experiment import Arm, Experiment, Policy, Step, unit_of
+from serving.experiments.feedback import FeedbackInvalid
 from serving.experiments.moves import move
-from serving.experiments.store import (
-    Experiments,
-    Exposure,
-    FeedbackInvalid,
-    Outcome,
-)
+from serving.experiments.power import estimate
+from serving.experiments.ramps import next_step, read_ramp
+from serving.experiments.sequential import Sums, compare
+from serving.experiments.store import Experiments
 
 NAME = AdapterName("acme", "support")
 ARMS = (Arm("control", 0.5, NAME, 1, "a" * 64), Arm("treatment", 0.5, NAME, 2, "b" * 64))
@@ -33,8 +35,8 @@ def store(tmp_path: Path) -> Iterator[Experiments]:
 
 def created(store: Experiments, arms: tuple[Arm, ...] = ARMS, **changes: object) -> Experiment:
     metrics = make_metrics("solved:binary", ["errors", "angry:binary:lower"], ["stars:average"])
-    design = {"alpha": 0.05, "on_win": "tell", "blind": False, "actor": "test"} | changes
-    return store.create(NAME, arms, metrics, **design)  # type: ignore[arg-type]  # as given above
+    policy = Policy(**changes)  # type: ignore[arg-type]  # as the tests give them
+    return store.create(NAME, arms, metrics, policy, actor="test")
 
 
 def started(store: Experiments, exposure: float = 1.0, **changes: object) -> Experiment:
@@ -210,18 +212,14 @@ def test_an_idempotency_key_is_of_one_metric(store: Experiments) -> None:
 
 def test_a_metric_may_be_called_as_its_kind(store: Experiments) -> None:
     metrics = make_metrics("binary:binary", ["errors"], [])
-    experiment = store.create(
-        NAME, ARMS, metrics, alpha=0.05, on_win="tell", blind=False, actor="test"
-    )
+    experiment = store.create(NAME, ARMS, metrics, Policy(), actor="test")
     (request_id,) = expose(store, experiment, 0, "u")
     assert feed(store, request_id, "binary", 1)
 
 
 def test_times_and_tokens_are_means_over_the_answers_of_a_unit(store: Experiments) -> None:
     metrics = make_metrics("latency", ["errors"], ["tokens"])
-    experiment = store.create(
-        NAME, ARMS, metrics, alpha=0.05, on_win="tell", blind=False, actor="test"
-    )
+    experiment = store.create(NAME, ARMS, metrics, Policy(), actor="test")
     ids = expose(store, experiment, 0, "u", answers=2)
     rows = [Exposure(f"{i}x", experiment.id, 0, "v", "acme", True) for i in ids]
     store.record(rows, [Outcome(f"{ids[0]}x", False, math.e**3, 40)])
@@ -355,6 +353,123 @@ def test_a_split_that_is_not_what_was_meant_pauses_everything(store: Experiments
     verdict = decide(experiment, store.counts(experiment))
     assert (verdict.action, verdict.mismatch) == ("pause", True)
     assert "240 : 100" in verdict.sentence
+
+
+def test_a_test_that_cannot_pay_is_ended(store: Experiments) -> None:
+    experiment = started(store, least_effect=0.2)
+    fill(store, experiment, 0, 300, solved=150)
+    fill(store, experiment, 1, 300, solved=151)
+    verdict = decide(experiment, store.counts(experiment))
+    assert (verdict.action, "better by 0.2" in verdict.sentence) == ("futile", True)
+    small = replace(experiment, policy=Policy(least_effect=0.005))
+    assert decide(small, store.counts(experiment)).action == "go on"
+    ended = replace(experiment, policy=Policy(max_units=600))
+    verdict = decide(ended, store.counts(experiment))
+    assert (verdict.action, "600 units, the most" in verdict.sentence) == ("futile", True)
+    longer = replace(experiment, policy=Policy(max_units=601))
+    assert decide(longer, store.counts(experiment)).action == "go on"
+
+
+# Ramps
+
+
+def test_a_ramp_is_held_for_its_time_and_its_units(store: Experiments) -> None:
+    experiment = started(store, exposure=0.02, ramp=read_ramp(["0.02:1h:500", "0.2:30m", "1"]))
+    assert experiment.held_since is not None
+    since = datetime.fromisoformat(experiment.held_since)
+    soon, later = since + timedelta(minutes=59), since + timedelta(minutes=60)
+    assert next_step(experiment, 10_000, soon) is None
+    assert next_step(experiment, 499, later) is None
+    assert next_step(experiment, 500, later) == Step(0.2, 1800.0, 0)
+    for state in ("paused", "stopped"):
+        assert next_step(replace(experiment, state=state), 500, later) is None
+    assert next_step(replace(experiment, exposure=1.0), 500, later) is None
+
+
+def test_a_person_may_go_ahead_of_a_ramp(store: Experiments) -> None:
+    experiment = started(store, exposure=0.02, ramp=read_ramp(["0.02:1h", "0.2:1h", "1"]))
+    between = move(store, experiment, "ramp", exposure=0.5, actor="ann", reason="it looks well")
+    assert between.held_since is not None
+    later = datetime.fromisoformat(between.held_since) + timedelta(hours=1)
+    assert next_step(between, 0, later) == Step(1.0)
+
+
+def test_a_pause_begins_the_hold_again(store: Experiments) -> None:
+    experiment = started(store, exposure=0.02, ramp=read_ramp(["0.02:1h", "1"]))
+    paused = move(store, experiment, "pause", exposure=None, actor="ann", reason="a look")
+    again = move(store, paused, "start", exposure=None, actor="ann", reason="go on")
+    assert paused.held_since == experiment.held_since
+    assert again.held_since is not None
+    assert again.held_since >= (experiment.held_since or "")
+
+
+# Power
+
+
+def test_a_test_of_the_estimated_size_finds_the_effect_four_times_of_five(
+    store: Experiments,
+) -> None:
+    experiment = created(store)
+    needed = estimate(experiment, units_per_day=100, effect=0.1, baseline=0.3)
+    assert needed.days == pytest.approx(needed.units / 100)
+    rng = np.random.default_rng(5)
+    half, found, runs = needed.units // 2, 0, 2000
+    for a, b in zip(rng.binomial(half, 0.3, runs), rng.binomial(half, 0.4, runs), strict=True):
+        first, second = Sums.of_means(half, a, a), Sums.of_means(half, b, b)
+        found += compare(first, second, experiment.policy.alpha).low > 0
+    assert 0.78 <= found / runs <= 0.84, "at this one look; those before it add to it"
+
+
+def test_an_experiment_with_a_ramp_and_a_slice_takes_longer(store: Experiments) -> None:
+    store.add_layer("acme", "main", 0.0)
+    metrics = make_metrics("solved:binary", ["errors"], [])
+    policy = Policy(ramp=read_ramp(["0.1:2d", "1"]), least_effect=0.1)
+    experiment = store.create(NAME, ARMS, metrics, policy, layer=("main", 0.5), actor="test")
+    found = estimate(experiment, units_per_day=200, baseline=0.3)
+    assert found.days == pytest.approx(2 + (found.units - 20) / 100)
+
+
+# Layers
+
+
+def test_slices_of_a_layer_fit_beside_each_other_and_into_what_was_left(
+    store: Experiments,
+) -> None:
+    store.add_layer("acme", "main", 0.1)
+    metrics = make_metrics("solved:binary", ["errors"], [])
+
+    def make(share: float) -> Experiment:
+        return store.create(NAME, ARMS, metrics, Policy(), layer=("main", share), actor="test")
+
+    made = [make(0.3), make(0.3), make(0.3)]
+    keys = [f"acme\x1fuser {number}" for number in range(3000)]
+    places = Counter(tuple(experiment.may_have(key) for experiment in made) for key in keys)
+    assert set(places) == {(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)}
+    assert places[False, False, False] == pytest.approx(300, abs=4 * math.sqrt(3000 * 0.09))
+    with pytest.raises(Conflict, match="free part"):
+        make(0.01)
+    move(store, made[1], "stop", exposure=None, actor="t", reason="x")
+    assert store.layer("acme", "main").free == [(0.3, 0.6)]
+    again = make(0.2)
+    assert again.slice is not None
+    assert (again.slice.low, again.slice.high) == (0.3, 0.5)
+    with pytest.raises(NotFound, match="layer create"):
+        store.create(NAME, ARMS, metrics, Policy(), layer=("other", 0.1), actor="test")
+    with pytest.raises(Conflict, match="never changes"):
+        store.add_layer("acme", "main", 0.5)
+
+
+def test_only_experiments_of_one_layer_run_on_an_adapter_at_once(store: Experiments) -> None:
+    store.add_layer("acme", "main", 0.0)
+    metrics = make_metrics("solved:binary", ["errors"], [])
+    one, two = (
+        store.create(NAME, ARMS, metrics, Policy(), layer=("main", 0.5), actor="t")
+        for _ in range(2)
+    )
+    for experiment in (one, two):
+        move(store, experiment, "start", exposure=1, actor="t", reason="x")
+    with pytest.raises(Conflict, match="in one layer"):
+        move(store, created(store), "start", exposure=1, actor="t", reason="x")
 
 
 @pytest.mark.parametrize(

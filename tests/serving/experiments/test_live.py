@@ -1,5 +1,6 @@
 """Experiments on a running server: real requests, real feedback, and what is done about it."""
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,15 +11,16 @@ import pytest
 
 from registry.adapter import AdapterName
 from serving.experiments import live as live_experiments
+from serving.experiments.answers import Counts
 from serving.experiments.decide import Verdict
 from serving.experiments.experiment import Experiment
 from serving.experiments.live import POLL_SECONDS
-from serving.experiments.store import Counts, Experiments
+from serving.experiments.store import Experiments
 from serving.tenants.keys import SCOPES, add_key
 from serving.tokens import Tokens
 from tests.registry.making import make_adapter
 from tests.serving.live import CHAT, NAME, Running, Wardrobe, running
-from tests.serving.scripted import ScriptedEngine
+from tests.serving.scripted import ScriptedEngine, says
 from tests.serving.test_prompt_versions import push_prompt
 
 OTHER = AdapterName("acme", "other")
@@ -36,8 +38,13 @@ def client(live: Running, wardrobe: Wardrobe) -> Iterator[httpx.Client]:
         yield client
 
 
-def ask(client: httpx.Client, unit: str | None = None, **fields: Any) -> httpx.Response:
-    headers = {"x-unit-key": unit} if unit else {}
+def ask(
+    client: httpx.Client,
+    unit: str | None = None,
+    headers: dict[str, str] | None = None,
+    **fields: Any,
+) -> httpx.Response:
+    headers = (headers or {}) | ({"x-unit-key": unit} if unit else {})
     body = CHAT | {"model": "acme/support", "max_tokens": 12} | fields
     return client.post("/v1/chat/completions", json=body, headers=headers)
 
@@ -47,7 +54,8 @@ def start(client: httpx.Client, exposure: float = 1.0, **design: Any) -> str:
     assert made.status_code == 201, made.text
     experiment = made.json()["id"]
     act(client, experiment, "start", exposure=exposure)
-    wait_for(lambda: "x-experiment" in ask(client, "waiting").headers or exposure < 1)
+    everybody = exposure == 1 and "layer" not in design
+    wait_for(lambda: not everybody or "x-experiment" in ask(client, "waiting").headers)
     return experiment
 
 
@@ -187,16 +195,16 @@ def test_a_blind_arm_that_refuses_does_not_say_its_name(
 def test_a_bad_version_is_taken_back_by_itself_and_no_request_fails(
     wardrobe: Wardrobe, tokens: Tokens
 ) -> None:
-    """A tenth of the users meet a version that fails half of its answers."""
+    """A tenth of the users take part; half of them meet a version that makes everybody angry."""
     wardrobe.push()
     bad = wardrobe.push(promote=False)
     engine = ScriptedEngine()
     with running(wardrobe, tokens, engine) as live:
         headers = {"authorization": f"Bearer {live.key}"}
         with httpx.Client(base_url=live.url, headers=headers, timeout=30) as client:
-            experiment = start(client, 0.5, guardrails=["angry:binary:lower"])
+            experiment = start(client, 0.1, guardrails=["angry:binary:lower"])
             harmed = 0
-            for number in range(600):
+            for number in range(1500):
                 answer = ask(client, f"user {number}")
                 assert answer.status_code == 200
                 if "x-arm" not in answer.headers:
@@ -206,7 +214,7 @@ def test_a_bad_version_is_taken_back_by_itself_and_no_request_fails(
                 harmed += angry
                 said = {"request_id": answer.headers["x-request-id"], "metric": "angry"}
                 client.post("/v1/feedback", json=said | {"value": int(angry)})
-                if number % 20 == 19 and state(client, experiment) == "stopped":
+                if number % 50 == 49 and state(client, experiment) == "stopped":
                     break
             wait_for(lambda: state(client, experiment) == "stopped")
             after = [ask(client, f"user {n}") for n in range(30)]
@@ -215,7 +223,159 @@ def test_a_bad_version_is_taken_back_by_itself_and_no_request_fails(
     last = facts["decisions"][-1]
     assert (last["action"], last["actor"]) == ("stop harmed", "wardrobe")
     assert "angry" in last["reason"]
-    assert last["numbers"]["units"][1] <= harmed, "the log tells how many were harmed"
+    units = last["numbers"]["units"][1]
+    assert 0 < units <= harmed, "the log tells how many were harmed"
+    assert f"{units} units had met it" in last["reason"]
+
+
+def test_the_server_moves_a_ramp_and_nobody_changes_arm(client: httpx.Client) -> None:
+    made = client.post(PATH, json=DESIGN | {"ramp": ["0.1:0s:3", "0.4:0s:12", "1"]}).json()["id"]
+    assert act(client, made, "start")["exposure"] == 0.1
+    seen: dict[str, set[str]] = {}
+
+    def everybody_takes_part() -> bool:
+        answers = {u: ask(client, u).headers for u in map(str, range(60))}
+        for unit, headers in answers.items():
+            if "x-arm" in headers:
+                seen.setdefault(unit, set()).add(headers["x-arm"])
+        return all("x-arm" in headers for headers in answers.values())
+
+    wait_for(everybody_takes_part, seconds=30)
+    assert all(len(arms) == 1 for arms in seen.values())
+    log = client.get(f"/v1/experiments/{made}").json()["decisions"]
+    moves = [d for d in log if d["action"] == "ramp"]
+    assert [d["actor"] for d in moves] == ["wardrobe", "wardrobe"]
+    assert sum(moves[0]["numbers"]["units"]) >= 3
+    assert "0.4:0s:12" in moves[0]["reason"]
+
+
+def test_a_database_that_is_held_is_not_waited_for(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    start(client)
+    with sqlite3.connect(wardrobe.registry.home / "experiments.sqlite") as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        answer = ask(client, "user 1")
+        holder.rollback()
+    assert answer.status_code == 200
+    assert "x-arm" not in answer.headers, "production, and not counted"
+    wait_for(lambda: "x-arm" in ask(client, "user 1").headers)
+    metrics = httpx.get(f"{live.url}/metrics", headers=live.headers).text
+    assert 'wardrobe_exposures_total{written="no"}' in metrics
+
+
+def test_two_experiments_of_a_layer_share_no_user_and_the_holdout_is_in_neither(
+    client: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    assert client.put("/v1/layers/acme/main", json={"holdout": 0.2}).status_code == 201
+    design = DESIGN | {"layer": "main", "layer_share": 0.4}
+    first, second = (start(client, layer="main", layer_share=0.4) for _ in range(2))
+    refused = client.post(PATH, json=design)
+    assert refused.status_code == 409
+    assert first in refused.json()["error"]["message"]
+
+    def both() -> bool:
+        return {ask(client, f"u{n}").headers.get("x-experiment") for n in range(30)} >= {
+            first,
+            second,
+        }
+
+    wait_for(both)
+    met = [ask(client, f"u{n}").headers.get("x-experiment") for n in range(150)]
+    again = [ask(client, f"u{n}").headers.get("x-experiment") for n in range(150)]
+    assert met == again
+    # 60, 60 and 30, with five standard deviations around them
+    assert 30 <= met.count(first) <= 90
+    assert 30 <= met.count(second) <= 90
+    assert 5 <= met.count(None) <= 55
+    free = client.get("/v1/layers/acme/main").json()["free"]
+    assert free == []
+    beta = {"authorization": f"Bearer {add_key(wardrobe.registry, 'beta', SCOPES)}"}
+    other = client.get("/v1/layers/acme/main", headers=beta)
+    unknown = client.get("/v1/layers/acme/nothing", headers=beta)
+    assert (other.status_code, unknown.status_code) == (404, 404)
+    act(client, first, "stop")
+    assert client.post(PATH, json=design).status_code == 201, "its part is free again"
+
+
+def test_people_say_it_in_words_and_their_answers_become_rows(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    experiment = start(client)
+    request_id = ask(client, "ann").headers["x-request-id"]
+    said = {"request_id": request_id, "metric": "comment", "value": "too | short"}
+    assert client.post("/v1/feedback", json=said).json()["recorded"] is True
+    shown = {
+        "request_id": request_id,
+        "metric": "demonstration",
+        "value": "the right answer",
+        "messages": [{"role": "user", "content": "hello"}],
+        "idempotency_key": "k",
+    }
+    assert client.post("/v1/feedback", json=shown).json()["recorded"] is True
+    assert client.post("/v1/feedback", json=shown).json()["recorded"] is False
+    for wrong in (
+        said | {"value": 1},
+        said | {"metric": "solved"},
+        shown | {"messages": []},
+        shown | {"messages": [{"role": "assistant", "content": "hello"}]},
+        said | {"messages": shown["messages"]},
+        shown | {"metric": "solved", "value": 1},
+    ):
+        assert client.post("/v1/feedback", json=wrong).status_code == 400, wrong
+    beta = {"authorization": f"Bearer {add_key(wardrobe.registry, 'beta', SCOPES)}"}
+    assert client.post("/v1/feedback", json=said, headers=beta).status_code == 404
+    wardrobe.registry.share(NAME, "beta")
+    wait_for(lambda: "x-arm" in ask(client, "ann", headers=beta).headers)
+    theirs = ask(client, "ann", headers=beta).headers["x-request-id"]
+    for words in (said, shown):
+        refused = client.post("/v1/feedback", json=words | {"request_id": theirs}, headers=beta)
+        assert (refused.status_code, "read by acme" in refused.text) == (400, True)
+    path = "/v1/adapters/acme/support/demonstrations"
+    assert client.get(path, headers=beta).status_code == 404
+    (row,) = client.get(path).json()["data"]
+    assert row["messages"] == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "the right answer"},
+    ]
+    assert row["made"]["request_id"] == request_id
+    page = client.get(f"/v1/experiments/{experiment}/report")
+    assert page.headers["content-type"] == "text/markdown; charset=utf-8"
+    assert "too \\| short" in page.text
+    assert "the right answer" not in page.text
+
+
+def test_answers_that_are_not_json_and_what_answers_cost_are_counted(
+    client: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    design = {"guardrails": ["malformed"], "signals": ["cost"], "prices": [1e6, 2e6]}
+    live.engine.script = says('{"on": true}')
+    experiment = start(client, **design)
+    live.engine.script = says("{on")
+    assert ask(client, "u").json()["choices"][0]["message"]["content"] == "{on"
+    ask(client, "streams", stream=True)
+    with Experiments(wardrobe.registry.home) as store:
+        found = store.get(experiment)
+
+        def answers(name: str) -> list[float]:
+            sums = [counts.metrics[name] for counts in store.counts(found)]
+            return [sum(s.y for s in sums), sum(s.x for s in sums)]
+
+        wait_for(lambda: sum(c.unended for c in store.coverage(found)) == 0)
+        malformed, ended = answers("malformed")
+        assert (malformed, ended > 2) == (2, True)
+        tokens = store.counts(found)
+        assert tokens
+        assert answers("cost")[0] > 3 * ended, "prompt tokens once, and generated tokens twice"
+
+
+def test_the_power_of_a_design_is_known_before_it_starts(client: httpx.Client) -> None:
+    made = client.post(PATH, json=DESIGN | {"least_effect": 0.03, "ramp": ["0.1:1d", "1"]}).json()
+    path = f"/v1/experiments/{made['id']}/power"
+    found = client.get(path, params={"units_per_day": 1000, "baseline": 0.1}).json()
+    assert 4000 < found["units"] < 12000
+    assert found["days"] == pytest.approx(1 + (found["units"] - 100) / 1000)
+    assert client.get(path, params={"units_per_day": 1000}).status_code == 400
 
 
 def test_a_winner_is_promoted_where_the_design_says_so(
@@ -344,6 +504,17 @@ def test_an_arm_that_cannot_be_served_pauses_the_experiment(
         ({"share": 1.5}, "share"),
         ({"share": 0.9999999999999999}, "share"),
         ({"alpha": 0.9}, "alpha"),
+        ({"ramp": ["0.5", "0.2"]}, "higher exposure"),
+        ({"ramp": ["0.02:soon"]}, "0.02:soon"),
+        ({"ramp": ["nan"]}, "nan"),
+        ({"ramp": ["0"]}, "exposure"),
+        ({"signals": ["cost"]}, "prices"),
+        ({"prices": [1, 2]}, "prices"),
+        ({"least_effect": 0}, "least effect"),
+        ({"max_units": 0}, "most units"),
+        ({"metric": "comment:binary"}, "words"),
+        ({"layer": "nowhere"}, "nowhere"),
+        ({"layer": "main", "layer_share": 0}, "share of the layer"),
         ({"tretments": ["@v2"]}, "tretments"),
     ],
 )

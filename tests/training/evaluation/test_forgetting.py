@@ -69,7 +69,15 @@ def test_the_held_out_loss_is_that_of_transformers_and_peft(
     assert found.value == pytest.approx(sums / tokens, abs=1e-5)
     assert found.tokens == tokens
     assert found.low <= found.value <= found.high
-    assert told == [1, 2]
+    assert told == [2], "both at once"
+
+
+def test_rows_read_together_lose_what_each_loses_alone(tiny_base: BaseModel, adapter: Path) -> None:
+    rows = [Row(tuple(range(5, 5 + length)), 1 + length // 3) for length in (40, 3, 17, 2)]
+    with load_reader(tiny_base, adapter, HARDWARE) as reader:
+        alone = [reader.loss(row) for row in rows]
+        assert reader.losses(rows) == pytest.approx(alone, rel=1e-5)
+        assert reader.losses(rows[1:2]) == pytest.approx(alone[1:2], rel=1e-5)
 
 
 def test_an_adapter_taken_off_for_a_row_leaves_the_base(
