@@ -9,14 +9,18 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from registry.base import BaseModel, Bases
 from registry.home import default_cache
-from serving.engine.boundary import Grammar
+from serving.engine.boundary import GenerateRequest, Grammar, SamplingParams
 from serving.engine.grammar import Constraint, GrammarCompiler
+from serving.engine.ops.sampling import greedy
+from serving.engine.sampler import Sampler
+from serving.engine.sequence import Sequence as Row
 from serving.engine.spec import ModelSpec
 
 GRAMMARS = {
@@ -85,7 +89,31 @@ async def measure(base: BaseModel, walks: int, tokens: int) -> None:
             f"| {name} | {statistics.median(spent):.0f} | {p99:.0f} | {spent[-1]:.0f} | "
             f"{1e3 * compiling:.0f} |"
         )
+    print("\nµs of choosing a step's tokens; the last two at a temperature\n")
+    print("| rows | free | held | free | held |\n|---|---|---|---|---|")
+    for rows in (1, 8, 32):
+        held = [await compiler.start(GRAMMARS["8 flat properties"]) for _ in range(rows)]
+        free = [None] * rows
+        cases = ((free, 0.0), (held, 0.0), (free, 1.0), (held, 1.0))
+        spent = [f"{sample(case, heat, spec.vocab, tokens):.0f}" for case, heat in cases]
+        print(f"| {rows} | {' | '.join(spent)} |")
     compiler.close()
+
+
+def sample(
+    constraints: Sequence[Constraint | None], heat: float, vocab: int, repeats: int
+) -> float:
+    """Return the median CPU microseconds of choosing a step's tokens on one thread."""
+    torch.set_num_threads(1)
+    logits = torch.randn(len(constraints), vocab).to(torch.bfloat16)
+    sampler, params = Sampler(greedy, frozenset()), SamplingParams(temperature=heat)
+    sequences = [Row(GenerateRequest("r", (1,), params), each) for each in constraints]
+    spent: list[float] = []
+    for _ in range(repeats):
+        started = time.thread_time()
+        sampler.choose(logits, sequences)
+        spent.append(1e6 * (time.thread_time() - started))
+    return statistics.median(spent)
 
 
 def main() -> None:

@@ -44,6 +44,9 @@ _FAULTS = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
 JSON_SPACE = r"[ \n\t]{0,16}"
 
 
+Allowed = NDArray[np.bool_]  # [vocab]
+
+
 class GrammarFailed(EngineError):
     """The grammar cannot go on from here; the request that walks it ends."""
 
@@ -64,8 +67,8 @@ class Constraint:
         self._eos_ids, self._taken_for_end = eos_ids, taken_for_end
         self._on_failure = on_failure
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return which tokens [vocab] may come next: an end of text where the grammar may end.
+    def allowed(self) -> Allowed:
+        """Return which tokens may come next: an end of text where the grammar may end.
 
         Asking again gives the same. Raises GrammarFailed when that takes too much work.
         """

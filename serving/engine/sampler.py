@@ -1,6 +1,6 @@
 """Logits → tokens: penalties, biases, grammars, end-of-text rules, choice, log-probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from serving.engine.boundary import RequestFailed, SamplingParams, TokenLogprob
-from serving.engine.grammar import GrammarFailed
+from serving.engine.grammar import Allowed, Constraint, GrammarFailed
 from serving.engine.ops.sampling import Shape, sample
 from serving.engine.sequence import Sequence
 
@@ -34,12 +34,19 @@ class Sampler:
     ) -> list[Sampled | RequestFailed]:
         """Return a token, or the failure of that row alone, for logits [rows, vocab]."""
         best, finite = self.greedy(logits)
-        failures: dict[Sequence, RequestFailed] = {
+        failures = {
             sequence: _not_finite(sequence)
             for ok, sequence in zip(finite.tolist(), sequences, strict=True)
             if not ok
         }
-        tokens = self._tokens(logits, best.tolist(), sequences, failures)
+        allowed: dict[Sequence, Allowed] = {}
+        for sequence in sequences:
+            try:
+                if sequence.constraint is not None:
+                    allowed[sequence] = self._allowed(sequence, sequence.constraint)
+            except GrammarFailed as error:
+                failures[sequence] = RequestFailed(str(error))
+        tokens = self._tokens(logits, best.tolist(), sequences, allowed)
         logprobs = self._logprobs(logits, tokens, sequences)
         return [
             failures.get(sequence) or Sampled(token, logprob)
@@ -51,27 +58,31 @@ class Sampler:
         logits: torch.Tensor,
         tokens: list[int],
         sequences: Rows[Sequence],
-        failures: dict[Sequence, RequestFailed],
+        allowed: Mapping[Sequence, Allowed],
     ) -> list[int]:
         """Return the most likely tokens, or others where a request wants it so."""
-        special = [i for i, sequence in enumerate(sequences) if not self._plain(sequence)]
+        special: list[int] = []
+        for i, sequence in enumerate(sequences):
+            if not self._plain(sequence):
+                special.append(i)
+            elif sequence in allowed:
+                tokens[i] = _most_likely(logits[i], tokens[i], allowed[sequence])
         if not special:
             return tokens
         scores = logits[special].float()
-        chosen = self._shaped(scores, [sequences[i] for i in special], failures)
+        chosen = self._shaped(scores, [sequences[i] for i in special], allowed)
         for i, token in zip(special, chosen, strict=True):
             tokens[i] = token
         return tokens
 
     def _plain(self, sequence: Sequence) -> bool:
-        """Tell whether the most likely token of the raw logits is the answer."""
+        """Tell whether the answer is the most likely token of the raw logits that is allowed."""
         params = sequence.sampling
         return (
             params.temperature == 0
             and not _penalised(params)
             and not params.logit_bias
-            and sequence.constraint is None
-            and not self._must_go_on(sequence)
+            and (sequence.constraint is not None or not self._must_go_on(sequence))
         )
 
     def _must_go_on(self, sequence: Sequence) -> bool:
@@ -82,7 +93,7 @@ class Sampler:
         self,
         scores: torch.Tensor,
         sequences: Rows[Sequence],
-        failures: dict[Sequence, RequestFailed],
+        allowed: Mapping[Sequence, Allowed],
     ) -> list[int]:
         for row, sequence in zip(scores, sequences, strict=True):
             if _penalised(sequence.sampling):
@@ -90,11 +101,8 @@ class Sampler:
             if sequence.sampling.logit_bias:
                 ids, values = zip(*sequence.sampling.logit_bias, strict=True)
                 row[list(ids)] += torch.tensor(values, device=row.device)
-            if sequence.constraint is not None:
-                try:
-                    row.masked_fill_(~self._allowed(sequence, row.device), -torch.inf)
-                except GrammarFailed as error:
-                    failures[sequence] = RequestFailed(str(error))
+            if sequence in allowed:
+                row.masked_fill_(torch.from_numpy(~allowed[sequence]).to(row.device), -torch.inf)
             elif self._must_go_on(sequence) and self.eos_ids:
                 row[self.eos_ids] = -torch.inf
         greedy = scores.max(dim=-1).indices
@@ -104,15 +112,14 @@ class Sampler:
             greedy[drawn] = sample(scores[drawn], shape)
         return greedy.tolist()
 
-    def _allowed(self, sequence: Sequence, device: torch.device) -> torch.Tensor:
-        """Return which tokens [vocab] the grammar allows; an unwanted end only if all else ends."""
-        assert sequence.constraint is not None
-        allowed = sequence.constraint.allowed()
+    def _allowed(self, sequence: Sequence, constraint: Constraint) -> Allowed:
+        """Return what the grammar allows; an unwanted end of text only where all else ends."""
+        allowed = constraint.allowed()
         if self._must_go_on(sequence) or sequence.sampling.ignore_eos:
             longer = allowed.copy()
             longer[self.eos_ids] = False
             allowed = longer if longer.any() else allowed
-        return torch.from_numpy(allowed).to(device)
+        return allowed
 
     def _logprobs(
         self, logits: torch.Tensor, tokens: Rows[int], sequences: Rows[Sequence]
@@ -132,6 +139,14 @@ class Sampler:
             pairs = tuple(zip(top_ids[:k], top[:k], strict=True))
             result[i] = TokenLogprob(tokens[i], own, pairs)
         return result
+
+
+def _most_likely(row: torch.Tensor, best: int, allowed: Allowed) -> int:
+    """Return the first most likely allowed token of scores [vocab], whose most likely is `best`."""
+    if allowed[best]:
+        return best  # nearly always, for a model that knows the form
+    ids = torch.from_numpy(allowed.nonzero()[0]).to(row.device)
+    return int(ids[row[ids].max(dim=-1).indices])
 
 
 def _penalised(params: SamplingParams) -> bool:
