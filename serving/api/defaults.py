@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from serving.api.output import grammar_of
 from serving.api.request_error import RequestError
 from serving.api.schemas import ChatRequest, RequestDecoder
 from serving.routing import SYSTEM_PROMPT
@@ -41,7 +42,9 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
         if name == SYSTEM_PROMPT:
             _check_system_prompt(value)
         else:
-            _DECODER.check_field(name, value)
+            decoded = _DECODER.decode_field(name, value)
+            if name == "response_format":
+                grammar_of(decoded)
     size = len(msgspec.json.encode(defaults))
     if size > MAX_BYTES:
         raise RequestError(f"The defaults are {size} bytes of JSON; they may be {MAX_BYTES}.")

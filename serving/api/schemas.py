@@ -147,6 +147,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 T = TypeVar("T", bound=SamplingFields)
+# Who sends the one does not leave out the other: a second name of it, or what it contradicts.
+INSTEAD = {"max_tokens": "max_completion_tokens", "response_format": "tools"}
 DefaultsOf = Callable[[str], Mapping[str, Any]]  # model → field → value
 
 
@@ -183,24 +185,18 @@ class RequestDecoder(Generic[T]):
         }
         return self.struct(**values)
 
-    def check_field(self, name: str, value: Any) -> None:
-        """Raises RequestError when a request with this value in this field would be refused."""
+    def decode_field(self, name: str, value: Any) -> Any:
+        """Return one field as a request would have it. Raises RequestError."""
         if value is None:
             raise RequestError(f"`{name}` is null: leave it out.", param=name, code="invalid_value")
-        written = Raw(msgspec.json.encode(value))
-        if name in self.fields:
-            _decode(self.fields[name], written, name)
-        else:
-            _check_neutral(name, written)
+        return _decode(self.fields[name], Raw(msgspec.json.encode(value)), name)
 
     def _fill(self, given: dict[str, Raw], defaults_of: DefaultsOf) -> None:
         if "model" not in given:
             return
         model = _decode(self.fields["model"], given["model"], "model")
         for name, value in defaults_of(model).items():
-            # Two names of one bound: whoever sends one of them has not left it out.
-            named = name in given or (name == "max_tokens" and "max_completion_tokens" in given)
-            if name in self.fields and not named:
+            if name in self.fields and not {name, INSTEAD.get(name)} & given.keys():
                 given[name] = Raw(msgspec.json.encode(value))
 
 

@@ -60,7 +60,7 @@ def create(
 ) -> None:
     """Make a stable name for a model, with what it fills in where a request leaves it out."""
     parsed = AdapterName.parse(name)
-    filled = _checked(_given(parsed, system, schema, defaults or []))
+    filled = _checked(_given(system, schema, defaults or []))
     target = parse_target(model, parsed.namespace)
     with open_registry(home) as registry:
         made = registry.create_endpoint(parsed, target, filled, actor=actor(), reason=reason)
@@ -122,7 +122,7 @@ def change(
 ) -> None:
     """Point an endpoint elsewhere or change what it fills in; running servers follow at once."""
     parsed = AdapterName.parse(name)
-    given = _given(parsed, system, schema, defaults or [])
+    given = _given(system, schema, defaults or [])
     with open_registry(home) as registry:
         known = registry.endpoint(parsed)
         if strange := [field for field in unset or [] if field not in known.defaults]:
@@ -150,9 +150,7 @@ def delete(name: Name, reason: Reason = "", home: Home = None, as_json: Json = F
     return print(f"{gone.name} is no more; it was {gone.model}")
 
 
-def _given(
-    name: AdapterName, system: str | None, schema: Path | None, defaults: list[str]
-) -> dict[str, Any]:
+def _given(system: str | None, schema: Path | None, defaults: list[str]) -> dict[str, Any]:
     """Return the defaults that the options name. Raises DefaultInvalid."""
     given: dict[str, Any] = {}
     for text in defaults:
@@ -163,7 +161,7 @@ def _given(
     if system is not None:
         given[SYSTEM_PROMPT] = system
     if schema is not None:
-        wanted = {"name": name.name, "schema": _json(schema.read_text(), str(schema))}
+        wanted = {"name": "answer", "schema": _json(schema.read_text(), str(schema))}
         given["response_format"] = {"type": "json_schema", "json_schema": wanted}
     return given
 

@@ -1,6 +1,7 @@
 """An endpoint answers under one name while what is behind it changes, and fills in what is left
 out. It is found by key, by path and by Host name; whose it is says the key alone."""
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -113,6 +114,23 @@ def test_defaults_fill_in_what_the_request_leaves_out_and_nothing_else(
     assert last(live).sampling.max_tokens == 3
     assert asked(acme, "support@production").status_code == 200
     assert last(live).sampling.temperature == 1.0, "the adapter itself has no defaults"
+
+
+def test_a_schema_is_a_default_like_others(acme: httpx.Client, live: Running) -> None:
+    schema = {"type": "object", "properties": {"intent": {"type": "string"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    make(acme, defaults={"response_format": wanted})
+    assert asked(acme, max_tokens=2).status_code == 200
+    grammar = last(live).sampling.grammar
+    assert (grammar.kind, json.loads(grammar.source)) == ("json", schema)
+    assert asked(acme, max_tokens=2, response_format={"type": "text"}).status_code == 200
+    assert last(live).sampling.grammar is None
+    deep = {"not": {}}
+    for _ in range(1000):
+        deep = {"not": deep}
+    bad = {"type": "json_schema", "json_schema": {"name": "answer", "schema": deep}}
+    refused = acme.patch("/v1/endpoints/acme/chat", json={"defaults": {"response_format": bad}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
 
 
 def test_a_version_s_own_system_prompt_goes_before_the_endpoint_s(
@@ -266,17 +284,17 @@ def test_a_tenant_s_path_answers_as_the_plain_one_and_only_its_own_keys(
         ("GET", "/v1/models", None),
         ("GET", "/v1/models/chat", None),
     ]
-    for verb, path, json in calls:
-        here = acme.request(verb, f"/t/acme{path}", json=json)
+    for verb, path, sent in calls:
+        here = acme.request(verb, f"/t/acme{path}", json=sent)
         assert here.status_code == 200, (path, here.text)
         for tenant in ("beta", "operator", "ACME"):
-            answer = acme.request(verb, f"/t/{tenant}{path}", json=json)
+            answer = acme.request(verb, f"/t/{tenant}{path}", json=sent)
             assert answer.status_code == 404, (tenant, path)
         with live.client() as operator:
-            foreign = operator.request(verb, f"/t/acme{path}", json=json)
+            foreign = operator.request(verb, f"/t/acme{path}", json=sent)
         assert foreign.status_code == 404, "of a key of another tenant, the operator's too"
         assert foreign.json()["error"]["code"] == "tenant_not_found"
-        assert httpx.request(verb, f"{live.url}/t/acme{path}", json=json).status_code == 401
+        assert httpx.request(verb, f"{live.url}/t/acme{path}", json=sent).status_code == 401
     client = live.openai(
         api_key=acme.headers["authorization"].removeprefix("Bearer "),
         base_url=f"{live.url}/t/acme/v1",
