@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from registry.adapter import AdapterName, Selector
 from registry.errors import InvalidName
@@ -255,6 +256,29 @@ def test_a_pinned_version_that_cannot_be_loaded_leaves_the_endpoint_as_it_was(
     assert [(f["name"], "cannot be loaded" in f["message"]) for f in told] == [("acme/chat", True)]
 
 
+def test_an_experiment_splits_what_is_asked_for_by_the_endpoint_s_name(
+    acme: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    make(acme, defaults={"system_prompt": "be brief", "max_tokens": 2})
+    assert asked(acme).status_code == 200
+    wardrobe.push(promote=False)
+    design = {"treatments": ["@v2"], "metric": "done:binary"}
+    made = acme.post("/v1/adapters/acme/support/experiments", json=design)
+    assert made.status_code == 201, made.text
+    path = f"/v1/experiments/{made.json()['id']}/start"
+    assert acme.post(path, json={"reason": "test", "exposure": 1}).status_code == 200
+    until(acme, "x-experiment", made.json()["id"])
+    ran: dict[str, set[str]] = {}
+    for user in range(20):
+        answer = asked(acme, user=f"user-{user}")
+        assert answer.headers["x-endpoint"] == "acme/chat"
+        ran.setdefault(answer.headers["x-adapter"], set()).add(answer.headers["x-arm"])
+        prompt = bytes(i for i in last(live).prompt_ids if i < 256)
+        assert b"be brief" in prompt, "of every arm"
+    assert sorted(ran) == ["acme/support@v1", "acme/support@v2"]
+    assert all(len(arms) == 1 for arms in ran.values())
+
+
 def test_models_lists_endpoints_with_what_they_mean_now(acme: httpx.Client, live: Running) -> None:
     make(acme)
     assert asked(acme, max_tokens=2).status_code == 200
@@ -295,10 +319,8 @@ def test_a_tenant_s_path_answers_as_the_plain_one_and_only_its_own_keys(
         assert foreign.status_code == 404, "of a key of another tenant, the operator's too"
         assert foreign.json()["error"]["code"] == "tenant_not_found"
         assert httpx.request(verb, f"{live.url}/t/acme{path}", json=sent).status_code == 401
-    client = live.openai(
-        api_key=acme.headers["authorization"].removeprefix("Bearer "),
-        base_url=f"{live.url}/t/acme/v1",
-    )
+    key = acme.headers["authorization"].removeprefix("Bearer ")
+    client = OpenAI(api_key=key, base_url=f"{live.url}/t/acme/v1", max_retries=0)
     said = client.chat.completions.create(**body)
     assert said.choices[0].message.content
 
