@@ -21,7 +21,7 @@ from registry.base import BaseModel
 from registry.errors import StoreUnavailable, WardrobeError
 from registry.records import Event, RolloutState
 from registry.store import Registry
-from serving.endpoints import LiveEndpoints
+from serving.endpoint_follower import EndpointFollower
 from serving.engine.boundary import Engine
 from serving.routing import AliasKey, FailedRollout, LiveTable
 from serving.selfcheck import make_ready
@@ -44,7 +44,7 @@ class Follower:
         tokens: Tokens,
         base: BaseModel,
         live: LiveTable,
-        endpoints: LiveEndpoints,
+        endpoints: EndpointFollower,
         *,
         server_id: str,
         url: str,

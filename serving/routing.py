@@ -35,6 +35,10 @@ class ModelNotLive(WardrobeError):
     code = "adapter_not_live"
 
 
+class ModelStillLoads(ModelNotLive):
+    """Not live yet: trying again helps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """What one request runs, from admission to its last byte."""
@@ -160,6 +164,12 @@ class Router:
         """Return the version of a selector. Raises as `resolve` does."""
         return await self._version(_selector(model, principal.namespace), principal)
 
+    def known(self, target: Selector) -> Version | None:
+        """Return what a selector means now, as far as this server knows without asking."""
+        if target.alias is not None:
+            return self._live.versions.get((target.name, target.alias))
+        return self._pinned.get(target)
+
     async def version_of(self, endpoint: Endpoint) -> Version | None:
         """Return the version an endpoint means now, None for the base. Raises as `resolve` does.
 
@@ -170,11 +180,8 @@ class Router:
 
     async def _version(self, selector: Selector, principal: Principal) -> Version:
         await self._access.require_use(principal, selector.name)
-        if selector.alias is not None:
-            live = self._live.versions.get((selector.name, selector.alias))
-            version = live or await self._first_version(selector)
-        else:
-            version = self._pinned.get(selector) or await self._pin(selector)
+        ask = self._pin if selector.alias is None else self._first_version
+        version = self.known(selector) or await ask(selector)
         self._check_base(version)
         refuse_whole(version)
         return version
@@ -201,7 +208,7 @@ class Router:
             if failure := self._live.failures.get(key):
                 raise ModelNotLive(f"{promised.ref.label} cannot be served: {failure.sentence}")
             await asyncio.sleep(FIRST_LIVE_POLL_SECONDS)
-        raise ModelNotLive(
+        raise ModelStillLoads(
             f"{promised.ref.label} is still being loaded after {FIRST_LIVE_SECONDS:.0f} seconds. "
             "Try again."
         )

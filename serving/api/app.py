@@ -52,6 +52,7 @@ from serving.api.push import push_version
 from serving.api.services import Services
 from serving.api.settings import ServerSettings
 from serving.api.usage import get_usage
+from serving.endpoint_follower import EndpointFollower
 from serving.endpoints import LiveEndpoints
 from serving.engine.boundary import Engine
 from serving.experiments.live import LiveExperiments
@@ -120,8 +121,8 @@ def create_app(
     Raises UndeclaredRoute when a route does not say who may call it.
     """
     table, access = LiveTable(), Access(registry)
-    ready = partial(make_ready, engine, tokens)
-    endpoints, loaded = LiveEndpoints(registry, base, ready), LoadedAdapters(engine)
+    endpoints, loaded = LiveEndpoints(), LoadedAdapters(engine)
+    router = Router(registry, base, table, access, endpoints, loaded)
     store = Experiments(registry.home)
     services = Services(
         settings=settings,
@@ -129,13 +130,13 @@ def create_app(
         engine=engine,
         base=base,
         tokens=tokens,
-        router=Router(registry, base, table, access, endpoints, loaded),
+        router=router,
         access=access,
         live=table,
         endpoints=endpoints,
         loaded=loaded,
         store=store,
-        experiments=LiveExperiments(store, registry, base, ready),
+        experiments=LiveExperiments(store, registry, base, partial(make_ready, engine, tokens)),
         recorder=Recorder(store),
         drain=Drain(),
         metrics=Metrics(),
@@ -162,13 +163,14 @@ def create_app(
 def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncGenerator[None]:
+        ready = partial(make_ready, services.engine, services.tokens)
         follower = Follower(
             services.registry,
             services.engine,
             services.tokens,
             services.base,
             services.live,
-            services.endpoints,
+            EndpointFollower(services.registry, services.router, ready, services.endpoints),
             server_id=services.settings.server_id,
             url=services.settings.url,
         )

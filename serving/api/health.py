@@ -62,7 +62,7 @@ async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
     services = services_of(request.app)
     stats = await services.engine.stats()
     on_disk = await asyncio.to_thread(services.registry.materialized)
-    names = served_names(services)
+    names = await asyncio.to_thread(served_names, services)
     vllm = VllmCollector(stats, services.base.id, services.engine.max_model_len, names)
     text = services.metrics.render(stats, on_disk, vllm)
     return Response(text, media_type=CONTENT_TYPE)

@@ -16,7 +16,6 @@ from registry.adapter import PRODUCTION, AdapterName, Version
 from registry.records import Endpoint
 from serving.api.auth import declare, everywhere
 from serving.api.services import Services, services_of
-from serving.tenants.access import owns
 from serving.tenants.keys import READ, Principal
 
 
@@ -31,7 +30,7 @@ async def list_models(request: Request[Any, Any, Any]) -> dict[str, Any]:
 def _list(
     services: Services, caller: Principal, usable: Callable[[AdapterName], bool]
 ) -> dict[str, Any]:
-    own = [endpoint for endpoint in services.endpoints.all() if owns(caller, endpoint.name)]
+    own = services.endpoints.owned_by(caller)
     taken = {endpoint.name for endpoint in own}
     versions = services.live.versions.copy()  # at once: the follower goes on
     live = sorted(versions.items(), key=lambda item: (str(item[0][0]), item[0][1]))
@@ -40,23 +39,25 @@ def _list(
         for (name, alias), version in live
         if usable(name)
     ]
-    found = [card for endpoint in own if (card := _listed(services, endpoint))]
+    listed = (_listed(services, endpoint, usable) for endpoint in own)
+    found = [card for card in listed if card]
     if caller.is_operator:
         loaded = services.loaded.versions.copy()
         cards += [adapter_card(services, name, version) for name, version in loaded.items()]
     return {"object": "list", "data": [base_card(services), *found, *cards]}
 
 
-def _listed(services: Services, endpoint: Endpoint) -> dict[str, Any] | None:
+def _listed(
+    services: Services, endpoint: Endpoint, usable: Callable[[AdapterName], bool]
+) -> dict[str, Any] | None:
     """Return the card of an endpoint that this server can answer now."""
     target = endpoint.target
     if target is None:
         return endpoint_card(services, endpoint, None)
-    if target.alias is None:
+    version = services.router.known(target)
+    if version is None and target.alias is None:  # pinned, and nobody has asked for it yet
         version = services.registry.resolve(target)
-    else:
-        version = services.live.versions.get((target.name, target.alias))
-    if version is None or version.base_id != services.base.id:
+    if version is None or version.base_id != services.base.id or not usable(target.name):
         return None
     return endpoint_card(services, endpoint, version)
 
@@ -67,25 +68,24 @@ async def get_model(request: Request[Any, Any, Any], model: FromPath[str]) -> di
     name = model.removeprefix("/")
     if services.router.is_base(name):
         return base_card(services)
+    if loaded := services.loaded.of(name, caller):
+        return adapter_card(services, name, loaded)
     if endpoint := services.endpoints.of(name, caller):
         return endpoint_card(services, endpoint, await services.router.version_of(endpoint))
-    loaded = services.loaded.of(name, caller)
-    version = loaded or await services.router.version(name, caller)
-    return adapter_card(services, name, version)
+    return adapter_card(services, name, await services.router.version(name, caller))
 
 
 def served_names(services: Services) -> dict[str, list[str]]:
     """Return digest → what a client may write into `model` to be answered by it now."""
     names: dict[str, list[str]] = defaultdict(list)
-    for (name, alias), version in services.live.versions.items():
+    for (name, alias), version in services.live.versions.copy().items():
         names[version.digest].append(alias_id(name, alias, taken=False))
-    for loaded, version in services.loaded.versions.items():
+    for loaded, version in services.loaded.versions.copy().items():
         names[version.digest].append(loaded)
-    for endpoint in services.endpoints.all():
-        target = endpoint.target
-        live = target and target.alias and services.live.versions.get((target.name, target.alias))
-        if live:
-            names[live.digest].append(str(endpoint.name))
+    for endpoint in services.endpoints.known.copy().values():
+        version = services.router.known(endpoint.target) if endpoint.target else None
+        if version is not None:
+            names[version.digest].append(str(endpoint.name))
     return names
 
 
