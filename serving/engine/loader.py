@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -52,10 +52,10 @@ class AdapterLoader:
                 self._pool.submit(self._run, ref, future)
             return self._loads[ref.digest]
 
-    def cached(self) -> list[str]:
-        """Return the digests in host memory."""
+    def cached_beside(self, digests: Iterable[str]) -> int:
+        """Return how many adapters are in host memory beside these."""
         with self._lock:
-            return list(self._cache)
+            return len(self._cache) - sum(digest in self._cache for digest in digests)
 
     def stages(self) -> tuple[LoadStage, ...]:
         """Return what fetches and reads took, failed ones too."""

@@ -91,7 +91,7 @@ class Residency:
     @property
     def in_memory(self) -> int:
         """How many adapters are in host memory and in no slot."""
-        return sum(digest not in self.table for digest in self.loader.cached())
+        return self.loader.cached_beside(self.table.resident())
 
     def stages(self) -> tuple[LoadStage, ...]:
         placed = LoadStage("place", self.loads, self._place_seconds)
