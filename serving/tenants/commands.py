@@ -15,6 +15,7 @@ from serving.tenants.duration import parse_duration
 from serving.tenants.keys import (
     INFER,
     READ,
+    SCOPES,
     add_key,
     describe,
     id_of,
@@ -71,7 +72,7 @@ def key_create(
     tenant: Tenant,
     scopes: Annotated[
         list[str] | None,
-        typer.Option("--scope", help="infer, read, push, promote or admin; may be repeated."),
+        typer.Option("--scope", help=f"{', '.join(SCOPES)}; may be repeated."),
     ] = None,
     expires: Annotated[
         str | None, typer.Option("--expires", metavar="SPAN", help="Such as 90d, 12h or 30m.")
