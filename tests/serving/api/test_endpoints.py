@@ -144,30 +144,28 @@ def test_a_version_s_own_system_prompt_goes_before_the_endpoint_s(
     assert (b"judged with this" in prompt, b"never seen" in prompt) == (True, False)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", 9),
-        ("temperature", "hot"),
-        ("temperature", None),
-        ("max_tokens", 0),
-        ("stop", [""]),
-        ("system_prompt", " "),
-        ("model", "base"),
-        ("messages", []),
-        ("stream", True),
-        ("nonsense", 1),
-        ("response_format", {"type": "poem"}),
-        ("system_prompt", "x" * 70_000),
-    ],
-)
-def test_a_default_that_no_request_could_ask_is_refused_by_name(
-    acme: httpx.Client, field: str, value: object
-) -> None:
-    wrong = {"name": "chat", "model": "support", "defaults": {field: value}}
-    answer = acme.post("/v1/endpoints", json=wrong)
-    assert answer.status_code == 400, answer.text
-    assert field in answer.text or "65536" in answer.text
+WRONG_DEFAULTS: list[tuple[str, object]] = [
+    ("temperature", 9),
+    ("temperature", "hot"),
+    ("temperature", None),
+    ("max_tokens", 0),
+    ("stop", [""]),
+    ("system_prompt", " "),
+    ("model", "base"),
+    ("messages", []),
+    ("stream", True),
+    ("nonsense", 1),
+    ("response_format", {"type": "poem"}),
+    ("system_prompt", "x" * 70_000),
+]
+
+
+def test_a_default_that_no_request_could_ask_is_refused_by_name(acme: httpx.Client) -> None:
+    for field, value in WRONG_DEFAULTS:
+        wrong = {"name": "chat", "model": "support", "defaults": {field: value}}
+        answer = acme.post("/v1/endpoints", json=wrong)
+        assert answer.status_code == 400, (field, answer.text)
+        assert field in answer.text or "65536" in answer.text
     assert acme.get("/v1/endpoints").json()["data"] == []
 
 
@@ -365,27 +363,27 @@ def test_a_host_name_is_a_tenant_s_address_and_opens_nothing_by_itself(
     assert status("beta.example.com", acme, "/t/acme/v1/models") == 404
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "evil.example.org",
-        "example.com",
-        "a.acme.example.com",
-        ".example.com",
-        "acme.example.com.",
-        "acme.example.com.evil.org",
-        "api.example.com@evil.org",
-        "evil.org#.example.com",
-        "-.example.com",
-        "*.example.com",
-        "127.0.0.1.evil.org",
-        "",
-    ],
-)
-def test_a_host_that_is_not_on_the_list_is_refused(hosted: Running, host: str) -> None:
-    answer = httpx.get(f"{hosted.url}/v1/models", headers={**hosted.headers, "host": host})
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["code"] in ("invalid_host", "invalid_request", "invalid_http")
+STRANGE_HOSTS = [
+    "evil.example.org",
+    "example.com",
+    "a.acme.example.com",
+    ".example.com",
+    "acme.example.com.",
+    "acme.example.com.evil.org",
+    "api.example.com@evil.org",
+    "evil.org#.example.com",
+    "-.example.com",
+    "*.example.com",
+    "127.0.0.1.evil.org",
+    "",
+]
+
+
+def test_a_host_that_is_not_on_the_list_is_refused(hosted: Running) -> None:
+    for host in STRANGE_HOSTS:
+        answer = httpx.get(f"{hosted.url}/v1/models", headers={**hosted.headers, "host": host})
+        code = answer.json()["error"]["code"]
+        assert (answer.status_code, code) in ((400, "invalid_host"), (400, "invalid_http")), host
 
 
 def test_no_forwarded_header_is_believed(hosted: Running, wardrobe: Wardrobe) -> None:

@@ -113,23 +113,23 @@ def test_a_tenant_sees_itself_and_no_other(live: Running, wardrobe: Wardrobe) ->
         assert acme.get("/v1/tenants").status_code == 403
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {},
-        {"scopes": []},
-        {"scopes": ["everything"]},
-        {"scopes": [INFER], "expires": "forever"},
-        {"scopes": [INFER], "expires": "0d"},
-        {"scopes": [INFER], "tenant": "Acme!"},
-        {"scopes": [INFER], "secret": "mine"},
-        {"scopes": [INFER], "id": "short"},
-    ],
-)
-def test_a_wish_that_does_not_fit_makes_no_key(live: Running, body: dict[str, Any]) -> None:
+WRONG_WISHES: list[dict[str, Any]] = [
+    {},
+    {"scopes": []},
+    {"scopes": ["everything"]},
+    {"scopes": [INFER], "expires": "forever"},
+    {"scopes": [INFER], "expires": "0d"},
+    {"scopes": [INFER], "tenant": "Acme!"},
+    {"scopes": [INFER], "secret": "mine"},
+    {"scopes": [INFER], "id": "short"},
+]
+
+
+def test_a_wish_that_does_not_fit_makes_no_key(live: Running) -> None:
     with live.client() as operator:
         before = operator.get("/v1/keys").json()
-        assert operator.post("/v1/keys", json=body).status_code == 400
+        for wish in WRONG_WISHES:
+            assert operator.post("/v1/keys", json=wish).status_code == 400, wish
         assert operator.get("/v1/keys").json() == before
 
 
