@@ -85,6 +85,8 @@ class EndpointFollower:
         while True:
             try:
                 endpoint = await asyncio.to_thread(self._registry.endpoint, name)
+                # A new one has nothing to go on as: its requests wait, or hear why it cannot be.
+                self._live.known.setdefault(name, endpoint)
                 await self._prepare(endpoint)
             except EndpointNotFound:
                 self._live.known.pop(name, None)

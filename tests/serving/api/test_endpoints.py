@@ -242,6 +242,7 @@ def test_a_target_that_cannot_be_loaded_leaves_the_endpoint_as_it_was(
     acme: httpx.Client, live: Running, wardrobe: Wardrobe, model: str
 ) -> None:
     make(acme)
+    assert asked(acme, max_tokens=2).status_code == 200, "known as it was"
     live.engine.unloadable.add(wardrobe.push(promote=False))
     wardrobe.registry.promote(NAME, 2, alias="canary", reason="test", actor="test")
     acme.patch("/v1/endpoints/acme/chat", json={"model": model})
@@ -251,6 +252,10 @@ def test_a_target_that_cannot_be_loaded_leaves_the_endpoint_as_it_was(
     assert asked(acme, max_tokens=2).headers["x-adapter"] == "acme/support@v1"
     told = {each["name"]: each for each in acme.get("/health/ready").json()["failures"]}
     assert "cannot be loaded" in told["acme/chat"]["message"]
+    make(acme, name="fresh", model=model)
+    never = asked(acme, "fresh", max_tokens=2)
+    assert never.status_code == 503, "a new one has nothing to go on as, and says why"
+    assert "cannot be loaded" in never.json()["error"]["message"]
 
 
 def test_an_experiment_splits_what_is_asked_for_by_the_endpoint_s_name(
