@@ -102,6 +102,8 @@ class Load:
         phase = Phase()
         await self.run(seconds, *(self.keep(NOISY, phase) for _ in range(IN_FLIGHT)))
         ends = sorted(record.events[-1] for record in phase.records[NOISY])
+        if len(ends) < IN_FLIGHT:
+            raise SystemExit(f"Only {len(ends)} answers in {seconds:.0f} s: give --seconds more.")
         return (len(ends) - 1) / (ends[-1] - ends[0])
 
     async def beside(self, seconds: float, share: float, noise: float) -> Phase:
@@ -162,7 +164,7 @@ async def measure(
             await load.one(tenant, Phase())
         with Progress() as progress:
             bar = progress.add_task("measuring", total=2 * repeats + 2)
-            share = await load.capacity(seconds / 3) / len(TENANTS)
+            share = await load.capacity(seconds) / len(TENANTS)
             progress.advance(bar)
             quiet, noisy = [], []
             for _ in range(repeats):
