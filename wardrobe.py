@@ -11,6 +11,9 @@ from registry.commands import Home, clear_errors, open_registry
 from registry.errors import WardrobeError
 from serving.experiments.commands import app as experiment_app
 from serving.experiments.looks import from_feedback
+from serving.logs.commands import app as logs_app
+from serving.shadow.commands import app as shadow_app
+from serving.shadow.commands import replay
 from serving.tenants.commands import app as tenants_app
 from serving.tenants.commands import key_app, tenant_app
 from serving.tenants.endpoint_commands import app as endpoint_app
@@ -42,6 +45,9 @@ app.add_typer(limit_app, name="limit")
 app.add_typer(usage_app)
 app.add_typer(endpoint_app, name="endpoint")
 app.add_typer(experiment_app, name="experiment")
+app.add_typer(logs_app, name="logs")
+app.add_typer(shadow_app, name="shadow")
+app.command("replay")(replay)
 
 out = Console(soft_wrap=True)
 

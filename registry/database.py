@@ -71,6 +71,19 @@ class Database:
         with _explained(), self.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def wipe_log(self) -> None:
+        """Empty SQLite's write-ahead log into the file: what was deleted is then in neither.
+
+        Does as much as other readers let it, and nothing where there is no such log.
+        """
+        if self.engine.dialect.name != "sqlite":
+            return
+        raw = self.engine.raw_connection()  # outside of any transaction, which it cannot be in
+        try:
+            raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+        finally:
+            raw.close()
+
     def close(self) -> None:
         self.engine.dispose()
 

@@ -1,14 +1,23 @@
-"""Run a list of prompts to their ends: for evaluation, where nobody streams."""
+"""Run a list of prompts to their ends: for evaluation and replay, where nobody streams."""
 
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from registry.adapter import AdapterRef
 from registry.base import BaseModel
 from registry.contents import CONFIG_NAME, WEIGHTS_NAME
-from serving.engine.boundary import Engine, GenerateRequest, SamplingParams
+from serving.engine.boundary import (
+    Engine,
+    EngineError,
+    FinishReason,
+    GenerateRequest,
+    RequestFailed,
+    SamplingParams,
+    TokenLogprob,
+)
 from serving.engine.engine import TorchEngine
 from serving.engine.settings import EngineSettings
 
@@ -80,6 +89,15 @@ def digest_adapter(folder: Path) -> str:
     return hasher.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one request came to."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason
+
+
 def generate_all(
     engine: Engine,
     asks: Sequence[tuple[tuple[int, ...], AdapterRef | None]],
@@ -90,27 +108,56 @@ def generate_all(
 
     Raises what the engine raises; the requests that still run are aborted then.
     """
+    sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
+    requests = [
+        GenerateRequest(f"offline-{number}", prompt, sampling, adapter)
+        for number, (prompt, adapter) in enumerate(asks)
+    ]
+    outputs: dict[int, list[int]] = {}
 
-    async def run() -> list[list[int]]:
-        limit = asyncio.Semaphore(CONCURRENT)
-        finished = 0
+    def each(number: int, output: Output | EngineError) -> None:
+        if isinstance(output, EngineError):
+            raise output
+        outputs[number] = list(output.token_ids)
+        done(len(outputs))
 
-        async def one(number: int) -> list[int]:
-            nonlocal finished
-            prompt, adapter = asks[number]
-            sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
-            request = GenerateRequest(f"offline-{number}", prompt, sampling, adapter)
-            async with limit:
-                output = [t async for delta in engine.generate(request) for t in delta.token_ids]
-            finished += 1
-            done(finished)
-            return output
+    asyncio.run(run_all(engine, requests, each))
+    return [outputs[number] for number in range(len(requests))]
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(i)) for i in range(len(asks))]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None  # the group has cancelled the others by now
-        return [task.result() for task in tasks]
 
-    return asyncio.run(run())
+async def run_all(
+    engine: Engine,
+    requests: Sequence[GenerateRequest],
+    each: Callable[[int, Output | EngineError], None],
+) -> None:
+    """Run requests in mixed batches; `each` hears what came of every one, by its number.
+
+    What `each` raises ends everything: the requests that still run are aborted then.
+    """
+    limit = asyncio.Semaphore(CONCURRENT)
+
+    async def one(number: int) -> None:
+        async with limit:
+            try:
+                output = await _collect(engine, requests[number])
+            except EngineError as error:
+                output = error
+        each(number, output)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in range(len(requests)):
+                group.create_task(one(number))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None  # the group has cancelled the others by now
+
+
+async def _collect(engine: Engine, request: GenerateRequest) -> Output:
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    async for delta in engine.generate(request):
+        token_ids += delta.token_ids
+        logprobs += delta.logprobs
+        if delta.finish_reason:
+            return Output(tuple(token_ids), tuple(logprobs), delta.finish_reason)
+    raise RequestFailed(f"the engine ended {request.request_id} without a finish reason")

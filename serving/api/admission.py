@@ -11,6 +11,7 @@ from registry.errors import StoreUnavailable
 from serving.api.errors import RequestError
 from serving.api.plan import Plan
 from serving.api.record import RequestRecord, record_of
+from serving.api.request_log import keep_what_is_said
 from serving.api.schemas import DefaultsOf, SamplingFields
 from serving.api.sequence import Piece
 from serving.api.services import Services, services_of
@@ -45,10 +46,15 @@ async def admit(request: Request[Any, Any, Any], fields: SamplingFields) -> Rout
     route = await services.router.resolve(fields.model, request.user)
     record.lease = services.meter.lease(record.tenant, route.name)
     record.lease.enter()
-    if route.production_of is not None:
+    name = route.production_of
+    if name is not None:
         route = await _take_part(services, route, _unit_key(request, fields), record)
     record.label, record.digest = route.label, route.fingerprint
     record.endpoint = str(route.endpoint.name) if route.endpoint else ""
+    keep_what_is_said(services, record, fields)
+    if name is not None:
+        whose = f"{record.tenant}\x1f{_unit_key(request, fields) or record.request_id}"
+        record.shadow = services.shadows.choose(name, route.fingerprint, whose)
     return route
 
 

@@ -49,8 +49,10 @@ from serving.api.lora import load_lora_adapter, unload_lora_adapter
 from serving.api.metrics import Metrics
 from serving.api.models import get_model, list_models
 from serving.api.push import push_version
+from serving.api.request_log import get_log, list_logs
 from serving.api.services import Services
 from serving.api.settings import ServerSettings
+from serving.api.shadows import get_shadow, list_shadows, start_shadow, stop_shadow
 from serving.api.usage import get_usage
 from serving.endpoint_follower import EndpointFollower
 from serving.endpoints import LiveEndpoints
@@ -61,8 +63,13 @@ from serving.experiments.store import Experiments
 from serving.experiments.webhook import Deliveries, Webhook
 from serving.follower import Follower
 from serving.loaded import LoadedAdapters
+from serving.logs.store import Logs
+from serving.logs.writer import LogWriter
 from serving.routing import LiveTable, Router
 from serving.selfcheck import make_ready
+from serving.shadow.live import LiveShadows
+from serving.shadow.mirror import Mirror
+from serving.shadow.store import Comparisons
 from serving.tenants.access import Access
 from serving.tenants.keys import KeyRing
 from serving.tenants.ledger import Ledger
@@ -107,6 +114,12 @@ HANDLERS = (
     get_one_tenant,
     load_lora_adapter,
     unload_lora_adapter,
+    start_shadow,
+    stop_shadow,
+    get_shadow,
+    list_shadows,
+    list_logs,
+    get_log,
     live,
     ready,
     metrics,
@@ -123,7 +136,10 @@ def create_app(
     table, access = LiveTable(), Access(registry)
     endpoints, loaded = LiveEndpoints(), LoadedAdapters(engine)
     router = Router(registry, base, table, access, endpoints, loaded)
-    store = Experiments(registry.home)
+    ready = partial(make_ready, engine, tokens)
+    store, logs, counts = Experiments(registry.home), Logs(registry.home), Metrics()
+    comparisons = Comparisons(registry.home)
+    shadows = LiveShadows(comparisons, registry, base, ready, counts.shadowed)
     services = Services(
         settings=settings,
         registry=registry,
@@ -136,10 +152,15 @@ def create_app(
         endpoints=endpoints,
         loaded=loaded,
         store=store,
-        experiments=LiveExperiments(store, registry, base, partial(make_ready, engine, tokens)),
+        experiments=LiveExperiments(store, registry, base, ready),
         recorder=Recorder(store),
+        logs=logs,
+        log_writer=LogWriter(logs, counts.log_dropped),
+        comparisons=comparisons,
+        shadows=shadows,
+        mirror=Mirror(shadows, engine, tokens),
         drain=Drain(),
-        metrics=Metrics(),
+        metrics=counts,
         authentication=Authentication(KeyRing(registry) if settings.auth else None),
         meter=Meter(Ledger(registry.home), settings.server_id),
     )
@@ -156,7 +177,9 @@ def create_app(
     app.state.services = services
     check_declared(app)
     # Around Litestar's own routing, so that its 404 and 405 pass through the guard as well.
-    app.asgi_handler = Guard(app.asgi_handler, settings, services.drain, services.metrics)
+    app.asgi_handler = Guard(
+        app.asgi_handler, settings, services.drain, counts, services.log_writer
+    )
     return app
 
 
@@ -178,20 +201,27 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
         deliveries = _deliveries(services, webhook) if webhook else None
         services.recorder.start()
         services.meter.start()
+        services.log_writer.start()
         await follower.start()
         await services.experiments.start()
+        await services.shadows.start()
         if deliveries is not None:
             deliveries.start()
         try:
             yield
         finally:
+            await services.mirror.stop()
+            await services.shadows.stop()
             if deliveries is not None:
                 await deliveries.stop()
             await services.experiments.stop()
             await follower.stop()
             await asyncio.to_thread(services.recorder.stop)
             await asyncio.to_thread(services.meter.stop)
+            await asyncio.to_thread(services.log_writer.stop)
             services.store.close()
+            services.logs.close()
+            services.comparisons.close()
             await services.engine.aclose()
 
     return lifespan

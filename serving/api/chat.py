@@ -1,6 +1,7 @@
 """POST /v1/chat/completions, in the shapes of the OpenAI API."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from serving.api.admission import admit, defaults_of, reserve
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare, everywhere
 from serving.api.calls import delta_of, finish_reason, message_of
+from serving.api.mirroring import mirror
 from serving.api.plan import Plan, make_plan, room_for_answer
 from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import ChatRequest, RequestDecoder
@@ -35,6 +37,7 @@ async def chat_completions(request: Request[Any, Any, Any]) -> ASGIApp:
     route = await admit(request, fields)
     plan = await _plan(services, fields, route, record)
     reserve(record, plan)
+    plan = await mirror(services, record, plan, partial(_prompt_for, services, fields, plan))
     shape = ChatShape(services.tokens, plan, record.request_id, services.now())
     return services.answer(plan, shape)
 
@@ -64,6 +67,18 @@ async def _plan(
         vocab=services.tokens.vocab_size,
         toolbox=toolbox,
     )
+
+
+async def _prompt_for(
+    services: Services, fields: ChatRequest, plan: Plan, other: Route
+) -> Sequence[int]:
+    """Return the same messages behind another version's own prompt."""
+    other = other.behind(plan.route.endpoint)
+    if (other.system_prompt, other.examples) == (plan.route.system_prompt, plan.route.examples):
+        return plan.requests[0].prompt_ids
+    tools = plan.toolbox.tools if plan.toolbox else ()
+    context = services.engine.max_model_len
+    return await services.tokens.encode_chat(messages_of(fields, other), context, tools)
 
 
 def messages_of(fields: ChatRequest, route: Route) -> list[ChatMessage]:

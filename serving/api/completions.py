@@ -1,6 +1,7 @@
 """POST /v1/completions: raw prompts, as text or as token ids."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from serving.api.admission import admit, defaults_of, reserve
 from serving.api.answer import Choice, Usage
 from serving.api.auth import declare, everywhere
 from serving.api.errors import RequestError
+from serving.api.mirroring import mirror
 from serving.api.plan import Plan, make_plan, room_for_answer
 from serving.api.record import RequestRecord, record_of
 from serving.api.schemas import CompletionRequest, RequestDecoder
@@ -35,6 +37,7 @@ async def completions(request: Request[Any, Any, Any]) -> ASGIApp:
     route = await admit(request, fields)
     plan = await _plan(services, fields, route, record)
     reserve(record, plan)
+    plan = await mirror(services, record, plan, partial(_prompt_for, plan))
     shape = CompletionShape(services.tokens, plan, record.request_id, services.now())
     return services.answer(plan, shape)
 
@@ -74,6 +77,10 @@ async def _plan(
         logprobs=fields.logprobs,
         vocab=services.tokens.vocab_size,
     )
+
+
+async def _prompt_for(plan: Plan, other: Route) -> Sequence[int] | None:
+    return None if other.only_prompt else plan.requests[0].prompt_ids
 
 
 async def _ids(tokens: Tokens, prompt: str | list[int], context: int) -> list[int]:

@@ -22,8 +22,11 @@ from serving.experiments.codec import ExperimentNotFound
 from serving.experiments.design import DesignInvalid
 from serving.experiments.feedback import FeedbackInvalid
 from serving.loaded import AdapterNotLoaded
+from serving.logs.store import RequestNotLogged
 from serving.routing import ModelNotLive
 from serving.selfcheck import SelfCheckFailed
+from serving.shadow.comparison import ComparisonInvalid
+from serving.shadow.store import ComparisonNotFound
 from serving.tenants.duration import DurationInvalid
 from serving.tenants.keys import InvalidKey, ScopeMissing, ScopeUnknown, TenantNotFound
 from serving.tenants.limit import LimitInvalid, LimitReached, NeverFits
@@ -75,6 +78,9 @@ TABLE: dict[type[Exception], Rule] = {
     ScopeUnknown: Rule(400, INVALID, param="scopes"),
     DurationInvalid: Rule(400, INVALID),
     TenantNotFound: Rule(404, "not_found_error"),
+    ComparisonInvalid: Rule(400, INVALID, param="share"),
+    ComparisonNotFound: Rule(404, "not_found_error"),
+    RequestNotLogged: Rule(404, "not_found_error"),
     domain.Refused: Rule(422, INVALID),
     domain.BaseMismatch: Rule(422, INVALID, param="model"),
     # The beginning of a digest that fits several versions. Not 409: clients send that again.

@@ -16,7 +16,9 @@ from serving.api.errors import ClientGone, Failure, RequestError, Unavailable, f
 from serving.api.hosts import tenant_of_host
 from serving.api.metrics import Metrics
 from serving.api.record import SCOPE_KEY, RequestRecord, new_request_id
+from serving.api.request_log import entry_of
 from serving.api.settings import ServerSettings
+from serving.logs.writer import LogWriter
 
 PUSH_PATH = re.compile(r"/v1/adapters/[^/]+/[^/]+/versions")  # its bodies are files
 ALWAYS_ANSWERED = ("/health/live", "/health/ready")  # also while draining or overloaded
@@ -30,12 +32,18 @@ class Guard:
     """An ASGI app around another one."""
 
     def __init__(
-        self, app: ASGIApp, settings: ServerSettings, drain: Drain, metrics: Metrics
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        drain: Drain,
+        metrics: Metrics,
+        log_writer: LogWriter,
     ) -> None:
         self._app = app
         self._settings = settings
         self._drain = drain
         self._metrics = metrics
+        self._log_writer = log_writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +64,13 @@ class Guard:
         finally:
             record.write()
             self._metrics.finished(record, scope)
+            self._log(record, scope)
+
+    def _log(self, record: RequestRecord, scope: HTTPScope) -> None:
+        if scope["path"] in ALWAYS_ANSWERED:
+            return  # probes ask all the time and ask for nothing
+        said = record.transcript.contents() if record.transcript else None
+        self._log_writer.take(entry_of(record, scope), said)
 
     def _bounds(self, scope: HTTPScope) -> tuple[int, float]:
         """Return the most bytes of the body and the seconds it may take."""

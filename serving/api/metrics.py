@@ -96,6 +96,18 @@ class Metrics:
             ["result"],
             registry=self._registry,
         )
+        self._log_dropped = Counter(
+            "wardrobe_log_dropped",
+            "Requests, or what was said in them, that the request log lost",
+            ["what"],
+            registry=self._registry,
+        )
+        self._shadowed = Counter(
+            "wardrobe_shadow_requests",
+            "Requests chosen to be mirrored to a candidate, by what became of it",
+            ["result"],
+            registry=self._registry,
+        )
         self.itl = self._histogram("inter_token_seconds", "From one token to the next", _ITL)
         self.e2e = self._histogram("request_seconds", "Whole inference requests", _E2E)
 
@@ -110,6 +122,14 @@ class Metrics:
             return
         self.e2e.observe(record.seconds)
         self._versions.finished(record)
+
+    def log_dropped(self, what: str, count: int) -> None:
+        """Count what the request log could not take: `request` or `contents`."""
+        self._log_dropped.labels(what).inc(count)
+
+    def shadowed(self, result: str) -> None:
+        """Count a request that was chosen to be mirrored: `pair`, `failed`, `busy`, …"""
+        self._shadowed.labels(result).inc()
 
     def render(self, stats: EngineStats, on_disk: int, vllm: VllmCollector) -> bytes:
         """Return the exposition text, with the engine's own counts as they are now."""

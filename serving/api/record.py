@@ -1,6 +1,6 @@
 """What one request did: for the log line, the request log, the metrics and the response headers.
 
-Never holds a prompt, an answer or a key; `watchers` see the answer pass by.
+Never holds a key, and of what was said only what the tenant wants logged.
 """
 
 import logging
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from serving.api.sequence import Piece
+from serving.logs.entry import Transcript
+from serving.shadow.live import Chosen
 from serving.tenants.meter import Lease
 from serving.tenants.redact import redact
 
@@ -33,12 +35,14 @@ class RequestRecord:
     label: str = ""
     digest: str = ""
     experiment: str = ""
-    arm: str = ""  # its number in the experiment, which a blind answer does not show
+    arm: str = ""  # its number
     status: int = 0  # 0: nothing was sent
     prompt_tokens: int = 0  # that the engine was given
     completion_tokens: int = 0
     first_token: float | None = None  # seconds from the start
     finish_reasons: list[str] = field(default_factory=list[str])
+    transcript: Transcript | None = None
+    shadow: Chosen | None = None  # the candidate that answers as well, for nobody
     watchers: list[Callable[[Piece], None]] = field(default_factory=list)
     on_end: "list[Callable[[RequestRecord], None]]" = field(default_factory=list)
     lease: Lease | None = None  # of an inference request

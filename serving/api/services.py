@@ -22,7 +22,12 @@ from serving.experiments.live import LiveExperiments
 from serving.experiments.recorder import Recorder
 from serving.experiments.store import Experiments
 from serving.loaded import LoadedAdapters
+from serving.logs.store import Logs
+from serving.logs.writer import LogWriter
 from serving.routing import LiveTable, Route, Router
+from serving.shadow.live import LiveShadows
+from serving.shadow.mirror import Mirror
+from serving.shadow.store import Comparisons
 from serving.tenants.access import Access
 from serving.tenants.meter import Meter
 from serving.tokens import Tokens
@@ -47,6 +52,11 @@ class Services:
     store: Experiments
     experiments: LiveExperiments
     recorder: Recorder
+    logs: Logs
+    log_writer: LogWriter
+    comparisons: Comparisons
+    shadows: LiveShadows
+    mirror: Mirror
     drain: Drain
     metrics: Metrics
     authentication: Authentication

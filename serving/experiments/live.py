@@ -13,11 +13,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from registry.adapter import PRODUCTION, AdapterName, Selector, Version
+from registry.adapter import PRODUCTION, AdapterName
 from registry.base import BaseModel
-from registry.errors import BaseMismatch, Conflict, IntegrityError, StoreUnavailable, WardrobeError
+from registry.errors import BaseMismatch, Conflict, StoreUnavailable, WardrobeError
 from registry.records import Alias
 from registry.store import Registry
+from serving.experiments.arms import MakeReady, ready_route
 from serving.experiments.decide import Verdict, decide
 from serving.experiments.experiment import Arm, Experiment, State
 from serving.experiments.ramps import describe_step, next_step
@@ -56,7 +57,7 @@ class LiveExperiments:
         store: Experiments,
         registry: Registry,
         base: BaseModel,
-        make_ready: Callable[[Version], Awaitable[None]],
+        make_ready: MakeReady,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -152,18 +153,7 @@ class LiveExperiments:
         self._running[running.experiment.name][running.experiment.id] = running
 
     async def _route(self, arm: Arm) -> Route:
-        if arm.name is None or arm.number is None:
-            if arm.digest != self._base.fingerprint:
-                raise BaseMismatch(f"The arm {arm.label} is another base model.")
-            return Route(self._base.id, self._base.fingerprint)
-        selector = Selector(arm.name, number=arm.number)
-        version = await asyncio.to_thread(self._registry.resolve, selector)
-        if version.digest != arm.digest:
-            raise IntegrityError(f"{version.ref.label} is not what it was: {version.digest}.")
-        if version.base_id != self._base.id:
-            raise BaseMismatch(f"{version.ref.label} is for {version.base_id}.")
-        await self._make_ready(version)
-        return Route.to(version)
+        return await ready_route(arm, self._registry, self._base, self._make_ready)
 
     async def _judge(self) -> None:
         for running in [r for known in self._running.values() for r in known.values()]:

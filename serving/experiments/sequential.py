@@ -93,6 +93,25 @@ def compare(first: Sums, second: Sums, alpha: float, *, tau: float = TAU) -> Dif
         return Difference(value, -math.inf, math.inf, 0.0)
     freedom = first.n + second.n - 2
     k = 1 + tau * tau * first.n * second.n / (first.n + second.n)
+    return _sequential_t(value, variance, freedom, k, alpha)
+
+
+def mean_of(sums: Sums, alpha: float, *, tau: float = TAU) -> Difference:
+    """Return one group's mean, such as that of paired differences, against 0.
+
+    The same sequential t with one sample: n units, n − 1 degrees of freedom, and a prior
+    N(0, τ²) on the standardised mean.
+    """
+    variance = sums.spread / sums.n if sums.n >= MIN_UNITS else 0.0
+    if variance == 0.0:
+        return Difference(sums.value, -math.inf, math.inf, 0.0)
+    return _sequential_t(sums.value, variance, sums.n - 1, 1 + tau * tau * sums.n, alpha)
+
+
+def _sequential_t(
+    value: float, variance: float, freedom: int, k: float, alpha: float
+) -> Difference:
+    """Return the test of a mean, or a difference of means, whose squared error is `variance`."""
     t2 = value * value / variance
     log_e = -0.5 * math.log(k) + (freedom + 1) / 2 * (
         math.log1p(t2 / freedom) - math.log1p(t2 / (freedom * k))

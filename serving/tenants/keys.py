@@ -24,7 +24,8 @@ from registry.store import Registry
 OPERATOR = "operator"  # the tenant that owns no namespace and sees all of them
 INFER, FEEDBACK, READ = "infer", "feedback", "read"
 PUSH, PROMOTE, EXPERIMENTS, ADMIN = "push", "promote", "experiments", "admin"
-SCOPES = (INFER, FEEDBACK, READ, PUSH, PROMOTE, EXPERIMENTS, ADMIN)
+LOGS = "logs"
+SCOPES = (INFER, FEEDBACK, READ, LOGS, PUSH, PROMOTE, EXPERIMENTS, ADMIN)
 
 _KEY = re.compile(r"wr_([0-9a-f]{12})_[0-9a-f]{64}")
 _NO_RECORD_HASH = "0" * 64

@@ -40,6 +40,7 @@ EXAMPLES = {
     "action": "start",
     "whose": "acme",
     "key": "000000000000",
+    "request_id": "req_exp_000000000000",  # nowhere to be found, as the experiment
 }
 ANONYMOUS_MAY = {("GET", "/health/live"), ("GET", "/health/ready")}
 UNDER_A_TENANT = "/t/acme/"
