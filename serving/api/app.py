@@ -200,6 +200,7 @@ def _lifespan(services: Services) -> Callable[[Litestar], AbstractAsyncContextMa
         webhook = services.settings.webhook
         deliveries = _deliveries(services, webhook) if webhook else None
         services.recorder.start()
+        await asyncio.to_thread(services.meter.join)
         services.meter.start()
         services.log_writer.start()
         await follower.start()

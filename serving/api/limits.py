@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -61,18 +62,15 @@ async def get_limits(request: AnyRequest, tenant: FromPath[str]) -> dict[str, An
 
 @patch("/v1/limits/{tenant:str}", opt=declare(ADMIN, operator=True))
 async def set_limit(request: AnyRequest, tenant: FromPath[str]) -> dict[str, Any]:
-    """Set limits of a tenant, or of `*` for each tenant without one of its own. At once."""
-    wanted = decode_body(await read_json(request), Change)
+    """Set limits of a tenant, or of `*` for each tenant without one of its own."""
+    meter, wanted = services_of(request.app).meter, decode_body(await read_json(request), Change)
     if not wanted.values:
         raise RequestError("Nothing is set: name one or more limits, such as tokens_per_minute.")
     subject = Subject.parse(tenant, wanted.name)
-    limit = await asyncio.to_thread(
-        services_of(request.app).meter.ledger.set_limit,
-        subject,
-        wanted.values,
-        actor=record_of(request.scope).tenant,
-        reason=wanted.reason,
-    )
+    actor = record_of(request.scope).tenant
+    change = partial(meter.ledger.set_limit, actor=actor, reason=wanted.reason)
+    limit = await asyncio.to_thread(change, subject, wanted.values)
+    await asyncio.to_thread(meter.flush)  # so that it is in force here at once
     return _facts(subject, limit)
 
 
@@ -80,12 +78,10 @@ async def set_limit(request: AnyRequest, tenant: FromPath[str]) -> dict[str, Any
 async def clear_limit(request: AnyRequest, tenant: FromPath[str]) -> dict[str, Any]:
     """Take a tenant's limit away; with `?name=` the one under a name."""
     subject = Subject.parse(tenant, request.query_params.get("name"))
-    cleared = await asyncio.to_thread(
-        services_of(request.app).meter.ledger.clear_limit,
-        subject,
-        actor=record_of(request.scope).tenant,
-        reason="cleared over HTTP",
-    )
+    meter, actor = services_of(request.app).meter, record_of(request.scope).tenant
+    clear = partial(meter.ledger.clear_limit, actor=actor, reason="cleared over HTTP")
+    cleared = await asyncio.to_thread(clear, subject)
+    await asyncio.to_thread(meter.flush)
     return {"object": "limit", "tenant": subject.tenant, "name": subject.name, "cleared": cleared}
 
 

@@ -24,6 +24,9 @@ class FairQueue:
         self._counters: dict[str, int] = {}
         self._last = ""  # the tenant that was the last to have nothing waiting any more
 
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
     def __iter__(self) -> Iterator[Sequence]:
         for line in self._waiting.values():
             yield from line

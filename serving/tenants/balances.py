@@ -1,9 +1,13 @@
 """The buckets of all tenants, shared by every server of one home.
 
-Each question is one small SQLite transaction on the event loop, some 60 µs: it reads the limits
-and the buckets as they are now, and writes what was taken. Nothing waits for a disk: the file is
-synced by whoever writes usage. While the database cannot be used, this server goes on with what
-it knew last; limits are its own then, and `problem` says why.
+Each step is one small SQLite transaction on the event loop: it reads the limits and the buckets
+as they are now, and writes what was taken. Nothing waits for a disk: the file is synced by whoever
+writes usage. Its statements give the interpreter away some ten times, though, and a busy engine is
+slow to give it back. So a server that is alone on its home owns what it has read, takes steps on
+that in memory, and gives it with each write of usage.
+
+While the database cannot be used, this server goes on with what it knew last; limits are its own
+then, and `problem` says why.
 
 Times are of the monotonic clock, which is one for all processes of a machine. After a reboot it
 begins again; a bucket that comes from its future then simply stays as it is.
@@ -11,6 +15,7 @@ begins again; a bucket that comes from its future then simply stays as it is.
 
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +32,11 @@ from serving.tenants.limit import (
     Subject,
 )
 from serving.tenants.standing import Clock, Standing
-from serving.tenants.tally import Tally
+from serving.tenants.tally import Batch, Tally
 
 BUSY_SECONDS = 0.05  # how long the event loop may wait for another process
 AGAIN_SECONDS = 1.0  # after a failure
-DEAD_SECONDS = 10.0  # holdings that nobody has confirmed for so long are of a server that is gone
+OWNED_SECONDS = 60.0  # after its last use
 
 log = logging.getLogger("wardrobe.limits")
 
@@ -53,7 +58,7 @@ LEFT JOIN buckets AS bucket ON bucket.tenant = ?1 AND bucket.name = ?2
 """
 _OTHERS = """
 SELECT COALESCE(SUM(answers), 0), COALESCE(SUM(tokens), 0) FROM holdings
-WHERE tenant = ? AND name = ? AND server <> ? AND seen_at BETWEEN ? AND ?
+WHERE tenant = ? AND name = ? AND server <> ?
 """
 _SPENT = "SELECT period, tokens FROM spent WHERE tenant = ? AND name = ? AND period IN (?, ?)"
 _PUT_BUCKET = """
@@ -61,9 +66,8 @@ INSERT INTO buckets (tenant, name, requests, tokens, at) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET requests = excluded.requests, tokens = excluded.tokens, at = excluded.at
 """
 _PUT_HOLDING = """
-INSERT INTO holdings (tenant, name, server, answers, tokens, seen_at) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT DO UPDATE SET
-answers = excluded.answers, tokens = excluded.tokens, seen_at = excluded.seen_at
+INSERT INTO holdings (tenant, name, server, answers, tokens) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET answers = excluded.answers, tokens = excluded.tokens
 """
 
 
@@ -75,7 +79,13 @@ class Balances:
         self._server = server
         self._tally = tally
         self._clock = clock
-        self._known: dict[Subject, Standing] = {}  # for when the database cannot be used
+        self._known: dict[Subject, Standing] = {}
+        # What the database may know less of than this server, and when it was used last.
+        self._owned: dict[Subject, float] = {}
+        self._changed: set[Subject] = set()  # since it was written
+        self._unread: set[Subject] = set()  # owned since before the write that is going on
+        self.alone = False  # no other server lives on this home
+        self._turn = threading.Lock()  # a step in memory, or a change of who owns what
         self._again_at = 0.0
         self.problem = ""  # why limits are not shared now
         self._connection = sqlite3.connect(
@@ -94,13 +104,54 @@ class Balances:
         """
         now = self._clock.seconds()
         subjects = (Subject(tenant), Subject(tenant, name))
+        with self._turn:
+            if self._owned.keys() >= set(subjects):
+                return self._in_memory(subjects, step, now)
         if now >= self._again_at:
             try:
                 return self._shared(subjects, step)
             except sqlite3.Error as error:
-                log.error("limits are those of this process for now: %s", error)
+                if not self.problem:
+                    log.error("limits are those of this process for now: %s", error)
                 self.problem, self._again_at = str(error), now + AGAIN_SECONDS
-        return self._alone(subjects, step, now)
+        with self._turn:
+            if self.alone:
+                self._owned.update(dict.fromkeys(subjects, now))
+            return self._in_memory(subjects, step, now)
+
+    def give(self, *, alone: bool, keep: bool) -> tuple[Batch, list[Standing]]:
+        """Return what is to be written, to whoever holds the database's write lock.
+
+        What is owned stays so while it is used, unless `keep` is false: then the next step reads
+        what was written. It may own that again when the server is `alone`.
+        """
+        with self._turn:
+            now, batch = self._clock.seconds(), self._tally.take()
+            changed = self._changed | (self._owned.keys() & batch.unused.keys())
+            given = [self._remember(s, batch.unused.pop(s, 0), now) for s in changed]
+            self._know(given)
+            in_use = {s: at for s, at in self._owned.items() if now - at < OWNED_SECONDS}
+            self._owned, self._changed, self.alone = in_use if keep else {}, set(), alone
+            self._unread = set(self._owned)
+            return batch, given
+
+    def take_back(self, batch: Batch, given: list[Standing], *, alone: bool) -> None:
+        """Undo `give`: it could not be written."""
+        with self._turn:
+            now = self._clock.seconds()
+            self._tally.put(batch)
+            self._changed.update(standing.subject for standing in given)
+            self._owned.update(dict.fromkeys(self._changed, now))
+            self.alone = alone
+
+    def was_written(self, batch: Batch) -> None:
+        """Count what was used where it now stands, and no longer among what is held."""
+        with self._turn:
+            self._tally.release(batch)
+            for key, amount in batch.usage.items():
+                for subject in (Subject(key.tenant), Subject(key.tenant, key.name)):
+                    if subject in self._unread:
+                        self._know([self._known[subject].with_used(key.hour, amount.tokens)])
 
     def look(self, subject: Subject) -> Standing:
         """Return where a subject stands, with all sums. Raises StoreUnavailable."""
@@ -115,35 +166,58 @@ class Balances:
 
     def _shared(self, subjects: tuple[Subject, ...], step: Step) -> Found:
         self._connection.execute("BEGIN IMMEDIATE")
-        now = self._clock.seconds()  # only now: nobody has written anything later than this
-        returned = {subject: self._tally.take_unused(subject) for subject in subjects}
-        try:
-            before = [self._read(subject, returned[subject], now) for subject in subjects]
-            after, refused = _apply(step, before)
-            self._hold(before, after)
+        # In this order, as whoever gives has it. Until the end: what is owned must not be given
+        # between its COMMIT and the moment it is known here.
+        with self._turn:
+            now = self._clock.seconds()  # only now: nobody has written anything later than this
+            returned = [self._tally.take_unused(subject) for subject in subjects]
             try:
-                for standing in after:
-                    self._write(standing, now)
-                self._connection.execute("COMMIT")
+                found = self._transact(subjects, returned, step, now)
             except BaseException:
-                self._hold(after, before)
+                for subject, tokens in zip(subjects, returned, strict=True):
+                    self._tally.put_unused(subject, tokens)
+                if self._connection.in_transaction:  # a full disk may have ended it already
+                    self._connection.execute("ROLLBACK")
                 raise
-        except BaseException:
-            for subject, tokens in returned.items():
-                self._tally.put_unused(subject, tokens)
-            if self._connection.in_transaction:  # a full disk may have ended it already
-                self._connection.execute("ROLLBACK")
-            raise
-        self.problem = ""
-        self._known.update({standing.subject: standing for standing in after})
-        return after, refused
+            self.problem = ""
+            self._know(found[0])
+            if self.alone:
+                self._owned.update(dict.fromkeys(subjects, now))
+                self._changed.difference_update(subjects)
+        return found
 
-    def _alone(self, subjects: tuple[Subject, ...], step: Step, now: float) -> Found:
-        before = [self._remember(subject, now) for subject in subjects]
+    def _transact(
+        self, subjects: tuple[Subject, ...], returned: list[int], step: Step, now: float
+    ) -> Found:
+        before = [
+            self._remember(subject, tokens, now)
+            if subject in self._owned
+            else self._read(subject, tokens, now)
+            for subject, tokens in zip(subjects, returned, strict=True)
+        ]
         after, refused = _apply(step, before)
         self._hold(before, after)
-        self._known.update({standing.subject: standing for standing in after})
+        try:
+            for standing in after:
+                self._write(standing, now)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._hold(after, before)
+            raise
         return after, refused
+
+    def _in_memory(self, subjects: tuple[Subject, ...], step: Step, now: float) -> Found:
+        before = [self._remember(s, self._tally.take_unused(s), now) for s in subjects]
+        after, refused = _apply(step, before)
+        self._hold(before, after)
+        self._know(after)
+        for subject in self._owned.keys() & set(subjects):
+            self._owned[subject] = now
+            self._changed.add(subject)
+        return after, refused
+
+    def _know(self, standings: list[Standing]) -> None:
+        self._known.update({standing.subject: standing for standing in standings})
 
     def _hold(self, before: list[Standing], after: list[Standing]) -> None:
         for old, new in zip(before, after, strict=True):
@@ -160,8 +234,7 @@ class Balances:
         answers = held = day = month = 0
         period = self._clock.period()
         if whole or limit.concurrent is not None or limit.has_budget:
-            alive = (now - DEAD_SECONDS, now)
-            answers, held = execute(_OTHERS, (*key, self._server, *alive)).fetchone()
+            answers, held = execute(_OTHERS, (*key, self._server)).fetchone()
         if whole or limit.has_budget:
             sums = dict(execute(_SPENT, (*key, period.day, period.month)).fetchall())
             day, month = sums.get(period.day, 0), sums.get(period.month, 0)
@@ -186,27 +259,27 @@ class Balances:
             self._connection.execute(_PUT_BUCKET, (*key, *taken, now))
         if limit.concurrent is not None or limit.has_budget:
             mine = self._tally.holding(standing.subject)
-            row = (*key, self._server, mine.answers, mine.tokens, now)
+            row = (*key, self._server, mine.answers, mine.tokens)
             self._connection.execute(_PUT_HOLDING, row)
 
-    def _remember(self, subject: Subject, now: float) -> Standing:
+    def _remember(self, subject: Subject, returned: int, now: float) -> Standing:
         """Return what was known last, moved to now. What was never seen has the built-in limit."""
         limit = BUILT_IN if subject.name == WHOLE else Limit()
-        known = self._known.get(subject) or Standing(subject, limit, self._clock.period())
+        period = self._clock.period()
+        known = self._known.get(subject) or Standing(subject, limit, period)
         limit, mine = known.limit, self._tally.holding(subject)
-        returned = self._tally.take_unused(subject)
         requests, tokens = known.requests, known.tokens
         at = requests.at if requests else tokens.at if tokens else now
         return Standing(
             subject,
             limit,
-            self._clock.period(),
+            period,
             _bucket(limit.requests_per_minute, _taken(requests), at, 0, now),
             _bucket(limit.tokens_per_minute, _taken(tokens), at, returned, now),
             mine.answers,
             mine.tokens,
-            known.day,
-            known.month,
+            known.day if known.period.day == period.day else 0,
+            known.month if known.period.month == period.month else 0,
         )
 
 

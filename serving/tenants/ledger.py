@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from registry.database import Database, now
-from serving.tenants.limit import EVERYBODY, WHOLE, Limit, Subject
-from serving.tenants.tables import SCHEMA, buckets, holdings, limit_events, limits, spent, usage
-from serving.tenants.tally import Amount, Batch, Holding, UsageKey
+from serving.tenants.limit import Limit, Subject
+from serving.tenants.rollup import RollUp
+from serving.tenants.tables import SCHEMA, buckets, limit_events, limits, usage
 from serving.tenants.usage import MOST_ROWS, By, Span, TooManyRows, UsageRow
 
 _FIELDS = tuple(Limit.__dataclass_fields__)
@@ -63,7 +63,7 @@ class Ledger:
     def set_limit(
         self, subject: Subject, values: Mapping[str, int | None], *, actor: str, reason: str
     ) -> Limit:
-        """Replace these fields of a limit, with a line in its history; servers follow at once.
+        """Replace these fields of a limit, with a line in its history.
 
         None takes one away. Raises LimitInvalid.
         """
@@ -118,10 +118,16 @@ class Ledger:
     # Usage
 
     @contextmanager
-    def writing(self) -> Generator["LedgerWriter"]:
+    def writing(self) -> Generator[RollUp]:
         """Write usage in one transaction; the write lock is held from the start."""
         with self._database.write() as connection:
-            yield LedgerWriter(connection)
+            yield RollUp(connection)
+
+    def news(self, server: str) -> tuple[bool, int]:
+        """Tell whether another server of this home runs, and how often limits were changed."""
+        with self._database.read() as connection:
+            reader = RollUp(connection)
+            return bool(reader.others(server)), reader.changes()
 
     def checkpoint(self) -> None:
         """Sync what was committed to the disk. Waits for nobody."""
@@ -140,84 +146,6 @@ class Ledger:
                 "by day or version."
             )
         return rows
-
-    def spent(self, tenant: str, period: str) -> int:
-        """Return the tokens a tenant has used in a day or month."""
-        query = select(spent.c.tokens).where(
-            spent.c.tenant == tenant, spent.c.name == WHOLE, spent.c.period == period
-        )
-        with self._database.read() as connection:
-            return connection.execute(query).scalar() or 0
-
-
-class LedgerWriter:
-    """The rows of one transaction."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def add(self, batch: Batch) -> None:
-        """Add what was used to the roll-ups and their sums; give back what was not."""
-        if batch.usage:
-            rows = [{**asdict(key), **asdict(amount)} for key, amount in batch.usage.items()]
-            self._connection.execute(_ADD_USAGE, rows)
-            self._connection.execute(_ADD_SPENT, _spent_rows(batch.usage))
-        for subject, tokens in batch.unused.items():
-            same = (buckets.c.tenant == subject.tenant) & (buckets.c.name == subject.name)
-            # Less than nothing may be taken then: whoever reads a bucket reads a full one.
-            self._connection.execute(
-                update(buckets).where(same).values(tokens=buckets.c.tokens - tokens)
-            )
-
-    def hold(self, server: str, held: Mapping[Subject, Holding], moment: float) -> None:
-        """Replace what a server's answers hold, where a limit asks; `moment` as in `Balances`."""
-        self._connection.execute(delete(holdings).where(holdings.c.server == server))
-        asked = set(map(tuple, self._connection.execute(_HELD_AGAINST)))
-        rows = [
-            {"tenant": s.tenant, "name": s.name, "server": server, "seen_at": moment, **asdict(h)}
-            for s, h in held.items()
-            if (s.tenant, s.name) in asked or (EVERYBODY, s.name) in asked
-        ]
-        if rows:
-            self._connection.execute(insert(holdings), rows)
-
-    def forget_dead(self, before: float, moment: float) -> None:
-        """Remove what servers hold that were seen last `before`, or before a reboot."""
-        dead = (holdings.c.seen_at < before) | (holdings.c.seen_at > moment)
-        self._connection.execute(delete(holdings).where(dead))
-
-
-_HELD_AGAINST = select(limits.c.tenant, limits.c.name).where(
-    limits.c.concurrent.is_not(None)
-    | limits.c.tokens_per_day.is_not(None)
-    | limits.c.tokens_per_month.is_not(None)
-)
-_put_usage = upsert(usage)
-_ADD_USAGE = _put_usage.on_conflict_do_update(
-    set_={
-        "version": _put_usage.excluded.version,
-        "answers": usage.c.answers + _put_usage.excluded.answers,
-        "prompt_tokens": usage.c.prompt_tokens + _put_usage.excluded.prompt_tokens,
-        "completion_tokens": usage.c.completion_tokens + _put_usage.excluded.completion_tokens,
-    }
-)
-_put_spent = upsert(spent)
-_ADD_SPENT = _put_spent.on_conflict_do_update(
-    set_={"tokens": spent.c.tokens + _put_spent.excluded.tokens}
-)
-
-
-def _spent_rows(used: Mapping[UsageKey, Amount]) -> list[dict[str, Any]]:
-    sums: dict[tuple[str, str, str], int] = {}
-    for key, amount in used.items():
-        for name in (WHOLE, key.name):
-            for period in (key.hour[:10], key.hour[:7]):
-                row = (key.tenant, name, period)
-                sums[row] = sums.get(row, 0) + amount.tokens
-    return [
-        {"tenant": tenant, "name": name, "period": period, "tokens": tokens}
-        for (tenant, name, period), tokens in sums.items()
-    ]
 
 
 def _sums(span: Span, by: By, tenant: str | None) -> Any:

@@ -56,7 +56,7 @@ def limit_set(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Set limits; those that are not named stay as they are. Running servers follow at once."""
+    """Set limits; the others stay as they are. Running servers follow within a second."""
     subject = Subject.parse(tenant, name)
     asked = Limit(requests, tokens, concurrent, day, month)
     values = {field: value for field, value in asdict(asked).items() if value is not None}

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from registry.errors import WardrobeError
-from serving.tenants.balances import DEAD_SECONDS, Balances
+from serving.tenants.balances import Balances
 from serving.tenants.ledger import Ledger
 from serving.tenants.limit import Subject
+from serving.tenants.presence import Presence
+from serving.tenants.rollup import RollUp
 from serving.tenants.standing import Clock, Standing, headers_of
 from serving.tenants.tally import Amount, Batch, Tally, UsageKey
 
 PAUSE_SECONDS = 0.25  # between two writes
-CONFIRM_SECONDS = 2.0  # between signs of life of what is held; far below DEAD_SECONDS
+LOOK_SECONDS = 0.5  # how long an idle server may not notice another one
 SYNC_SECONDS = 5.0  # a power cut takes the usage of so long at most
 
 log = logging.getLogger("wardrobe.usage")
@@ -53,6 +55,7 @@ class Lease:
     def _step(self, step: Callable[[Standing], Standing]) -> None:
         found = self._meter.balances.step(self._tenant, self._name, step)
         self._standings, refused = found
+        self._meter.wake()
         if refused is not None:
             raise refused
 
@@ -78,21 +81,43 @@ class Meter:
     clock: Clock = field(default_factory=Clock)
     tally: Tally = field(default_factory=Tally)
     balances: Balances = field(init=False)
+    presence: Presence = field(init=False)
     _something: threading.Event = field(default_factory=threading.Event)
     _ending: threading.Event = field(default_factory=threading.Event)
     _writing: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
     _unsynced: bool = False
+    _changes: int = -1  # of limits, as last seen
     _synced_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.balances = Balances(self.ledger.path, self.server, self.tally, self.clock)
+        self.presence = Presence(self.ledger.path.parent, self.server)
 
     def lease(self, tenant: str, name: str) -> Lease:
         return Lease(self, tenant, name)
 
     def wake(self) -> None:
         self._something.set()
+
+    def join(self) -> None:
+        """Become one of the home's servers. Returns when no other one thinks it is alone."""
+        self.presence.begin()
+        while self._is_unseen():
+            time.sleep(LOOK_SECONDS / 10)
+
+    def _is_unseen(self) -> bool:
+        with self.ledger.writing() as writer:
+            writer.sign(self.server, alone=False)
+            return any(self._others(writer).values())
+
+    def _others(self, writer: RollUp) -> dict[str, bool]:
+        """Return of every other server that lives whether it thinks it is alone."""
+        others = writer.others(self.server)
+        for server in filter(self.presence.is_dead, others.copy()):
+            writer.forget(server)
+            del others[server]
+        return others
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
@@ -105,29 +130,37 @@ class Meter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.presence.end()
         self.balances.close()
         self.ledger.close()
 
     def flush(self) -> None:
-        """Write everything that has ended. Raises StoreUnavailable, and keeps it then."""
-        batch: Batch | None = None
+        """Write everything that has ended, and the buckets; see who else lives.
+
+        Raises StoreUnavailable, and keeps everything then.
+        """
         with self._writing:
+            batch, given, was_alone = Batch(), list[Standing](), self.balances.alone
             try:
                 with self.ledger.writing() as writer:
-                    batch = self.tally.take()
+                    alone = not self._others(writer) and not self._ending.is_set()
+                    writer.sign(self.server, alone=alone)
+                    changes = writer.changes()
+                    keep = alone and changes == self._changes
+                    batch, given = self.balances.give(alone=alone, keep=keep)
+                    writer.put_buckets(given)
                     writer.add(batch)
-                    moment = self.clock.seconds()
-                    writer.hold(self.server, self.tally.holdings(), moment)
-                    writer.forget_dead(moment - DEAD_SECONDS, moment)
+                    writer.hold(self.server, self.tally.holdings(), batch)
             except BaseException:
-                if batch is not None:
-                    self.tally.put(batch)
+                self.balances.take_back(batch, given, alone=was_alone)
                 raise
-            self._unsynced = True
+            self.balances.was_written(batch)
+            self._changes = changes
+            self._unsynced |= bool(batch)
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            if self._something.wait(CONFIRM_SECONDS) or self.tally.holdings():
+            if self._something.wait(LOOK_SECONDS) or self._is_late():
                 self._something.clear()
                 self._try_flush()
             if time.monotonic() - self._synced_at >= SYNC_SECONDS:
@@ -137,6 +170,14 @@ class Meter:
         self._sync()
         if lost := sum(amount.answers for amount in self.tally.take().usage.values()):
             log.error("the usage of %d answers is lost", lost)
+
+    def _is_late(self) -> bool:
+        """Tell whether another server came to where this one was alone, or limits were changed."""
+        try:
+            joined, changes = self.ledger.news(self.server)
+        except WardrobeError:
+            return True  # the flush will say what is wrong
+        return self.balances.alone and (joined or changes != self._changes)
 
     def _try_flush(self) -> None:
         try:

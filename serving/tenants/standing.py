@@ -76,6 +76,14 @@ class Standing:
     day: int = 0  # tokens used in this day, and in this month
     month: int = 0
 
+    def with_used(self, hour: str, tokens: int) -> "Standing":
+        """Return it with what was used in an hour counted in its day and month."""
+        return replace(
+            self,
+            day=self.day + (tokens if hour[:10] == self.period.day else 0),
+            month=self.month + (tokens if hour[:7] == self.period.month else 0),
+        )
+
     def enter(self) -> "Standing":
         """Take one request and one place. Raises LimitReached and TooManyAtOnce."""
         most = self.limit.concurrent

@@ -3,7 +3,7 @@
 Hours and periods are texts in UTC: 2026-11-25T13, 2026-11-25, 2026-11.
 """
 
-from sqlalchemy import JSON, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
 from registry.schema import Schema
 
@@ -50,7 +50,7 @@ buckets = Table(
     sqlite_with_rowid=False,
 )
 
-# What the answers of one server hold now. Rows of a server that was killed grow old and are void.
+# What the answers of one server hold now.
 holdings = Table(
     "holdings",
     metadata,
@@ -59,7 +59,15 @@ holdings = Table(
     Column("server", String(64), primary_key=True),
     Column("answers", Integer, nullable=False),
     Column("tokens", Integer, nullable=False),  # reserved, or used and not yet in `spent`
-    Column("seen_at", Float, nullable=False),  # as buckets.at
+    sqlite_with_rowid=False,
+)
+
+# Those that run; `Presence` tells of one that was killed.
+servers = Table(
+    "servers",
+    metadata,
+    Column("server", String(64), primary_key=True),
+    Column("alone", Boolean, nullable=False),  # it may know more of the buckets than their rows
     sqlite_with_rowid=False,
 )
 

@@ -48,9 +48,9 @@ class Holding:
 class Batch:
     """What is taken out of the tally to be written in one transaction."""
 
-    usage: Mapping[UsageKey, Amount]
-    used: Mapping[Subject, int]
-    unused: Mapping[Subject, int]  # reserved, to be given back to the buckets
+    usage: Mapping[UsageKey, Amount] = field(default_factory=dict[UsageKey, Amount])
+    used: Mapping[Subject, int] = field(default_factory=dict[Subject, int])
+    unused: dict[Subject, int] = field(default_factory=dict[Subject, int])  # to be given back
 
     def __bool__(self) -> bool:
         return bool(self.usage or self.unused)
@@ -116,19 +116,22 @@ class Tally:
                 self._unused[subject] = self._unused.get(subject, 0) + tokens
 
     def take(self) -> Batch:
-        """Return all that is to be written; what was used is no longer held."""
+        """Return all that is to be written; what was used is held until `release`."""
         with self._lock:
             batch = Batch(self._usage, self._used, self._unused)
             self._usage, self._used, self._unused = {}, {}, {}
+            return batch
+
+    def release(self, batch: Batch) -> None:
+        """End `take`: what was used is written."""
+        with self._lock:
             for subject, tokens in batch.used.items():
                 self._hold(subject, 0, -tokens)
-            return batch
 
     def put(self, batch: Batch) -> None:
         """Undo `take`: the batch could not be written."""
         with self._lock:
             for subject, tokens in batch.used.items():
-                self._hold(subject, 0, tokens)
                 self._used[subject] = self._used.get(subject, 0) + tokens
             for subject, tokens in batch.unused.items():
                 self._unused[subject] = self._unused.get(subject, 0) + tokens

@@ -16,9 +16,11 @@ import httpx
 import msgspec
 import pytest
 
+from registry.adapter import AdapterName, Selector
 from serving.api.connection import IDLE_CONNECTIONS
 from serving.api.record import RequestRecord
 from serving.engine.boundary import GenerateRequest, TokenDelta
+from serving.tenants import balances
 from serving.tenants.keys import ADMIN, INFER, READ, add_key
 from serving.tenants.ledger import Ledger
 from serving.tenants.limit import Subject
@@ -27,6 +29,7 @@ from serving.tenants.usage import Span
 from serving.tokens import Tokens
 from tests.serving.live import CHAT, Running, Wardrobe, running
 from tests.serving.scripted import ScriptedEngine
+from tests.serving.test_prompt_versions import push_prompt
 
 ALWAYS = Span("2000", "2100")
 BASE = "base"
@@ -215,6 +218,34 @@ def test_a_tenant_sees_its_own_usage_and_the_operator_all(
     assert acme.get("/v1/usage", params={"tenant": "beta"}).status_code == 403
     for bad in ({"by": "week"}, {"from": "yesterday"}, {"page": "2"}, {"format": "xml"}):
         assert acme.get("/v1/usage", params=bad).status_code == 400
+
+
+def test_an_endpoint_is_limited_and_counted_under_its_own_name(
+    live: Running, acme: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    name = AdapterName("acme", "desk")
+    wardrobe.registry.create_endpoint(name, Selector.parse("acme/support"), {}, actor="test")
+    limit(live, name="desk", requests_per_minute=1)
+    deadline = time.monotonic() + 15
+    while (answer := ask(acme, model="desk")).status_code == 404:
+        assert time.monotonic() < deadline, "the endpoint does not come"
+        time.sleep(0.05)
+    assert answer.headers["x-ratelimit-limit-requests"] == "1"
+    assert ask(acme, model="support").status_code == 200
+    settled(live)
+    rows = {row["name"]: row["version"] for row in usage(acme)}
+    assert rows == {"acme/desk": "acme/support@v1", "acme/support": "acme/support@v1"}
+
+
+def test_the_examples_of_a_prompt_version_are_prompt_tokens(
+    live: Running, acme: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    push_prompt(wardrobe, name=AdapterName("acme", "shots"))
+    bare = ask(acme).json()["usage"]["prompt_tokens"]
+    said = ask(acme, model="shots@v1").json()["usage"]["prompt_tokens"]
+    assert said > bare
+    rows = {row["name"]: row["prompt_tokens"] for row in usage(acme)}
+    assert rows == {"base": bare, "acme/shots": said}
 
 
 @pytest.mark.parametrize(
@@ -419,6 +450,12 @@ def wrong(live: Running, engine: Counting, seen: dict[str, Seen]) -> list[str]:
     return [name for name, is_wrong in found.items() if is_wrong]
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no database that cannot be used."""
+    monkeypatch.setattr(balances, "BUSY_SECONDS", 60.0)
+
+
 def a_campaign(wardrobe: Wardrobe, tokens: Tokens, requests: int, seed: int = 7) -> list[str]:
     wardrobe.push()
     engine = Counting(step_seconds=0.0005, max_waiting=8, max_running=16)
@@ -433,14 +470,14 @@ def a_campaign(wardrobe: Wardrobe, tokens: Tokens, requests: int, seed: int = 7)
 
 
 def test_usage_is_what_was_streamed_over_mixed_requests_with_aborts(
-    wardrobe: Wardrobe, tokens: Tokens
+    wardrobe: Wardrobe, tokens: Tokens, patient: None
 ) -> None:
     assert a_campaign(wardrobe, tokens, 400) == []
 
 
 @pytest.mark.long
 def test_usage_is_what_was_streamed_over_5000_mixed_requests_with_aborts(
-    wardrobe: Wardrobe, tokens: Tokens
+    wardrobe: Wardrobe, tokens: Tokens, patient: None
 ) -> None:
     assert a_campaign(wardrobe, tokens, 5000) == []
 
@@ -452,7 +489,7 @@ def without_aborts(record: RequestRecord, write: Callable[[RequestRecord], None]
 
 
 def test_the_campaign_sees_a_server_that_does_not_settle_aborts(
-    wardrobe: Wardrobe, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+    wardrobe: Wardrobe, tokens: Tokens, patient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = RequestRecord.write
     monkeypatch.setattr(RequestRecord, "write", lambda record: without_aborts(record, write))

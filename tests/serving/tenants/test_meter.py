@@ -65,13 +65,23 @@ def servers(tmp_path: Path, clock: Still) -> Iterator[Callable[[str], Meter]]:
     made: list[Meter] = []
 
     def make(name: str) -> Meter:
-        made.append(Meter(Ledger(tmp_path), name, clock))
+        made.append(joined(Meter(Ledger(tmp_path), name, clock), made))
         return made[-1]
 
     yield make
     for meter in made:
-        meter.balances.close()
-        meter.ledger.close()
+        meter.stop()
+
+
+def joined(new: Meter, others: list[Meter]) -> Meter:
+    """Let a server join those that run; each notices when it writes next."""
+    joining = threading.Thread(target=new.join)
+    joining.start()
+    while joining.is_alive():
+        for other in others:
+            other.flush()
+        joining.join(0.005)
+    return new
 
 
 @pytest.fixture
@@ -220,10 +230,9 @@ def test_a_budget_counts_what_is_used_and_what_may_yet_be(meter: Meter, clock: S
         end(begin(meter, 10, 60), 0, 0)
     clock.pass_(11 * 3600)  # the next day
     end(begin(meter, 10, 90), 10, 90)
-    assert meter.ledger.spent("acme", "2026-11-26") == 0, "not yet written"
     meter.flush()
-    assert meter.ledger.spent("acme", "2026-11-26") == 100
-    assert meter.ledger.spent("acme", "2026-11") == 130
+    stands = meter.balances.look(ACME)
+    assert (stands.day, stands.month, stands.held) == (100, 130, 0)
 
 
 def test_a_month_that_is_spent_says_when_the_next_begins(meter: Meter) -> None:
@@ -292,21 +301,88 @@ def test_a_budget_is_shared_with_what_another_server_has_not_written_yet(
         begin(one, 0, 1)
 
 
-def test_what_a_dead_server_held_is_free_after_a_while(
-    servers: Callable[[str], Meter], clock: Still
-) -> None:
+def test_what_a_dead_server_held_is_free(servers: Callable[[str], Meter]) -> None:
     dead, alive = servers("dead"), servers("alive")
     limit(alive, concurrent=1, tokens_per_day=100)
     begin(dead, 10, 80)
     with pytest.raises(TooManyAtOnce):
         enter(alive)
-    clock.pass_(5)
-    dead.flush()  # a sign of life
-    clock.pass_(6)
+    alive.flush()
     with pytest.raises(TooManyAtOnce):
         enter(alive)
-    clock.pass_(balances.DEAD_SECONDS)
+    dead.presence.lock.release()  # as the system does it
+    alive.flush()
     end(begin(alive, 10, 80), 0, 0)
+    assert alive.balances.alone
+
+
+# One server
+
+
+def test_a_server_that_is_alone_needs_no_database_for_a_known_tenant(meter: Meter) -> None:
+    limit(meter, requests_per_minute=4, tokens_per_minute=100)
+    meter.flush()  # sees that nobody else is there
+    end(begin(meter, 5, 45), 5, 5)
+    meter.flush()
+    with meter.ledger.writing():  # somebody else holds it
+        end(begin(meter, 5, 75), 5, 5)
+        with pytest.raises(LimitReached, match="has 80 left"):
+            begin(meter, 5, 76)
+        assert meter.balances.problem == ""
+    limit(meter, requests_per_minute=5)
+    meter.flush()
+    assert headers(begin(meter, 5, 75))["x-ratelimit-remaining-tokens"] == "0"
+    enter(meter)
+    with pytest.raises(LimitReached, match="5 requests"):
+        enter(meter)
+
+
+def test_names_of_one_tenant_take_from_the_same_memory(meter: Meter) -> None:
+    limit(meter, requests_per_minute=3)
+    meter.flush()
+    for name in (NAME, "acme/other", NAME):
+        enter(meter, name=name)
+    with pytest.raises(LimitReached):
+        enter(meter, name="acme/third")
+
+
+def test_what_a_server_kept_in_memory_is_known_to_one_that_joins(
+    servers: Callable[[str], Meter],
+) -> None:
+    one = servers("one")
+    limit(one, requests_per_minute=3, tokens_per_day=100)
+    one.flush()
+    enter(one)
+    begin(one, 5, 45)
+    assert one.balances.alone
+    two = servers("two")
+    assert not one.balances.alone
+    with pytest.raises(BudgetSpent, match="50 are used or reserved"):
+        begin(two, 5, 46)
+    for meter in (one, two):
+        with pytest.raises(LimitReached, match="3 requests"):
+            enter(meter)
+
+
+def test_what_a_lone_server_could_not_write_it_keeps_in_memory(
+    meter: Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(meter, requests_per_minute=3)
+    meter.flush()
+    enter(meter)
+    enter(meter)
+
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.tenants.rollup.RollUp.hold", broken)
+        with pytest.raises(StoreUnavailable):
+            meter.flush()
+    enter(meter)
+    meter.flush()
+    with pytest.raises(LimitReached):
+        enter(meter)
 
 
 # What is left in the end
@@ -328,8 +404,10 @@ def uneven(meters: list[Meter], expected: int) -> list[str]:
     return [name for name, wrong in found.items() if wrong]
 
 
+Answer = tuple[int, str, int, int, float, int]
 ANSWERS = st.tuples(
     st.integers(0, 1),  # server
+    st.sampled_from([NAME, "acme/other", "base"]),
     st.integers(0, 50),  # prompt
     st.integers(1, 200),  # the most it may answer
     st.floats(0, 1),  # the share of it that it does
@@ -341,34 +419,42 @@ ANSWERS = st.tuples(
 @given(st.lists(ANSWERS, max_size=25), st.sets(st.integers(0, 24)))
 def test_reserved_balances_return_to_zero_and_usage_is_what_was_used(
     tmp_path_factory: pytest.TempPathFactory,
-    answers: list[tuple[int, int, int, float, int]],
+    answers: list[Answer],
     flushed: set[int],
 ) -> None:
     clock = Still()
     home = tmp_path_factory.mktemp("home")
-    meters = [Meter(Ledger(home), f"s{n}", clock) for n in range(2)]
+    meters = [joined(Meter(Ledger(home), "first", clock), [])]
     try:
         limit(meters[0], tokens_per_minute=1000, tokens_per_day=5000)
-        total = run(meters, answers, flushed)
+        limit(meters[0], Subject("acme", NAME), tokens_per_minute=500)
+        meters[0].flush()
+        second = Meter(Ledger(home), "second", clock)
+        total = run(meters, answers, flushed, lambda: joined(second, meters[:]))
         assert uneven(meters, total) == []
     finally:
         for meter in meters:
-            meter.balances.close()
-            meter.ledger.close()
+            meter.stop()
 
 
 def run(
-    meters: list[Meter], answers: list[tuple[int, int, int, float, int]], flushed: set[int]
+    meters: list[Meter],
+    answers: list[Answer],
+    flushed: set[int],
+    second: Callable[[], Meter],
 ) -> int:
-    """Run answers that overlap; return the tokens they used."""
+    """Run answers that overlap, half of them before a second server joins; return their tokens."""
     running: list[tuple[int, Lease, int, int]] = []
     total = 0
-    for number, (server, prompt, most, share, later) in enumerate(answers):
+    for number, (asked, name, prompt, most, share, later) in enumerate(answers):
+        if number == len(answers) // 2:
+            meters.append(second())
+        server = asked % len(meters)
         for ended in [entry for entry in running if entry[0] <= number]:
             running.remove(ended)
             end(*ended[1:])
         try:
-            lease = begin(meters[server], prompt, most)
+            lease = begin(meters[server], prompt, most, name=name)
         except LimitReached:
             continue
         completion = round(share * most)
@@ -436,7 +522,7 @@ def test_what_could_not_be_written_is_written_the_next_time(
         raise StoreUnavailable("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("serving.tenants.ledger.LedgerWriter.hold", broken)
+        patch.setattr("serving.tenants.rollup.RollUp.hold", broken)
         with pytest.raises(StoreUnavailable):
             meter.flush()
     assert meter.tally.holding(ACME) == holding
@@ -452,6 +538,7 @@ KILLED = """
     from serving.tenants.meter import Meter
 
     meter = Meter(Ledger(Path(sys.argv[1])), "killed")
+    meter.join()
     meter.start()
     number = 0
     while True:
@@ -476,16 +563,16 @@ def test_what_was_written_before_a_kill_is_there_after_it(tmp_path: Path) -> Non
         os.kill(child.pid, signal.SIGKILL)
         rest = [int(line) for line in child.stdout.read().split()]
     last = max([written, *rest])
-    with Ledger(tmp_path) as ledger:
-        answers = sum(row.answers for row in ledger.usage(ALWAYS, "hour"))
-        assert last <= answers <= last + 50
-        today = Period.now()
-        sums = {ledger.spent("acme", period) for period in (today.day, today.month)}
-        assert 10 * answers in sums, "the sums are of the same transaction"
+    after = Meter(Ledger(tmp_path), "after")
+    after.join()  # and does not wait for who was killed
+    answers = sum(row.answers for row in after.ledger.usage(ALWAYS, "hour"))
+    after.stop()
+    assert last <= answers <= last + 50
 
 
 def test_stopping_writes_what_is_left(tmp_path: Path) -> None:
     meter = Meter(Ledger(tmp_path), "one")
+    meter.join()
     meter.start()
     end(begin(meter, 10, 100), 10, 50)
     meter.stop()
