@@ -171,7 +171,9 @@ class Comparisons:
         with self._database.read() as connection:
             numbers = connection.execute(counts).one()
             why = {row.why: row.count for row in connection.execute(missed)}
-            return Tally(*map(int, numbers), why, measure_all(connection, comparison.id))
+            measures = measure_all(connection, comparison.id)
+        pairs_, units, bounded, json_expected, candidate_json = map(int, numbers)
+        return Tally(pairs_, units, bounded, json_expected, candidate_json, why, measures)
 
 
 def _of(name: AdapterName) -> tuple[Any, Any]:
