@@ -420,11 +420,11 @@ async def let_users_decide(server: Server, key: str) -> None:
         crowd = Crowd(client, items)
         shown = {"signals": [COMPLAINT]}
         show(await crowd.decide(await begin(client, few_shot, 1.0, **shown), 480), crowd)
-        say("7. A bad version: somebody pushes the smart-home adapter under the clinic's name")
+        say("7. A bad version: the smart-home adapter, pushed under the clinic's name")
         wrong = await push(client, files_of(server.home, SMART_HOME))
         crowd = Crowd(client, items)
         guarded = {"guardrails": [COMPLAINT, "errors"]}
-        show(await crowd.decide(await begin(client, wrong, 0.3, **guarded), 480), crowd)
+        show(await crowd.decide(await begin(client, wrong, 0.5, **guarded), 480), crowd)
 
 
 def what_next(server: Server) -> None:
