@@ -257,7 +257,7 @@ def check(shop: Shop, plan: Plan, experiment_id: str, ledger: Ledger) -> None:
 
 
 def test_an_experiment_is_right_to_the_last_answer_though_its_server_is_killed(shop: Shop) -> None:
-    run_experiment(shop, Plan(1000, ("0.05:0s:4", "0.2:0s:30", "1"), effect=0.5))
+    run_experiment(shop, Plan(700, ("0.05:0s:4", "0.2:0s:30", "1"), effect=0.5))
 
 
 @pytest.mark.long

@@ -226,12 +226,13 @@ async def get_layer(
 
 @get("/v1/adapters/{namespace:str}/{name:str}/demonstrations", opt=declare(EXPERIMENTS))
 async def get_demonstrations(
-    request: AnyRequest, namespace: FromPath[str], name: FromPath[str]
+    request: AnyRequest, namespace: FromPath[str], name: FromPath[str], after: FromQuery[int] = 0
 ) -> dict[str, Any]:
-    """Return the answers that people gave instead, as rows of a recipe."""
+    """Return the answers that people gave instead, as rows of a recipe; some at a time."""
     adapter = own_adapter(request, namespace, name)
-    found = await asyncio.to_thread(services_of(request.app).store.demonstrations, adapter)
-    return {"object": "list", "data": [given.row() for given in found]}
+    found = await asyncio.to_thread(services_of(request.app).store.demonstrations, adapter, after)
+    last = found[-1].seq if found else None
+    return {"object": "list", "data": [given.row() for given in found], "after": last}
 
 
 @post(everywhere("/v1/feedback"), opt=declare(FEEDBACK), status_code=200)

@@ -20,6 +20,7 @@ from serving.tenants.keys import OPERATOR
 
 MAX_REMARKS = 10  # of one kind about one answer: words, unlike values, do not replace each other
 MAX_COMMENTS = 100  # that a report shows
+PAGE = 1000  # demonstrations that are read at once
 
 
 class FeedbackInvalid(WardrobeError):
@@ -113,8 +114,10 @@ def write_remark(
     return True
 
 
-def read_demonstrations(connection: Connection, name: AdapterName) -> list[Demonstration]:
-    """Return all that were given for answers of an adapter's experiments, oldest first."""
+def read_demonstrations(
+    connection: Connection, name: AdapterName, after: int
+) -> list[Demonstration]:
+    """Return the next PAGE for answers of an adapter's experiments, oldest first."""
     query = (
         select(remarks, exposures.c.experiment, exposures.c.arm, exposures.c.unit)
         .join(exposures, exposures.c.request_id == remarks.c.request_id)
@@ -123,8 +126,10 @@ def read_demonstrations(connection: Connection, name: AdapterName) -> list[Demon
             experiments.c.namespace == name.namespace,
             experiments.c.name == name.name,
             remarks.c.kind == "demonstration",
+            remarks.c.seq > after,
         )
         .order_by(remarks.c.seq)
+        .limit(PAGE)
     )
     rows = connection.execute(query).all()
     known = {row.experiment: get_experiment(connection, row.experiment) for row in rows}

@@ -148,7 +148,9 @@ def from_feedback(
     home: Home = None,
 ) -> None:
     """Write the answers that people gave instead as rows of a recipe, with where they are from."""
-    with open_experiments(home) as store:
-        rows = [given.row() for given in store.demonstrations(AdapterName.parse(name))]
-    out.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
-    print(f"{out}: {len(rows)} rows")
+    adapter, rows, last = AdapterName.parse(name), 0, 0
+    with open_experiments(home) as store, out.open("wb") as file:
+        while given := store.demonstrations(adapter, last):
+            file.writelines(msgspec.json.encode(one.row()) + b"\n" for one in given)
+            rows, last = rows + len(given), given[-1].seq
+    print(f"{out}: {rows} rows")

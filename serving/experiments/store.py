@@ -267,9 +267,10 @@ class Experiments:
                 connection, request_id, kind, text, messages, tenant=tenant, key=key
             )
 
-    def demonstrations(self, name: AdapterName) -> list[Demonstration]:
+    def demonstrations(self, name: AdapterName, after: int = 0) -> list[Demonstration]:
+        """Return the next ones after a `seq`, a page of them; none at the end."""
         with self._database.read() as connection:
-            return read_demonstrations(connection, name)
+            return read_demonstrations(connection, name, after)
 
     def comments(self, experiment: Experiment) -> list[dict[str, Any]]:
         with self._database.read() as connection:

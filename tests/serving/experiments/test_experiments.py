@@ -1,5 +1,6 @@
 """Who gets which arm, what the numbers lead to, and that nothing is lost or counted twice."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from serving.experiments.decide import decide
 from serving.experiments.design import DesignInvalid, make_metrics
 from serving.experiments.experiment import Arm, Experiment, Policy, Step, unit_of
 from serving.experiments.feedback import FeedbackInvalid
+from serving.experiments.looks import from_feedback
 from serving.experiments.moves import move
 from serving.experiments.power import estimate
 from serving.experiments.ramps import next_step, read_ramp
@@ -242,6 +244,36 @@ def test_feedback_that_cannot_be_is_refused(store: Experiments) -> None:
     with pytest.raises(NotFound) as other:
         store.give_feedback(request_id, "solved", 1, tenant="beta", key=None)
     assert "No experiment knows" in other.value.message
+
+
+def test_demonstrations_become_rows_of_a_recipe_grouped_by_who_asked(
+    store: Experiments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.experiments.feedback.PAGE", 2)
+    experiment = started(store)
+    ids = expose(store, experiment, 1, "u", answers=2) + expose(store, experiment, 0, "v")
+    asked = [{"role": "user", "content": "lights on"}]
+    for number, request_id in enumerate(ids):
+        give = (request_id, "demonstration", f"answer {number}", asked)
+        assert store.give_words(*give, tenant="acme", key="k")
+        assert not store.give_words(*give, tenant="acme", key="k")
+    out = tmp_path / "rows.jsonl"
+    from_feedback(str(NAME), out, home=tmp_path)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in rows] == ["answer 0", "answer 1", "answer 2"]
+    assert [row["group"] for row in rows] == ["u", "u", "v"]
+    assert [row["made"]["instead_of"] for row in rows] == [f"{NAME}@v2"] * 2 + [f"{NAME}@v1"]
+
+
+def test_an_answer_takes_so_many_words_and_no_more(
+    store: Experiments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.experiments.feedback.MAX_REMARKS", 2)
+    (request_id,) = expose(store, started(store), 0, "u")
+    for _ in range(2):
+        assert store.give_words(request_id, "comment", "too long", (), tenant="acme", key=None)
+    with pytest.raises(FeedbackInvalid, match="the most"):
+        store.give_words(request_id, "comment", "too long", (), tenant="acme", key=None)
 
 
 def test_rows_written_twice_count_once(store: Experiments) -> None:

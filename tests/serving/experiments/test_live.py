@@ -333,7 +333,9 @@ def test_people_say_it_in_words_and_their_answers_become_rows(
         assert (refused.status_code, "read by acme" in refused.text) == (400, True)
     path = "/v1/adapters/acme/support/demonstrations"
     assert client.get(path, headers=beta).status_code == 404
-    (row,) = client.get(path).json()["data"]
+    page = client.get(path).json()
+    (row,) = page["data"]
+    assert client.get(path, params={"after": page["after"]}).json()["data"] == []
     assert row["messages"] == [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "the right answer"},
