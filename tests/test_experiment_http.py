@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import pytest
 
 from registry.adapter import AdapterName
@@ -204,25 +205,32 @@ def run_experiment(shop: Shop, plan: Plan) -> None:
     with Registry.open(shop.home, Bases(shop.cache / "bases")) as registry:
         # The operator's metrics are read on the way, too.
         key = add_key(registry, "operator", SCOPES)
-    stages = [word for stage in plan.ramp for word in ("--ramp", stage)]
-    design = ("--treatment", "@v2", "--metric", "solved:binary", *stages)
-    experiment = shop.json("experiment", "create", str(NAME), *design)["id"]
-    shop.run("experiment", "start", experiment)
     server = shop.start_server(*OPTIONS)
     populations: list[Population] = []
 
-    async def live() -> None:
+    async def live(experiment: str) -> None:
         populations.append(Population(plan, shop, server, key))
         await populations[0].run(experiment)
 
     try:
         server.wait_ready()
-        asyncio.run(live())
+        experiment = start(server, key, plan)
+        asyncio.run(live(experiment))
     finally:
         server.kill()
         for population in populations:
             population.server.stop()  # whose end writes what is left
     check(shop, plan, experiment, populations[0].ledger)
+
+
+def start(server: LiveServer, key: str, plan: Plan) -> str:
+    headers = {"authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=server.url, headers=headers) as client:
+        design = {"treatments": ["@v2"], "metric": "solved:binary", "ramp": plan.ramp}
+        made = client.post(f"/v1/adapters/{NAME}/experiments", json=design)
+        moved = client.post(f"/v1/experiments/{made.json()['id']}/start", json={"reason": "test"})
+        assert moved.status_code == 200, (made.text, moved.text)
+        return moved.json()["id"]
 
 
 def check(shop: Shop, plan: Plan, experiment_id: str, ledger: Ledger) -> None:
