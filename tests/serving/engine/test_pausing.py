@@ -1,6 +1,7 @@
 """Requests that give their place to another tenant: they go on later as if nothing had been."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import EngineBusy, GenerateRequest, TokenDelta
+from serving.engine.boundary import EngineBusy, GenerateRequest, Grammar, TokenDelta
 from serving.engine.build import assemble, read_model
 from serving.engine.core import EngineCore
 from serving.engine.engine import TorchEngine
+from serving.engine.grammar import GrammarCompiler
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
+from tests import tiny
 from tests.serving.engine.driving import Folders, base_of, complete, request, stream, until
 
 SETTINGS = EngineSettings(
@@ -79,6 +82,27 @@ def test_a_paused_request_gives_the_same_tokens_and_numbers(
     assert core.counters.prompt_tokens == 4 * 27 + 3 * 20  # what was read again counts once
     assert all(not layer.any() for layer in (*core.cache.keys, *core.cache.values))
     assert all(core.residency.table.pins(ref.digest) == 0 for ref in tiny_folders.refs.values())
+
+
+def test_a_paused_request_goes_on_where_it_was_in_its_grammar(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    grammars = GrammarCompiler(tiny_base, tiny.VOCAB, frozenset({tiny.EOS_ID}))
+
+    def held() -> list[Request]:
+        walks = [asyncio.run(grammars.start(Grammar("regex", "([a-z]{2}[0-9])*"))) for _ in "abcd"]
+        return list(map(Request, crowd(tiny_folders, tenant="noisy"), walks))
+
+    alone = [deltas(new_core(tiny_base, tiny_folders), [each])[0] for each in held()]
+    core = new_core(tiny_base, tiny_folders)
+    late = [replace(request([3] * 20, max_tokens=9), tenant=f"quiet-{i}") for i in range(3)]
+    together = deltas(core, held(), [Request(each) for each in late])
+    grammars.close()
+    assert core.counters.paused >= 3
+    assert together[:4] == alone
+    for each in alone:
+        written = bytes(token for delta in each for token in delta.token_ids).decode()
+        assert re.fullmatch("([a-z]{2}[0-9])*[a-z]{0,2}", written)
 
 
 def test_a_paused_request_that_is_aborted_leaves_nothing(
