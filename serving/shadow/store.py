@@ -170,7 +170,7 @@ class Comparisons:
         missed = select(skipped.c.why, skipped.c.count).where(skipped.c.comparison == comparison.id)
         with self._database.read() as connection:
             numbers = connection.execute(counts).one()
-            why = {row.why: row.count for row in connection.execute(missed)}
+            why = {row[0]: row[1] for row in connection.execute(missed)}
             measures = measure_all(connection, comparison.id)
         pairs_, units, bounded, json_expected, candidate_json = map(int, numbers)
         return Tally(pairs_, units, bounded, json_expected, candidate_json, why, measures)
