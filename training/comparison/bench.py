@@ -21,7 +21,7 @@ from training.errors import RunFailed
 from training.evaluation import forgetting
 from training.evaluation.evaluate import Answer, Evaluation, Variant, evaluate
 from training.evaluation.forgetting import measure_forgetting
-from training.evaluation.general import general_of
+from training.evaluation.general import General
 from training.evaluation.memory import remembered
 from training.extract import Extraction, FineTune, extract
 from training.model import Hardware, check_runnable
@@ -148,11 +148,11 @@ class Bench:
         card = read_card(cell.adapter)
         return TrainedAdapter(cell.adapter, card, dropped=0, reused=True, curve=None)
 
-    def forgetting(self, variants: Sequence[Variant]) -> list[Forgetting]:
+    def forgetting(self, variants: Sequence[Variant], general: General) -> list[Forgetting]:
         """Return what the base itself knows, and then each variant; what is known is not asked."""
         plain = Variant("base", self.base, "")
         wanted = [plain, *variants]
-        paths = [self._judged_path(variant, ()) for variant in wanted]
+        paths = [self._judged_path(variant, general) for variant in wanted]
         new = [i for i, path in enumerate(paths) if i and not path.is_file()]
         if new or not paths[0].is_file():
             found = measure_forgetting(
@@ -162,7 +162,7 @@ class Bench:
                 [wanted[i] for i in new],
                 self.prompter,
                 self.answer,
-                general_of(self.recipe),
+                general,
                 self.hardware,
                 progress=self.progress,
             )
@@ -228,14 +228,14 @@ class Bench:
         }
         return hashlib.sha256(canonical(facts)).hexdigest()[:16]
 
-    def _judged_path(self, variant: Variant, items: Sequence[Example]) -> Path:
+    def _judged_path(self, variant: Variant, asked: Sequence[Example] | General) -> Path:
         """Name the answers by what they depend on; a run's folder is named by its own facts."""
         facts: dict[str, Any] = {
             "model": variant.model.fingerprint,
             "adapter": str(variant.adapter) if variant.adapter else None,
             "system": variant.system,
             "examples": [list(example) for example in variant.examples],
-            "items": digest_examples((), items),
+            "items": _digest(asked),
             "recipe": self.recipe.digest,  # how answers are judged, a function's file included
             "torch": version("torch"),
         }
@@ -273,3 +273,9 @@ def _kept(found: forgetting.Forgetting) -> Forgetting:
         format_leak=found.leaked.value,
         kl=found.kl.value,
     )
+
+
+def _digest(asked: Sequence[Example] | General) -> str:
+    if isinstance(asked, General):
+        return hashlib.sha256(msgspec.json.encode(asked)).hexdigest()
+    return digest_examples((), asked)

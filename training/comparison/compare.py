@@ -19,6 +19,7 @@ from training.comparison.result import Comparison, Point, Row, RunScore, Setup
 from training.comparison.significance import compare_rows, groups_of
 from training.comparison.verdict import decide
 from training.evaluation.evaluate import near_duplicates
+from training.evaluation.general import general_of
 from training.run import Run
 
 
@@ -30,7 +31,10 @@ def compare(bench: Bench, plan: Plan) -> Comparison:
     bench.expect(count_cells(bench.recipe, plan))
     made = train_all(bench, plan)
     rows, curves = rows_of(bench, made)
-    untouched, *kept = bench.forgetting([entry.variants[0] for entry in made.entries])
+    general = general_of(bench.recipe)
+    untouched, *kept = bench.forgetting(
+        [entry.variants[0] for entry in made.entries], general.half() if plan.quick else general
+    )
     rows = [replace(row, forgetting=one) for row, one in zip(rows, kept, strict=True)]
     groups = groups_of(bench.data.held_out)
     pairs = compare_rows(rows, groups)

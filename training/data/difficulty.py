@@ -17,17 +17,18 @@ def difficulty_of(base: BaseModel, system: str, report: Report) -> Difficulty:
 
     def difficulty(examples: Sequence[Example]) -> list[float]:
         # PEFT comes with these: seconds that a check without this question does not take.
-        from training.evaluation.forward import Row, load_reader
+        from training.evaluation.forward import Row, in_batches, load_reader
         from training.model import detect_hardware
 
         prompter = load_prompter(base.path, system)
-        losses: list[float] = []
+        encoded = [prompter.encode(example) for example in examples]
+        rows = [Row(prompt + completion, len(prompt)) for prompt, completion in encoded]
+
+        def done(count: int) -> None:
+            report(Progress("check", count, len(rows), "difficulty"))
+
         with load_reader(base, None, detect_hardware()) as reader:
-            for example in examples:
-                prompt, completion = prompter.encode(example)
-                loss = reader.loss(Row(prompt + completion, len(prompt)))
-                losses.append(loss / len(completion))
-                report(Progress("check", len(losses), len(examples), "difficulty"))
-        return losses
+            nats = in_batches(rows, lambda row: len(row.ids), reader.losses, done)
+        return [of_row / len(said) for of_row, (_, said) in zip(nats, encoded, strict=True)]
 
     return difficulty

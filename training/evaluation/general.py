@@ -35,6 +35,14 @@ class General:
     texts: tuple[str, ...]
     questions: tuple[Question, ...]
 
+    def half(self) -> "General":
+        """Return every second of both, where at least two are left: an interval needs them."""
+        texts, questions = self.texts[::2], self.questions[::2]
+        return General(
+            texts if len(texts) > 1 else self.texts,
+            questions if len(questions) > 1 else self.questions,
+        )
+
 
 def general_of(recipe: Recipe) -> General:
     """Read the files that the recipe names, and the built-in ones in place of those it does not."""

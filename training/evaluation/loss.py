@@ -1,17 +1,15 @@
 """Loss on held-out answers: how many nats a token of the expected answer costs a variant."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from training.data.examples import Example
 from training.evaluation.evaluate import Variant
-from training.evaluation.forward import Row, load_reader
+from training.evaluation.forward import Row, in_batches, load_reader
 from training.evaluation.statistics import Loss, mean_loss
 from training.model import Hardware
 from training.progress import Progress, Report
 from training.prompt import Prompter
-
-MAX_TOKENS = 1024  # of a batch with its padding: each has a logit for every word of the vocabulary
 
 
 def held_out_loss(
@@ -28,22 +26,11 @@ def held_out_loss(
     for example in held_out:
         prompt = asking.prompt_ids(variant.turns(example))
         rows.append(Row(prompt + prompter.completion_ids(example.completion), len(prompt)))
-    nats: dict[int, float] = {}
+
+    def done(count: int) -> None:
+        progress(Progress("evaluate", count, len(rows), f"loss, {variant.name}"))
+
     with load_reader(variant.model, variant.adapter, hardware) as reader:
-        for batch in _batches(rows):
-            nats |= zip(batch, reader.losses([rows[number] for number in batch]), strict=True)
-            progress(Progress("evaluate", len(nats), len(rows), f"loss, {variant.name}"))
-    sums = [(nats[number], len(row.ids) - row.start) for number, row in enumerate(rows)]
+        nats = in_batches(rows, lambda row: len(row.ids), reader.losses, done)
+    sums = [(of_row, len(row.ids) - row.start) for of_row, row in zip(nats, rows, strict=True)]
     return mean_loss(sums, [example.group for example in held_out])
-
-
-def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Yield the numbers of rows, those of like length together, MAX_TOKENS at most in a batch."""
-    batch: list[int] = []
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
-        if batch and (len(batch) + 1) * len(rows[number].ids) > MAX_TOKENS:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch

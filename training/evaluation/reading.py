@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
+
 from registry.base import BaseModel
 from training.errors import DataError
 from training.evaluation.evaluate import Variant
-from training.evaluation.forward import Row, load_reader
+from training.evaluation.forward import Row, in_batches, load_reader
 from training.model import Hardware
 from training.progress import Progress, Report
 from training.prompt import Prompter
@@ -67,26 +69,43 @@ def read_variant(
     prompt, q of the variant after its prompt.
     """
     other = variant.model.fingerprint != base.fingerprint
-    read = Read([], [], [])
-    total = len(rows.texts) + len(rows.answers)
+    answers = list(zip(rows.after(rows.prompts), rows.after(prompts), strict=True))
+    total = len(rows.texts) + len(answers)
 
-    def done() -> None:
-        count = len(read.texts) + len(read.kl)
+    def done(count: int) -> None:
         progress(Progress("evaluate", count, total, f"general text, {variant.name}"))
 
     with (
         load_reader(variant.model, variant.adapter, hardware) as on,
         load_reader(base, None, hardware) if other else nullcontext(on) as off,
     ):
-        for row in rows.texts:
-            read.texts.append((on.loss(row), len(row.ids) - row.start))
-            done()
-        for plain, row in zip(rows.after(rows.prompts), rows.after(prompts), strict=True):
-            p, q = off.log_probs(plain, off=True), on.log_probs(row)
-            read.kl.append((float((p.exp() * (p - q)).sum()), len(row.ids) - row.start))
-            read.off.append(hashlib.sha256(p.contiguous().numpy().tobytes()).hexdigest())
-            done()
-    return read
+
+        def compare(batch: list[tuple[Row, Row]]) -> list[tuple[float, str]]:
+            of_base = off.log_probs([plain for plain, _ in batch], off=True)
+            of_variant = on.log_probs([row for _, row in batch])
+            return [
+                (float((p.exp() * (p - q)).sum()), _digest(p))
+                for p, q in zip(of_base, of_variant, strict=True)
+            ]
+
+        losses = in_batches(rows.texts, lambda row: len(row.ids), on.losses, done)
+        compared = in_batches(answers, _longer, compare, lambda n: done(len(losses) + n))
+    return Read(
+        [(nats, len(row.ids) - row.start) for nats, row in zip(losses, rows.texts, strict=True)],
+        [
+            (nats, len(row.ids) - row.start)
+            for (nats, _), (_, row) in zip(compared, answers, strict=True)
+        ],
+        [digest for _, digest in compared],
+    )
+
+
+def _longer(pair: tuple[Row, Row]) -> int:
+    return max(len(row.ids) for row in pair)
+
+
+def _digest(log_probs: torch.Tensor) -> str:
+    return hashlib.sha256(log_probs.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _text_row(text: str, prompter: Prompter) -> Row:

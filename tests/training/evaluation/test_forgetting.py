@@ -75,7 +75,7 @@ def test_the_held_out_loss_is_that_of_transformers_and_peft(
 def test_rows_read_together_lose_what_each_loses_alone(tiny_base: BaseModel, adapter: Path) -> None:
     rows = [Row(tuple(range(5, 5 + length)), 1 + length // 3) for length in (40, 3, 17, 2)]
     with load_reader(tiny_base, adapter, HARDWARE) as reader:
-        alone = [reader.loss(row) for row in rows]
+        alone = [reader.losses([row])[0] for row in rows]
         assert reader.losses(rows) == pytest.approx(alone, rel=1e-5)
         assert reader.losses(rows[1:2]) == pytest.approx(alone[1:2], rel=1e-5)
 
@@ -85,10 +85,11 @@ def test_an_adapter_taken_off_for_a_row_leaves_the_base(
 ) -> None:
     row = Row((1, 2, 3, 4), 2)
     with load_reader(tiny_base, None, HARDWARE) as plain:
-        of_base = plain.log_probs(row)
+        (of_base,) = plain.log_probs([row])
     with load_reader(tiny_base, adapter, HARDWARE) as worn:
-        assert torch.equal(worn.log_probs(row, off=True), of_base)
-        assert not torch.allclose(worn.log_probs(row), of_base, atol=1e-3)
+        (off,), (on,) = worn.log_probs([row], off=True), worn.log_probs([row])
+        assert torch.equal(off, of_base)
+        assert not torch.allclose(on, of_base, atol=1e-3)
     assert of_base.shape == (2, tiny.VOCAB)
     assert torch.allclose(of_base.exp().sum(-1), torch.ones(2))
 
@@ -272,3 +273,11 @@ def test_a_text_file_must_be_there_be_text_and_have_lines(tmp_path: Path) -> Non
     path.write_text("only one\n\n")
     with pytest.raises(DataError, match="at least two lines"):
         load_general(path)
+
+
+def test_half_of_what_is_general_is_every_second_and_never_too_few() -> None:
+    whole = load_general()
+    assert whole.half().texts == whole.texts[::2]
+    assert len(whole.half().questions) == 21
+    few = General(whole.texts[:2], whole.questions[:3])
+    assert few.half() == General(whole.texts[:2], (whole.questions[0], whole.questions[2]))
