@@ -294,7 +294,7 @@ def test_what_a_shadow_generates_is_in_no_usage(two: Running) -> None:
         [row] = client.get("/v1/usage").json()["data"]
     for kind in ("prompt_tokens", "completion_tokens"):
         assert row[kind] == sum(usage[kind] for usage in told)
-    assert row["requests"] == 4
+    assert row["answers"] == 4
 
 
 def test_neither_prompt_nor_answer_of_a_mirrored_request_is_kept(
