@@ -141,7 +141,7 @@ def shortened(recipe: Recipe) -> Recipe:
     """Return the recipe as `--quick` runs it: fewer steps and items, never more."""
     data = recipe.data
     most = {
-        "train.steps": (recipe.train.steps, 40),
+        "train.steps": (recipe.train.steps, 36),
         "data.validation_limit": (data.validation_limit, 30),
         "data.held_out_limit": (data.held_out_limit, 60),
     }
