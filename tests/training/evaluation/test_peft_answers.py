@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
 
 from registry.base import BaseModel
 from tests.tiny import EOS_ID, make_adapter, peft_on_new_transformers
 from training.adapter_files import write_as_peft
 from training.evaluation import peft_answers
 from training.evaluation.evaluate import Ask
+from training.evaluation.forward import Row, load_reader
 from training.evaluation.peft_answers import with_peft
 from training.model import Hardware, load_base, peft_config, peft_without_advice
 from training.recipe import Method, MethodKind
@@ -64,6 +66,22 @@ def test_a_batch_answers_like_each_prompt_alone(
     said = peft_answers.answer_by_peft(tiny_base, asks, WORDS, counts.append)
     assert said == [alone(prompt, folder, tiny_base) for prompt in PROMPTS]
     assert counts[-1] == len(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["prompt-tuning", "prefix-tuning"])
+def test_losses_behind_virtual_tokens_are_those_that_peft_gives(
+    kind: MethodKind, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    folder = random_adapter(kind, tmp_path / "adapter", tiny_base)
+    rows = [Row(tuple(range(5, 5 + length)), 1 + length // 3) for length in (40, 3, 17, 2)]
+    with load_reader(tiny_base, folder, Hardware("cpu", "float32", 1)) as reader:
+        found = reader.losses(rows)
+        for row, nats in zip(rows, found, strict=True):
+            with torch.no_grad():
+                logits = reader.model(input_ids=torch.tensor([row.ids])).logits[0, -len(row.ids) :]
+            targets = torch.tensor(row.ids[row.start :])
+            alone = cross_entropy(logits[row.start - 1 : -1], targets, reduction="sum")
+            assert nats == pytest.approx(float(alone), rel=1e-4)
 
 
 def test_the_engine_gets_all_it_can_wear_and_every_answer_finds_its_place(
