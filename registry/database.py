@@ -3,8 +3,11 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
+from filelock import FileLock
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 
@@ -86,6 +89,35 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+class Store:
+    """What keeps a database of its own in the home: another one's writes never wait for it.
+
+    Safe for threads and for several processes at once; close it after use.
+    """
+
+    def __init__(self, home: Path, name: str, schema: Schema, *, synchronous: str = "FULL") -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.path = home / f"{name}.sqlite"
+        # Two processes that make the same database at once would disturb each other.
+        with FileLock(home / f".{name}.lock"):
+            self._database = Database(f"sqlite:///{self.path}", schema, synchronous=synchronous)
+            self._database.prepare()
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def now() -> str:

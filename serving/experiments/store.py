@@ -7,14 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from filelock import FileLock
 from sqlalchemy import Connection, func, insert, select, update
 
 from registry.adapter import AdapterName
-from registry.database import Database, now
+from registry.database import Store, now
 from registry.errors import Conflict
 from serving.experiments.answers import (
     Counts,
@@ -60,30 +58,13 @@ class Decision:
     webhook: str = ""  # what became of telling it; empty where nobody was to be told
 
 
-class Experiments:
-    """The store. Safe for threads and for several processes at once; close it after use."""
+class Experiments(Store):
+    """The experiments of a home, and what their units did."""
 
     def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / ".experiments.lock"):
-            self._database = Database(f"sqlite:///{home / 'experiments.sqlite'}", SCHEMA)
-            self._database.prepare()
+        super().__init__(home, "experiments", SCHEMA)
         self.outbox = Outbox(self._database)
         self._writing = threading.Lock()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @contextmanager
     def _write(self) -> Generator[Connection]:

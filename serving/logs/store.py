@@ -4,15 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from filelock import FileLock
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, select, text
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from registry.adapter import check_tenant
-from registry.database import Database
+from registry.database import Store
 from registry.errors import NotFound, WardrobeError
 from serving.logs.entry import DEFAULT_DAYS, Contents, Entry, LogSettings
 from serving.logs.redact import Redactor
@@ -69,28 +67,11 @@ class Wanted:
         return found
 
 
-class Logs:
-    """The store. Safe for threads and for several processes at once; close it after use."""
+class Logs(Store):
+    """The request log of a home."""
 
     def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / ".logs.lock"):
-            self._database = Database(f"sqlite:///{home / 'logs.sqlite'}", SCHEMA)
-            self._database.prepare()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().__init__(home, "logs", SCHEMA)
 
     # How each tenant is logged
 

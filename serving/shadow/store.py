@@ -4,16 +4,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
-from filelock import FileLock
 from sqlalchemy import Connection, Row, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from registry.adapter import AdapterName
-from registry.database import Database, now
+from registry.database import Store, now
 from registry.errors import Conflict, NotFound
 from serving.experiments.experiment import Arm
 from serving.shadow.comparison import Comparison
@@ -41,28 +39,11 @@ class Tally:
     measures: dict[str, Measured]  # by their names in `sums`
 
 
-class Comparisons:
-    """The store. Safe for threads and for several processes at once; close it after use."""
+class Comparisons(Store):
+    """The shadows and replays of a home."""
 
     def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / ".shadow.lock"):
-            self._database = Database(f"sqlite:///{home / 'shadow.sqlite'}", SCHEMA)
-            self._database.prepare()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        super().__init__(home, "shadow", SCHEMA)
 
     def start(
         self, name: AdapterName, production: Arm, candidate: Arm, share: float, actor: str

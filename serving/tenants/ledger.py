@@ -4,14 +4,12 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from filelock import FileLock
 from sqlalchemy import Connection, Row, delete, func, insert, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from registry.database import Database, now
+from registry.database import Store, now
 from serving.tenants.limit import Limit, Subject
 from serving.tenants.rollup import RollUp
 from serving.tenants.tables import SCHEMA, buckets, limit_events, limits, usage
@@ -32,31 +30,13 @@ class LimitEvent:
     reason: str
 
 
-class Ledger:
-    """Safe for threads and for several processes at once; close it after use."""
+class Ledger(Store):
+    """The limits and the usage of a home."""
 
     def __init__(self, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        self.path = home / "usage.sqlite"
-        with FileLock(home / ".usage.lock"):
-            # Not synced at every commit: a killed process loses nothing by it, and `checkpoint`
-            # bounds what a power cut takes.
-            self._database = Database(f"sqlite:///{self.path}", SCHEMA, synchronous="NORMAL")
-            self._database.prepare()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        # Not synced at every commit: a killed process loses nothing by it, and `checkpoint`
+        # bounds what a power cut takes.
+        super().__init__(home, "usage", SCHEMA, synchronous="NORMAL")
 
     # Limits
 
