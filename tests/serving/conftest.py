@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.experiments import recorder
 from serving.tokens import Tokens
 from tests import tiny
 from tests.serving.live import Running, Wardrobe, opened, running
@@ -24,8 +25,12 @@ def wardrobe(tmp_path: Path) -> Iterator[Wardrobe]:
 
 
 @pytest.fixture
-def live(wardrobe: Wardrobe, tokens: Tokens) -> Iterator[Running]:
-    """A server with one adapter, acme/support@v1, in production."""
+def live(wardrobe: Wardrobe, tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A server with one adapter, acme/support@v1, in production.
+
+    It waits long for an exposure to be written: the disk of a busy machine takes no arm away.
+    """
+    monkeypatch.setattr(recorder, "EXPOSE_SECONDS", 60.0)
     wardrobe.push()
     with running(wardrobe, tokens) as server:
         yield server
