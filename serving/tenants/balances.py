@@ -114,9 +114,7 @@ class Balances:
                 if not self.problem:
                     log.error("limits are those of this process for now: %s", error)
                 self.problem, self._again_at = str(error), now + AGAIN_SECONDS
-        with self._turn:
-            if self.alone:
-                self._owned.update(dict.fromkeys(subjects, now))
+        with self._turn:  # and nothing more is owned: what was not read may be an old limit
             return self._in_memory(subjects, step, now)
 
     def give(self, *, alone: bool, keep: bool) -> tuple[Batch, list[Standing]]:

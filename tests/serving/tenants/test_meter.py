@@ -512,6 +512,21 @@ def test_without_its_database_a_server_goes_on_with_what_it_knew(
     assert headers(enter(meter))["x-ratelimit-remaining-requests"] == "0", "shared again"
 
 
+def test_a_lone_server_asks_again_for_what_it_could_not_read(meter: Meter, clock: Still) -> None:
+    limit(meter, requests_per_minute=1)
+    meter.flush()  # sees that nobody else is there
+    with meter.ledger.writing():  # somebody else holds it
+        enter(meter)
+        enter(meter)
+        assert "locked" in meter.balances.problem
+    meter.flush()
+    clock.pass_(balances.AGAIN_SECONDS)
+    enter(meter)
+    assert meter.balances.problem == ""
+    with pytest.raises(LimitReached, match="1 requests a minute"):
+        enter(meter)
+
+
 def test_what_could_not_be_written_is_written_the_next_time(
     meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
