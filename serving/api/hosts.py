@@ -52,11 +52,15 @@ class AllowedHost:
 
 
 def tenant_of_host(header: str, allowed: tuple[AllowedHost, ...]) -> str:
-    """Return whose address a Host header names, "" for everybody's. Raises RequestError."""
+    """Return whose address a Host header names, "" for everybody's. Raises RequestError.
+
+    A whole name goes before a `*`, in whatever order they are given.
+    """
     host = _without_port(header).lower()
     if host in LOOPBACK_NAMES:
         return ""
-    found = (each.match(host) for each in allowed)
+    whole_first = sorted(allowed, key=lambda each: each.name.startswith("*"))
+    found = (each.match(host) for each in whole_first)
     tenant = next((tenant for tenant in found if tenant is not None), None)
     if tenant is None:
         raise RequestError(

@@ -334,7 +334,7 @@ def test_a_tenant_s_path_answers_as_the_plain_one_and_only_its_own_keys(
 def hosted(wardrobe: Wardrobe, tokens: Tokens) -> Iterator[Running]:
     """A server with one adapter and four names."""
     wardrobe.push()
-    names = ("api.example.com", "support.acme.org=acme", "*.example.com", "beta.example.net=beta")
+    names = ("*.example.com", "support.acme.org=acme", "api.example.com", "beta.example.net=beta")
     with running(wardrobe, tokens, hosts=tuple(map(AllowedHost.parse, names))) as server:
         yield server
 
