@@ -37,7 +37,7 @@ class NewKey(msgspec.Struct, forbid_unknown_fields=True):
     """Without a tenant the key is the caller's own."""
 
     scopes: Annotated[list[str], Meta(min_length=1, max_length=16)]
-    tenant: Annotated[str, Meta(max_length=63)] | None = None
+    tenant: Annotated[str, Meta(min_length=1, max_length=63)] | None = None
     expires: Span | None = None  # such as 90d, from now
     # Of the caller's choice: a wish that is sent again because its answer was lost is a 409 then,
     # and no second key that nobody knows of.
@@ -55,10 +55,10 @@ async def create_key(request: AnyRequest) -> Response[dict[str, Any]]:
     """Make a key and show it, this once. A tenant's admin makes keys of that tenant only."""
     registry, caller = services_of(request.app).registry, request.user
     wanted = decode_body(await read_json(request), NewKey)
-    tenant = wanted.tenant or caller.tenant
+    tenant = caller.tenant if wanted.tenant is None else wanted.tenant
     if tenant != caller.tenant and not caller.is_operator:
         raise no_tenant(tenant)
-    lifetime = parse_duration(wanted.expires) if wanted.expires else None
+    lifetime = None if wanted.expires is None else parse_duration(wanted.expires)
     add = partial(add_key, registry, tenant, wanted.scopes, lifetime, key_id=wanted.id)
     return await _shown_once(registry, await moving(add))
 

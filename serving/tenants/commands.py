@@ -81,7 +81,7 @@ def key_create(
     as_json: Json = False,
 ) -> None:
     """Make a key for a tenant and print it once. Without --scope it may infer and read."""
-    lifetime = parse_duration(expires) if expires else None
+    lifetime = None if expires is None else parse_duration(expires)
     with open_registry(home) as registry:
         key = add_key(registry, tenant, scopes or (INFER, READ), lifetime)
     _show_key(key, as_json)

@@ -119,7 +119,9 @@ WRONG_WISHES: list[dict[str, Any]] = [
     {"scopes": ["everything"]},
     {"scopes": [INFER], "expires": "forever"},
     {"scopes": [INFER], "expires": "0d"},
+    {"scopes": [INFER], "expires": ""},
     {"scopes": [INFER], "tenant": "Acme!"},
+    {"scopes": [INFER], "tenant": ""},
     {"scopes": [INFER], "secret": "mine"},
     {"scopes": [INFER], "id": "short"},
 ]
