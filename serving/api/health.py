@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from litestar import Request, Response, get
@@ -14,7 +15,10 @@ from serving.api.models import served_names
 from serving.api.services import Services, services_of
 from serving.api.vllm_metrics import VllmCollector
 from serving.engine.boundary import EngineUnavailable
+from serving.tenants.access import owns
 from serving.tenants.keys import READ, InvalidKey
+
+Test = Callable[[AdapterName], bool]
 
 
 @get("/health/live", opt=declare(OPEN), sync_to_thread=False)
@@ -35,7 +39,8 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
         "registry_stale": services.live.stale,
         "limits_shared": not services.meter.balances.problem,
     }
-    if usable := await _visible(services, request):
+    if (visible := await _visible(services, request)) is not None:
+        usable, own = visible
         body["reason"] = reason
         body["limits_problem"] = services.meter.balances.problem
         body["operators"] = (await services.engine.stats()).operators
@@ -51,7 +56,7 @@ async def ready(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
         ] + [
             {"name": str(name), "alias": None, "version": None, "message": sentence}
             for name, sentence in services.endpoints.failures.items()
-            if usable(name)
+            if own(name)
         ]
     return Response(body, status_code=200 if status == "ready" else 503)
 
@@ -78,15 +83,15 @@ async def _status(services: Services) -> tuple[str, str]:
     return "ready", ""
 
 
-async def _visible(
-    services: Services, request: Request[Any, Any, Any]
-) -> Callable[[AdapterName], bool] | None:
-    """Return a test of the adapters whose details this caller may read.
+async def _visible(services: Services, request: Request[Any, Any, Any]) -> tuple[Test, Test] | None:
+    """Return tests of the adapters and of the endpoints whose details this caller may read.
 
     A missing key, a bad one or a lost database means no details.
     """
     try:
         principal = await services.authentication.principal(request)
-        return await services.access.usable(principal) if READ in principal.scopes else None
+        if READ not in principal.scopes:
+            return None
+        return await services.access.usable(principal), partial(owns, principal)
     except (InvalidKey, StoreUnavailable):
         return None

@@ -258,6 +258,17 @@ def test_a_target_that_cannot_be_loaded_leaves_the_endpoint_as_it_was(
     assert "cannot be loaded" in never.json()["error"]["message"]
 
 
+def test_a_share_of_an_adapter_tells_nothing_of_an_endpoint_that_has_its_name(
+    acme: httpx.Client, live: Running, wardrobe: Wardrobe
+) -> None:
+    wardrobe.registry.share(NAME, "beta")
+    beta = bearer(add_key(wardrobe.registry, "beta", SCOPES))
+    live.services.endpoints.failures[NAME] = "acme/secret@v2 cannot be loaded"
+    assert "acme/secret" in acme.get("/health/ready").text
+    assert httpx.get(f"{live.url}/v1/models/{NAME}", headers=beta).status_code == 200
+    assert "acme/secret" not in httpx.get(f"{live.url}/health/ready", headers=beta).text
+
+
 def test_an_experiment_splits_what_is_asked_for_by_the_endpoint_s_name(
     acme: httpx.Client, live: Running, wardrobe: Wardrobe
 ) -> None:
