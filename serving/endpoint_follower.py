@@ -65,8 +65,6 @@ class EndpointFollower:
     def _ended(self, name: AdapterName, task: asyncio.Task[None]) -> None:
         if self._changes.get(name) is task:
             del self._changes[name]
-        if not task.cancelled() and (error := task.exception()):
-            log.error("an endpoint could not be followed", exc_info=error)
 
     async def _take_up(self, name: AdapterName, older: "asyncio.Task[None] | None") -> None:
         if older is not None:  # it must not be the last to write
@@ -79,6 +77,9 @@ class EndpointFollower:
             self._fail(name, f"not ready after {READY_SECONDS:.0f} seconds")
         except WardrobeError as error:
             self._fail(name, error.message)
+        except Exception as error:
+            log.exception("an endpoint could not be followed in an unforeseen way")
+            self._fail(name, f"{type(error).__name__}: {error}")
 
     async def _take(self, name: AdapterName) -> None:
         """Answer the endpoint as the registry has it. Tries again while only waiting can help."""

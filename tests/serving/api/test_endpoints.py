@@ -10,12 +10,13 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from registry.adapter import AdapterName, Selector
+from registry.adapter import AdapterName, AdapterRef, Selector
 from registry.errors import InvalidName
 from serving.api.hosts import AllowedHost, HostInvalid
 from serving.tenants.keys import FRESH_SECONDS, SCOPES, add_key
 from serving.tokens import Tokens
 from tests.serving.live import CHAT, NAME, Running, Wardrobe, running
+from tests.serving.scripted import ScriptedEngine
 from tests.serving.test_prompt_versions import push_prompt
 
 CHATTY = AdapterName("acme", "chat")
@@ -256,6 +257,29 @@ def test_a_target_that_cannot_be_loaded_leaves_the_endpoint_as_it_was(
     never = asked(acme, "fresh", max_tokens=2)
     assert never.status_code == 503, "a new one has nothing to go on as, and says why"
     assert "cannot be loaded" in never.json()["error"]["message"]
+
+
+def test_a_change_that_fails_in_an_unforeseen_way_is_told_too(
+    acme: httpx.Client, live: Running, wardrobe: Wardrobe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(acme)
+    assert asked(acme, max_tokens=2).status_code == 200
+    second = wardrobe.push(promote=False)
+    warm = ScriptedEngine.warm
+
+    async def broken(engine: ScriptedEngine, adapter: AdapterRef) -> None:
+        if adapter.digest == second:
+            raise RuntimeError("nobody foresaw this")
+        await warm(engine, adapter)
+
+    monkeypatch.setattr(ScriptedEngine, "warm", broken)
+    acme.patch("/v1/endpoints/acme/chat", json={"model": "support@v2"})
+    deadline = time.monotonic() + FOLLOWED
+    while not live.services.endpoints.failures and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (told,) = acme.get("/health/ready").json()["failures"]
+    assert (told["name"], "nobody foresaw this" in told["message"]) == ("acme/chat", True)
+    assert asked(acme, max_tokens=2).headers["x-adapter"] == "acme/support@v1"
 
 
 def test_a_share_of_an_adapter_tells_nothing_of_an_endpoint_that_has_its_name(
