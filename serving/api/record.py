@@ -52,6 +52,12 @@ class RequestRecord:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    @property
+    def failed(self) -> bool:
+        """Whether the server failed it: with a 5xx, or with an error event in a stream."""
+        broken = self.status < 400 and self.outcome not in ("", "disconnect")
+        return self.status >= 500 or broken
+
     def write(self) -> None:
         """Settle what was reserved, tell whoever waits for the end, and write the log line."""
         if self.lease is not None:

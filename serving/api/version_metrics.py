@@ -79,7 +79,7 @@ class _Series:
 
     def count(self, record: RequestRecord) -> None:
         self.requests += 1
-        self.failed += record.status >= 500
+        self.failed += record.failed
         self.prompt_tokens += record.prompt_tokens
         self.completion_tokens += record.completion_tokens
         if record.first_token is not None:

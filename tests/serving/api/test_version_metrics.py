@@ -19,8 +19,11 @@ class Clock:
         return self.now
 
 
-def ended(label: str, *, tokens: int = 5, first: float | None = 0.2) -> RequestRecord:
-    record = RequestRecord("req_1", "POST", "/v1/chat/completions", label=label, status=200)
+def ended(
+    label: str, *, tokens: int = 5, first: float | None = 0.2, status: int = 200, outcome: str = ""
+) -> RequestRecord:
+    record = RequestRecord("req_1", "POST", "/v1/chat/completions", label=label, status=status)
+    record.outcome = outcome
     record.started -= 1.0  # the request took one second
     record.prompt_tokens, record.completion_tokens, record.first_token = 3, tokens, first
     record.finish_reasons.append("stop")
@@ -62,6 +65,21 @@ def test_a_version_s_requests_tokens_and_times_are_told() -> None:
     tpot = name + "time_per_output_token_seconds"
     assert found[tpot + "_count", "acme/a@v1", ""] == 1, "an answer of one token has no later one"
     assert 0.2 <= found[tpot + "_sum", "acme/a@v1", ""] < 0.3, "0.8 seconds over 4 tokens"
+
+
+def test_a_stream_that_ends_with_an_error_has_failed_as_a_5xx_has() -> None:
+    metrics = VersionMetrics()
+    for status, outcome in (
+        (200, ""),
+        (200, "disconnect"),
+        (0, "disconnect"),
+        (400, "prompt_too_long"),
+        (429, "engine_busy"),
+        (200, "request_failed"),
+        (503, "engine_unavailable"),
+    ):
+        metrics.finished(ended("acme/a@v1", status=status, outcome=outcome))
+    assert samples(metrics)["wardrobe_version_failed_total", "acme/a@v1", ""] == 2
 
 
 def test_ten_thousand_versions_make_no_ten_thousand_series() -> None:
