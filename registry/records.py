@@ -127,6 +127,17 @@ class Endpoint:
         """The target as a client would write it."""
         return str(self.target) if self.target else BASE
 
+    def facts(self) -> dict[str, Any]:
+        """Return it as it is shown."""
+        return {
+            "id": str(self.name),
+            "model": self.model,
+            "defaults": self.defaults,
+            "generation": self.generation,
+            "created_at": self.created_at,
+            "changed_at": self.changed_at,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointEvent:

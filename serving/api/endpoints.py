@@ -123,15 +123,7 @@ async def delete_endpoint(
 
 
 def facts_of(endpoint: Endpoint) -> dict[str, Any]:
-    return {
-        "object": "endpoint",
-        "id": str(endpoint.name),
-        "model": endpoint.model,
-        "defaults": endpoint.defaults,
-        "generation": endpoint.generation,
-        "created_at": endpoint.created_at,
-        "changed_at": endpoint.changed_at,
-    }
+    return {"object": "endpoint", **endpoint.facts()}
 
 
 def _own(request: AnyRequest, namespace: str, name: str) -> AdapterName:

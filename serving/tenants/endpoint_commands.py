@@ -78,7 +78,7 @@ def list_endpoints(
     with open_registry(home) as registry:
         found = registry.endpoints(tenant)
     if as_json:
-        return print_json([_facts(endpoint) for endpoint in found])
+        return print_json([endpoint.facts() for endpoint in found])
     table = Table("endpoint", "model", "defaults", "changed")
     for each in found:
         fields = ", ".join(each.defaults) or "–"
@@ -94,7 +94,7 @@ def show(name: Name, home: Home = None, as_json: Json = False) -> None:
         endpoint = registry.endpoint(AdapterName.parse(name))
         history = registry.endpoint_history(endpoint.name)
     if as_json:
-        return print_json({**_facts(endpoint), "history": history})
+        return print_json({**endpoint.facts(), "history": history})
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"[bold]{endpoint.name}[/] is {endpoint.model}")
     for field, value in endpoint.defaults.items():
@@ -182,17 +182,6 @@ def _checked(defaults: dict[str, Any]) -> dict[str, Any]:
 
 def _tell(endpoint: Endpoint, as_json: bool) -> None:
     if as_json:
-        return print_json(_facts(endpoint))
+        return print_json(endpoint.facts())
     fields = f", fills in {', '.join(endpoint.defaults)}" if endpoint.defaults else ""
     return print(f"{endpoint.name} is {endpoint.model}{fields}")
-
-
-def _facts(endpoint: Endpoint) -> dict[str, Any]:
-    return {
-        "id": str(endpoint.name),
-        "model": endpoint.model,
-        "defaults": endpoint.defaults,
-        "generation": endpoint.generation,
-        "created_at": endpoint.created_at,
-        "changed_at": endpoint.changed_at,
-    }
