@@ -1,8 +1,6 @@
 """The commands of limits and usage: limit set, show, clear and history; usage."""
 
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,10 +32,8 @@ Name = Annotated[
 Reason = Annotated[str, typer.Option("--reason", help="Why; it stays in the history.")]
 
 
-@contextmanager
-def open_ledger(home: Path | None) -> Generator[Ledger]:
-    with Ledger(home or default_home()) as ledger:
-        yield ledger
+def open_ledger(home: Path | None) -> Ledger:
+    return Ledger(home or default_home())
 
 
 @limit_app.command("set")

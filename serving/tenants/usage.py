@@ -38,7 +38,9 @@ class Span:
     def parse(cls, first: str | None, last: str | None, now: Period) -> "Span":
         """Read what was asked for; by default the last 30 days until now. Raises SpanInvalid."""
         start = Period(now.moment - timedelta(days=DEFAULT_DAYS)).day
-        return cls(_time(first) if first else start, _time(last) if last else now.hour)
+        return cls(
+            start if first is None else _time(first), now.hour if last is None else _time(last)
+        )
 
 
 def _time(text: str) -> str:

@@ -216,7 +216,13 @@ def test_a_tenant_sees_its_own_usage_and_the_operator_all(
     assert set(rows) == {"base", "acme/support"}
     assert rows["acme/support"]["version"] == "acme/support@v1"
     assert acme.get("/v1/usage", params={"tenant": "beta"}).status_code == 403
-    for bad in ({"by": "week"}, {"from": "yesterday"}, {"page": "2"}, {"format": "xml"}):
+    for bad in (
+        {"by": "week"},
+        {"from": "yesterday"},
+        {"to": ""},
+        {"page": "2"},
+        {"format": "xml"},
+    ):
         assert acme.get("/v1/usage", params=bad).status_code == 400
 
 
