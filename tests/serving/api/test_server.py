@@ -1,5 +1,6 @@
 """The life of a server: errors inside streams, health, metrics, the drain, real signals."""
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.api.connection import IDLE_CONNECTIONS
 from serving.api.server import PortUnavailable, listen
 from serving.api.settings import ServerSettings
 from serving.tokens import Tokens
@@ -332,6 +334,23 @@ def test_signals_drain_a_real_process(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_every_503_says_when_to_come_back(wardrobe: Wardrobe, tokens: Tokens) -> None:
+    engine = ScriptedEngine(step_seconds=0.02)
+    with running(wardrobe, tokens, engine, max_requests=1) as live, live.client() as client:
+        with client.stream("POST", "/v1/chat/completions", json=STREAM) as stream:
+            lines = stream.iter_lines()
+            next(lines)  # and kept: an iterator that is thrown away ends its stream
+            refused = client.post("/v1/chat/completions", json=CHAT)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        host, port = live.url.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as stack:
+            for _ in range(IDLE_CONNECTIONS):
+                stack.enter_context(socket.create_connection((host, int(port))))
+            crowded = httpx.get(f"{live.url}/health/live")
+        assert (crowded.status_code, crowded.headers["retry-after"]) == (503, "2")
+        assert crowded.json()["error"]["code"] == "unavailable"
 
 
 def test_a_port_that_is_taken_is_said_in_a_sentence(live: Running) -> None:

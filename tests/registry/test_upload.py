@@ -1,0 +1,104 @@
+"""Files that do not belong into an adapter are refused, and what is checked is the copy."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+
+from registry.base import Bases
+from registry.errors import Refused
+from registry.upload import check_files, copy_upload
+from registry.validate import validate
+from tests.registry.gate import GOOD, WEIGHTS, Adapter, gate, refused
+from tests.registry.making import adapter_tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("adapter_model.bin", "pickle_refused"),
+        ("optimizer.pt", "pickle_refused"),
+        ("weights.GGUF", "pickle_refused"),
+        ("archive.zip", "pickle_refused"),
+        ("train.py", "file_not_allowed"),
+        ("tokenizer.json", "file_unexpected"),
+        (".hidden", "file_not_allowed"),
+        ("README.MD", "file_not_allowed"),
+        ("a\nb", "file_not_allowed"),
+    ],
+)
+def test_other_files_are_refused_by_name(
+    adapter: Adapter, bases: Bases, tmp_path: Path, name: str, code: str
+) -> None:
+    folder = adapter()
+    (folder / name).write_bytes(b"anything")
+    assert refused(folder, bases, tmp_path) == {code}
+
+
+def test_links_folders_and_pipes_are_refused(
+    adapter: Adapter, bases: Bases, tmp_path: Path
+) -> None:
+    folder = adapter()
+    (tmp_path / "secret").write_text("{}")
+    (folder / "wardrobe.json").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "README.md")
+    (folder / "checkpoint-1").mkdir()
+    assert refused(folder, bases, tmp_path) == {"not_a_regular_file", "file_not_allowed"}
+
+
+def test_a_zip_named_safetensors_is_refused(adapter: Adapter, bases: Bases, tmp_path: Path) -> None:
+    folder = adapter()
+    with zipfile.ZipFile(folder / WEIGHTS, "w") as archive:
+        archive.writestr("data.pkl", pickle.dumps(1))
+    assert refused(folder, bases, tmp_path) == {"pickle_refused"}
+
+
+def test_too_large_files_are_refused_before_they_are_read(
+    adapter: Adapter, bases: Bases, tmp_path: Path
+) -> None:
+    folder = adapter(card={})
+    for name, size in (("wardrobe.json", 1 << 21), ("README.md", 1 << 21), (WEIGHTS, 3 << 30)):
+        (folder / name).touch()
+        os.truncate(folder / name, size)  # a sparse file: no byte is written
+    with pytest.raises(Refused) as error:
+        gate(folder, bases, tmp_path)
+    assert [code for code, _ in error.value.problems] == ["too_large"] * 3
+
+
+def test_both_adapter_files_are_needed(bases: Bases, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refused) as error:
+        gate(tmp_path / "empty", bases, tmp_path)
+    assert [code for code, _ in error.value.problems] == ["file_missing"] * 2
+
+
+def test_a_file_is_checked_in_the_copy_not_in_the_source(
+    adapter: Adapter, bases: Bases, tmp_path: Path
+) -> None:
+    """Whoever changes the source after it was checked changes nothing that is stored."""
+    folder, staging = adapter(), tmp_path / "staging"
+    staging.mkdir()
+    files = copy_upload(folder, staging)
+    save_file(adapter_tensors(9), folder / WEIGHTS)
+    validate(staging, bases)
+    assert (staging / WEIGHTS).read_bytes() == GOOD
+    assert files[WEIGHTS].size == len(GOOD)
+
+
+def test_the_first_bytes_are_checked_in_the_copy_too(
+    adapter: Adapter, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README becomes a pickle after the folder was looked through."""
+    folder = adapter()
+    (folder / "README.md").write_text("# Support")
+
+    def look_and_swap(source: Path) -> list[tuple[str, str]]:
+        problems = check_files(source)
+        (source / "README.md").write_bytes(pickle.dumps(1))
+        return problems
+
+    monkeypatch.setattr("registry.upload.check_files", look_and_swap)
+    assert refused(folder, bases, tmp_path) == {"pickle_refused"}
