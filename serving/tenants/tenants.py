@@ -1,7 +1,10 @@
 """What there is of a tenant, which nobody makes: it is whoever has a key, adapter or endpoint."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from registry.adapter import AdapterName
 from registry.database import now
 from registry.store import Registry
 from serving.tenants.keys import no_tenant
@@ -20,22 +23,29 @@ class Tenant:
 
 def list_tenants(registry: Registry) -> list[Tenant]:
     """Return every tenant, by name."""
-    moment = now()
-    keys, adapters = registry.keys(), registry.adapters()
-    shares, endpoints = registry.shares(), registry.endpoints()
-    names = {key.tenant for key in keys} | {share.tenant for share in shares}
-    names |= {name.namespace for name in adapters}
-    names |= {endpoint.name.namespace for endpoint in endpoints}
+    moment, keys = now(), registry.keys()
+    valid = Counter(key.tenant for key in keys if key.valid_at(moment))
+    adapters = _by_tenant((name.namespace, name) for name in registry.adapters())
+    shared = _by_tenant((share.tenant, share.name) for share in registry.shares())
+    endpoints = _by_tenant((e.name.namespace, e.name) for e in registry.endpoints())
+    names = {key.tenant for key in keys}.union(adapters, shared, endpoints)
     return [
         Tenant(
             name,
-            sum(key.tenant == name and key.valid_at(moment) for key in keys),
-            tuple(str(adapter) for adapter in adapters if adapter.namespace == name),
-            tuple(str(share.name) for share in shares if share.tenant == name),
-            tuple(str(e.name) for e in endpoints if e.name.namespace == name),
+            valid[name],
+            tuple(adapters.get(name, ())),
+            tuple(shared.get(name, ())),
+            tuple(endpoints.get(name, ())),
         )
         for name in sorted(names)
     ]
+
+
+def _by_tenant(names: Iterable[tuple[str, AdapterName]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for tenant, name in names:
+        found.setdefault(tenant, []).append(str(name))
+    return found
 
 
 def get_tenant(registry: Registry, name: str) -> Tenant:
