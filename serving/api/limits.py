@@ -14,7 +14,7 @@ from serving.api.adapters import decode_body
 from serving.api.auth import declare
 from serving.api.errors import RequestError
 from serving.api.record import record_of
-from serving.api.services import read_json, services_of
+from serving.api.services import parameters_of, read_json, services_of
 from serving.tenants.keys import ADMIN, READ
 from serving.tenants.limit import MOST, Limit, Subject
 
@@ -77,7 +77,7 @@ async def set_limit(request: AnyRequest, tenant: FromPath[str]) -> dict[str, Any
 @delete("/v1/limits/{tenant:str}", opt=declare(ADMIN, operator=True), status_code=200)
 async def clear_limit(request: AnyRequest, tenant: FromPath[str]) -> dict[str, Any]:
     """Take a tenant's limit away; with `?name=` the one under a name."""
-    subject = Subject.parse(tenant, request.query_params.get("name"))
+    subject = Subject.parse(tenant, parameters_of(request, {"name"}).get("name"))
     meter, actor = services_of(request.app).meter, record_of(request.scope).tenant
     clear = partial(meter.ledger.clear_limit, actor=actor, reason="cleared over HTTP")
     cleared = await asyncio.to_thread(clear, subject)

@@ -1,6 +1,7 @@
 """What the handlers work with, and how they get at it."""
 
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,17 @@ class Services:
 
 def services_of(app: Litestar) -> Services:
     return app.state.services
+
+
+def parameters_of(request: Request[Any, Any, Any], known: Set[str]) -> dict[str, str]:
+    """Return what stands behind the `?` of the address. Raises RequestError for what is unknown."""
+    asked = dict(request.query_params)
+    if unknown := sorted(asked.keys() - known):
+        raise RequestError(
+            f"{unknown[0][:40]!r} is not known here; known are {', '.join(sorted(known))}.",
+            param=unknown[0][:40],
+        )
+    return asked
 
 
 async def read_json(request: Request[Any, Any, Any]) -> bytes:

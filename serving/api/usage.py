@@ -7,7 +7,7 @@ from litestar import Request, Response, get
 
 from serving.api.auth import declare
 from serving.api.errors import RequestError
-from serving.api.services import services_of
+from serving.api.services import parameters_of, services_of
 from serving.tenants.keys import READ
 from serving.tenants.usage import By, Span, csv_of
 
@@ -23,7 +23,7 @@ async def get_usage(request: Request[Any, Any, Any]) -> Response[Any]:
 
     What ended on this server before is in it; other servers are at most a quarter second late.
     """
-    meter, asked = services_of(request.app).meter, _parameters(request)
+    meter, asked = services_of(request.app).meter, parameters_of(request, PARAMETERS)
     span = Span.parse(asked.get("from"), asked.get("to"), meter.clock.period())
     by = cast("By", _one_of("by", asked.get("by", "day"), BY))
     default = "csv" if CSV in request.headers.get("accept", "") else "json"
@@ -45,16 +45,6 @@ async def get_usage(request: Request[Any, Any, Any]) -> Response[Any]:
         "data": [row.facts() for row in rows],
     }
     return Response(body)
-
-
-def _parameters(request: Request[Any, Any, Any]) -> dict[str, str]:
-    asked = dict(request.query_params)
-    if unknown := sorted(set(asked) - PARAMETERS):
-        raise RequestError(
-            f"{unknown[0][:40]!r} is not known here; known are {', '.join(sorted(PARAMETERS))}.",
-            param=unknown[0][:40],
-        )
-    return asked
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:

@@ -125,6 +125,9 @@ def test_only_the_operator_sets_limits_and_a_tenant_sees_its_own(
     with live.client() as client:
         every = client.get("/v1/limits").json()["data"]
         assert [row["tenant"] for row in every] == ["*", "acme", "acme"]
+        typo = client.delete("/v1/limits/acme", params={"nmae": "support"})
+        assert (typo.status_code, typo.json()["error"]["param"]) == (400, "nmae")
+        assert client.get("/v1/limits").json()["data"] == every, "and not all of acme's is gone"
         gone = client.delete("/v1/limits/acme", params={"name": "support"}).json()
         assert gone["cleared"] is True
         assert client.delete("/v1/limits/beta").json()["cleared"] is False
