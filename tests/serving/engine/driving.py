@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from serving.engine.boundary import (
     EngineStats,
     FinishReason,
     GenerateRequest,
+    Grammar,
     SamplingParams,
     TokenDelta,
     TokenLogprob,
@@ -59,6 +61,14 @@ def request(
     ids = tuple(prompt.encode() if isinstance(prompt, str) else prompt)
     params = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | sampling))
     return GenerateRequest(f"r{id(params)}", ids, params, adapter)
+
+
+def schema(value: Any) -> Grammar:
+    return Grammar("json", json.dumps(value))
+
+
+def text(result: Result) -> str:
+    return bytes(token for token in result.tokens if token < 256).decode()
 
 
 def stream(engine: Engine, wanted: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
