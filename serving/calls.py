@@ -73,8 +73,8 @@ class CallParser:
             self._release()
             self._say(self._text)
             self._text = ""
-        if not self.calls and self._spaces:
-            self._events.append("".join(self._spaces))
+        if not self.calls and (spaces := "".join(self._spaces)):
+            self._events.append(spaces)
         return self._take()
 
     def _take(self) -> list[Event]:

@@ -31,7 +31,9 @@ def parse(form: CallFormat, text: str, cuts: Sequence[int] = ()) -> Found:
     events: list[Event] = []
     for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
         events += parser.push(text[start:stop])
-    return gather([*events, *parser.finish()])
+    events += parser.finish()
+    assert "" not in events, "each event is an event of a stream"
+    return gather(events)
 
 
 CALL = '{"name": "f", "arguments": {"a": [1, {"b": "}\\""}], "c": " x"}}'
