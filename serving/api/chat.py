@@ -105,8 +105,9 @@ class ChatShape:
     def __init__(self, tokens: Tokens, plan: Plan, request_id: str, created: int) -> None:
         self._tokens = tokens
         self._logprobs = plan.requests[0].sampling.logprobs is not None
-        self._toolbox = plan.toolbox
-        self._parsers: dict[int, CallParser] = {}  # of a stream's choices
+        self._parsers: list[CallParser] = []  # one for each choice
+        if plan.toolbox is not None:
+            self._parsers = [plan.toolbox.parser() for _ in plan.requests]
         self._common = {
             "id": f"chatcmpl-{request_id}",
             "created": created,
@@ -133,9 +134,9 @@ class ChatShape:
     def _deltas(self, piece: Piece) -> tuple[list[dict[str, Any]], bool]:
         """Return what this piece adds to its message, and whether the message has calls."""
         text = {"content": piece.text}
-        if self._toolbox is None:
+        if not self._parsers:
             return ([text] if piece.text or piece.logprobs else []), False
-        parser = self._parsers.setdefault(piece.index, self._toolbox.parser())
+        parser = self._parsers[piece.index]
         found = parser.push(piece.text)
         if piece.finish_reason:
             found += parser.finish()
@@ -161,8 +162,8 @@ class ChatShape:
             "content": "".join(choice.text),
             "refusal": None,
         }
-        if self._toolbox is not None:
-            parser = self._toolbox.parser()
+        if self._parsers:
+            parser = self._parsers[index]
             message |= message_of([*parser.push(message["content"]), *parser.finish()])
         return {
             "index": index,
@@ -172,7 +173,7 @@ class ChatShape:
         }
 
     def _opening(self, index: int) -> bytes:
-        content = "" if self._toolbox is None else None  # there may be calls and no text
+        content = None if self._parsers else ""  # there may be calls and no text
         return self._event(index, {"role": "assistant", "content": content}, None)
 
     def _event(
