@@ -123,11 +123,10 @@ class Scheduler:
 
     def _victim(self, to: GenerateRequest) -> Sequence | None:
         """Return the newest low one, else the newest of whoever runs most."""
-        rows = self._rows(to.priority)
-        return max(
-            self.yielding(to),
-            key=lambda r: (r.request.priority == "low", rows[r.request.tenant]),
-            default=None,
+        yielding, rows = self.yielding(to), self._rows(to.priority)
+        low = (running for running in yielding if running.request.priority != to.priority)
+        return next(low, None) or max(
+            yielding, key=lambda running: rows[running.request.tenant], default=None
         )
 
     def _start(self, sequence: Sequence, victim: Sequence | None) -> Move:

@@ -226,6 +226,22 @@ def test_a_low_request_that_was_paused_ends_with_all_its_tokens() -> None:
     assert steps.service["shadow"] == PLACES * (64 * PROMPT_WEIGHT + 50 * OUTPUT_WEIGHT)
 
 
+def test_of_low_requests_the_newest_gives_its_place() -> None:
+    """Not the one whose tenant runs most: its normal requests have nothing to do with it."""
+    steps = Steps()
+    for _ in range(PLACES - 2):
+        steps.send("busy")
+    old = steps.send("busy", priority="low")
+    steps.step()
+    new = steps.send("other", priority="low")
+    steps.step()
+    steps.send("a")
+    steps.step()
+    assert steps.paused == 1
+    assert old in steps.scheduler.running
+    assert new not in steps.scheduler.running
+
+
 def test_prompts_make_a_step_no_more_than_three_times_as_long() -> None:
     steps = Steps()
     for _ in range(300):
