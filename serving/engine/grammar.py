@@ -36,7 +36,8 @@ KEPT = 64  # compiled grammars, the last used ones; refusals count
 MAX_REASON_CHARACTERS = 600
 TRIAL_SECONDS = 30  # on the clock, for a machine that is busy; the trial's own CPU time is shorter
 
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A string that does not end takes the rest: looking for its end from each quote would be quadratic.
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 # How a trial ends by what it tries: out of time, out of memory, out of stack.
 _FAULTS = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
 

@@ -38,6 +38,7 @@ def compiler(base: Path) -> GrammarCompiler:
     ("grammar", "reason"),
     [
         (Grammar("json", "[1"), "EOF"),
+        (Grammar("json", '{"[' + "[" * MAX_DEPTH), "EOF"),  # a string, and no depth
         (Grammar("json", "7"), "object"),
         (schema({"type": "objekt"}), "Invalid type: objekt"),
         (schema({"not": {"type": "string"}}), '"not"'),
