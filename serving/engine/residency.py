@@ -57,9 +57,9 @@ class Residency:
             raise AdapterLoadFailed(str(error)) from error
         if not self._make_room(ref.digest, claim=claim):
             return False
+        self._claims.pop(ref.digest, None)  # met, also when what comes now cannot be placed
         self._place(ref, load.result())
         del self._waits[ref.digest]
-        self._claims.pop(ref.digest, None)
         self.loads += 1
         return True
 
@@ -75,8 +75,9 @@ class Residency:
         self._waits[ref.digest] = self.loader.load(ref)
 
     def keep(self, ref: AdapterRef) -> None:
-        """Let nothing put an adapter out of its slot. Raises AdapterLoadFailed.
+        """Let nothing put an adapter out of the slot that `ensure` found it in.
 
+        Raises AdapterLoadFailed.
         One slot is never kept: every other adapter needs one now and then.
         """
         if len(self.kept | {ref.digest}) >= self.table.capacity:
@@ -86,7 +87,6 @@ class Residency:
                 "the server with more --adapter-slots."
             )
         self.kept.add(ref.digest)
-        self._claims = {d: v for d, v in self._claims.items() if v != ref.digest}
 
     @property
     def in_memory(self) -> int:
