@@ -136,7 +136,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
