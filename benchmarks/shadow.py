@@ -45,9 +45,9 @@ async def run_block(
     records: list[Record] = []
 
     async def client() -> None:
-        nonlocal records
         for text in jobs:
-            records += [await one_request(session, url, text, str(NAME), OUTPUT_TOKENS)]
+            record = await one_request(session, url, text, str(NAME), OUTPUT_TOKENS)
+            records.append(record)
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return records
