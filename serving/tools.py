@@ -81,6 +81,6 @@ def _calls(form: CallFormat, tools: Sequence[Tool], must: bool) -> Iterator[str]
     for number, tool in enumerate(tools):
         head = f'{{"name": {json.dumps(tool.name)}, "{form.arguments}": '
         schema = tool.parameters if must or tool.strict else ANY_OBJECT
-        held = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **schema}
+        held = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **ANY_OBJECT, **schema}
         yield f'tool_{number}: {json.dumps(head)} arguments_{number} "}}"'
         yield f"arguments_{number}: %json {json.dumps(held)}"

@@ -133,6 +133,14 @@ def test_a_strict_tool_is_held_to_its_schema_where_the_model_decides(
         assert not takes("so: " + call(form, ("city", WRONG)))
 
 
+def test_arguments_are_an_object_where_their_schema_does_not_say_so(judge: Judge) -> None:
+    untyped = [Tool("city", {"properties": {"name": {"type": "string"}}}, strict=True)]
+    for form in FORMATS:
+        for must in (True, False):
+            assert judge.takes(form, call(form, ("city", RIGHT)), untyped, must=must, many=False)
+            assert not judge.takes(form, call(form, ("city", "7")), untyped, must=must, many=False)
+
+
 def test_free_calls_of_tools_that_are_not_strict_need_no_grammar() -> None:
     tools = [ANY, Tool("other", CITY.parameters)]
     for form in FORMATS:
