@@ -25,10 +25,6 @@ class KVCache:
         self.keys, self.values = (whole.unbind() for whole in self._all)
         self._free = list(range(slots))
 
-    @property
-    def has_room(self) -> bool:
-        return bool(self._free)
-
     def take(self) -> int:
         """Return the lowest free slot: neighbouring slots make attention a view."""
         return heapq.heappop(self._free)
