@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from training.errors import RunFailed
 from training.progress import own_progress_only
 from training.recipe import Method, MethodKind
+from training.whole import check_names
 
 Batch = dict[str, torch.Tensor]
 
@@ -86,6 +87,7 @@ def load_model(
     with own_progress_only(), peft_without_advice():
         model = load_base(base, hardware.weights_dtype(method.kind), _quantised(method, hardware))
         if method.kind == "full":
+            check_names(model, base)
             return model
         if method.kind == "qlora":
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -7,20 +7,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import training.train as training_run
 from registry.base import BaseModel, Bases
 from registry.errors import Refused
 from registry.tensors import read_folder
 from registry.validate import validate
-from tests.tiny import peft_on_new_transformers
+from tests.tiny import make_base, peft_on_new_transformers
 from training import conversion
 from training.conversion import Conversion
 from training.data.examples import Data
 from training.errors import RunFailed
-from training.model import Hardware, load_base
+from training.model import Hardware, load_base, load_model
 from training.progress import Progress
-from training.recipe import METHOD_KEYS, Recipe, apply_overrides
+from training.recipe import METHOD_KEYS, Method, Recipe, apply_overrides
 from training.results import NOT_LOW_RANK
 from training.train import TrainedAdapter, train
 
@@ -159,6 +160,18 @@ def test_a_full_fine_tune_is_a_model_folder_in_fp32_with_the_bases_own_files(
     assert (folder / "config.json").read_bytes() == (tiny_base.path / "config.json").read_bytes()
     assert json.loads((folder / "wardrobe.json").read_text())["kind"] == "full"
     assert validate(folder, Bases(tiny_base.path.parent)).warnings == ()
+
+
+def test_a_base_that_could_not_be_written_whole_is_refused_before_it_is_trained(
+    tmp_path: Path,
+) -> None:
+    base = make_base(tmp_path / "base", layers=1)
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"head.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
+    assert load_model(base, Method(), FP32, 0, [])
+    with pytest.raises(RunFailed, match=r"no 'head\.weight' in memory.*'lora'"):
+        load_model(base, Method(kind="full"), FP32, 0, [])
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
