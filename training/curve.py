@@ -7,8 +7,6 @@ from typing import Any
 
 from training.run import Run, replace_file
 
-MISSING = "pip install 'wardrobe[report]'"  # where there is nothing to draw with
-
 
 def draw_curve(run: Run) -> None:
     """Draw the finished run once, where matplotlib is installed. Equal numbers, equal bytes."""
