@@ -15,6 +15,7 @@ from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.hardware import lazy_zeros, total_memory
 from serving.engine.residency import MAX_LOADS
+from serving.engine.sampler import Sampler
 from serving.engine.settings import EngineSettings
 from serving.engine.slots import Slot
 from serving.engine.spec import ModelSpec
@@ -159,25 +160,49 @@ def test_adapters_that_warm_take_no_request_s_place(tiny_base: Path, tiny_folder
     asyncio.run(main())
 
 
+class Stepped(Sampler):
+    """Ends a step for each permit."""
+
+    permits: threading.Semaphore
+
+    def choose(self, logits: Any, sequences: Any) -> Any:
+        self.permits.acquire()
+        return super().choose(logits, sequences)
+
+
 def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
     """A wish that was given up must not keep draining the adapter it had claimed."""
     settings = EngineSettings(
-        device="cpu", dtype="float32", max_running=2, max_model_len=512, adapter_slots=1
+        device="cpu", dtype="float32", max_running=2, max_model_len=128, adapter_slots=1
     )
     refs = tiny_folders.refs
 
     async def main() -> None:
-        engine = TorchEngine.create(base_of(tiny_base), tiny_folders, settings)
-        # Tens of milliseconds of steps: the wish is given up long before they end.
-        running = aiter(engine.generate(request("x", refs["a"], max_tokens=480)))
+        parts = assemble(read_model(base_of(tiny_base), settings), tiny_folders, settings)
+        core = parts.core
+        core.sampler = sampler = Stepped(core.sampler.greedy, frozenset(core.sampler.eos_ids))
+        sampler.permits = threading.Semaphore(1)
+        engine = TorchEngine(parts, settings)
+        running = aiter(engine.generate(request("x", refs["a"], max_tokens=100)))
         await anext(running)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.005):
-                await engine.warm(refs["b"])
+        core.residency.loader.load(refs["b"]).result(10)
+        wish = asyncio.create_task(engine.warm(refs["b"]))
+        while core.residency.claimed_for(refs["b"]) is None:
+            sampler.permits.release()
+            await anext(running)
+        assert not wish.done()
+        wish.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await wish
+        other = asyncio.create_task(complete(engine, request("y", refs["a"], max_tokens=1)))
+        while not other.done():
+            sampler.permits.release()
+            delta = await anext(running)
+            assert delta.finish_reason is None, "it waited for the adapter to drain"
+        sampler.permits.release(1000)
         async with asyncio.timeout(30):
-            await complete(engine, request("y", refs["a"], max_tokens=1))
             async for _ in running:
                 pass
             await engine.warm(refs["b"])
