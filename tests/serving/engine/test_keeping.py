@@ -5,9 +5,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from serving.engine.boundary import AdapterLoadFailed
+from serving.engine.build import assemble, read_model
+from serving.engine.core import Event, Warm
 from serving.engine.engine import TorchEngine
+from serving.engine.sequence import Sequence
 from serving.engine.settings import EngineSettings
 from tests.serving.engine.driving import (
     Folders,
@@ -15,19 +19,19 @@ from tests.serving.engine.driving import (
     complete,
     complete_all,
     request,
-    stream,
     until,
+)
+
+SETTINGS = EngineSettings(
+    device="cpu", dtype="float32", max_running=4, max_model_len=64, adapter_slots=2
 )
 
 
 def play(base: Path, folders: Folders, body: Callable[[TorchEngine], Awaitable[None]]) -> None:
     """Run a body on an engine with two slots for adapters."""
-    settings = EngineSettings(
-        device="cpu", dtype="float32", max_running=4, max_model_len=64, adapter_slots=2
-    )
 
     async def main() -> None:
-        engine = TorchEngine.create(base_of(base), folders, settings)
+        engine = TorchEngine.create(base_of(base), folders, SETTINGS)
         try:
             async with asyncio.timeout(30):
                 await body(engine)
@@ -80,22 +84,28 @@ def test_a_slot_that_is_claimed_for_another_can_still_be_kept(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
     """Both slots are worn when c arrives: it claims one, and that one is kept before it drains."""
-    a, b, c = (tiny_folders.refs[name] for name in "abc")
-
-    async def body(engine: TorchEngine) -> None:
-        long = [stream(engine, request("x", ref, max_tokens=50)) for ref in (a, b)]
-        for each in long:
-            await anext(each)
-        waiting = asyncio.create_task(complete(engine, request("x", c, max_tokens=2)))
-        await until(engine, lambda stats: stats.loading == (c,))
-        keeping = asyncio.create_task(engine.keep(a))
-        for each in long:
-            async for _ in each:
-                pass
-        await asyncio.gather(waiting, keeping)
-        assert resident(await engine.stats(), tiny_folders) >= {"a"}
-
-    play(tiny_base, tiny_folders, body)
+    core = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS).core
+    refs = tiny_folders.refs
+    events: list[Event] = []
+    with torch.inference_mode():
+        for name in "abc":
+            core.residency.loader.load(refs[name]).result(10)
+        for name in "ab":
+            core.add(Sequence(request("x", refs[name], max_tokens=50)))
+        core.step()
+        core.add(Sequence(request("x", refs["c"], max_tokens=2)))
+        core.step()
+        claimed = core.residency.claimed_for(refs["c"])
+        [ref] = [ref for ref in refs.values() if ref.digest == claimed]
+        keep = Warm(ref, keep=True)
+        core.add(keep)
+        for _ in range(200):
+            events += core.step()
+    assert not core.scheduler.running
+    assert not core.scheduler.waiting
+    assert (keep, None) in events
+    assert core.residency.kept == {claimed}
+    assert claimed in core.residency.table
 
 
 def test_the_last_slot_is_not_kept_and_a_broken_adapter_keeps_none(
