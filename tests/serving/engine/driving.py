@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from serving.engine.boundary import (
     TokenDelta,
     TokenLogprob,
 )
+from serving.engine.build import Parts
+from serving.engine.sampler import Sampler
+from serving.engine.sequence import Sequence as Running
 from tests import tiny
 
 
@@ -69,6 +73,20 @@ def schema(value: Any) -> Grammar:
 
 def text(result: Result) -> str:
     return bytes(token for token in result.tokens if token < 256).decode()
+
+
+def stepped(parts: Parts) -> threading.Semaphore:
+    """Let an engine that is built of these end no more steps than there are permits."""
+    permits = threading.Semaphore(0)
+
+    class Stepped(Sampler):
+        def choose(self, logits: torch.Tensor, sequences: Sequence[Running]) -> Any:
+            permits.acquire()
+            return super().choose(logits, sequences)
+
+    sampler = parts.core.sampler
+    parts.core.sampler = Stepped(sampler.greedy, frozenset(sampler.eos_ids))
+    return permits
 
 
 def stream(engine: Engine, wanted: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:

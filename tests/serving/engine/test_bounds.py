@@ -15,7 +15,6 @@ from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.hardware import lazy_zeros, total_memory
 from serving.engine.residency import MAX_LOADS
-from serving.engine.sampler import Sampler
 from serving.engine.settings import EngineSettings
 from serving.engine.slots import Slot
 from serving.engine.spec import ModelSpec
@@ -25,6 +24,7 @@ from tests.serving.engine.driving import (
     complete,
     request,
     run_all,
+    stepped,
 )
 
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_running=2, max_model_len=128)
@@ -160,16 +160,6 @@ def test_adapters_that_warm_take_no_request_s_place(tiny_base: Path, tiny_folder
     asyncio.run(main())
 
 
-class Stepped(Sampler):
-    """Ends a step for each permit."""
-
-    permits: threading.Semaphore
-
-    def choose(self, logits: Any, sequences: Any) -> Any:
-        self.permits.acquire()
-        return super().choose(logits, sequences)
-
-
 def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
@@ -181,16 +171,15 @@ def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
 
     async def main() -> None:
         parts = assemble(read_model(base_of(tiny_base), settings), tiny_folders, settings)
-        core = parts.core
-        core.sampler = sampler = Stepped(core.sampler.greedy, frozenset(core.sampler.eos_ids))
-        sampler.permits = threading.Semaphore(1)
+        residency, permits = parts.core.residency, stepped(parts)
         engine = TorchEngine(parts, settings)
         running = aiter(engine.generate(request("x", refs["a"], max_tokens=100)))
+        permits.release()
         await anext(running)
-        core.residency.loader.load(refs["b"]).result(10)
+        residency.loader.load(refs["b"]).result(10)
         wish = asyncio.create_task(engine.warm(refs["b"]))
-        while core.residency.claimed_for(refs["b"]) is None:
-            sampler.permits.release()
+        while residency.claimed_for(refs["b"]) is None:
+            permits.release()
             await anext(running)
         assert not wish.done()
         wish.cancel()
@@ -198,10 +187,10 @@ def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
             await wish
         other = asyncio.create_task(complete(engine, request("y", refs["a"], max_tokens=1)))
         while not other.done():
-            sampler.permits.release()
+            permits.release()
             delta = await anext(running)
             assert delta.finish_reason is None, "it waited for the adapter to drain"
-        sampler.permits.release(1000)
+        permits.release(1000)
         async with asyncio.timeout(30):
             async for _ in running:
                 pass

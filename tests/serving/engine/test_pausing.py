@@ -18,7 +18,7 @@ from serving.engine.grammar import GrammarCompiler
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
 from tests import tiny
-from tests.serving.engine.driving import Folders, base_of, complete, request, stream, until
+from tests.serving.engine.driving import Folders, base_of, complete, request, stepped
 
 SETTINGS = EngineSettings(
     device="cpu", dtype="float32", max_running=4, max_model_len=128, max_batched_tokens=24
@@ -132,19 +132,17 @@ def test_a_tenant_s_full_queue_is_full_for_that_tenant_only(
     settings = replace(SETTINGS, max_waiting=0)
 
     async def main() -> None:
-        engine = TorchEngine.create(base_of(tiny_base), tiny_folders, settings)
-        ask = request("x", max_tokens=100)
-        held = [stream(engine, replace(ask, tenant="noisy")) for _ in range(4)]
-        for each in held:
-            await anext(each)
+        parts = assemble(read_model(base_of(tiny_base), settings), tiny_folders, settings)
+        permits, engine = stepped(parts), TorchEngine(parts, settings)
+        ask = replace(request("x", max_tokens=2), tenant="noisy")
+        how = ({"tenant": "quiet"}, {"priority": "low"})
+        wanted = [*([ask] * 4), *(replace(ask, **each) for each in how)]
+        accepted = [asyncio.create_task(complete(engine, each)) for each in wanted]
+        await asyncio.sleep(0)  # now all are in; none ends before the steps may
         with pytest.raises(EngineBusy):
-            await complete(engine, replace(ask, tenant="noisy"))
-        for how in ({"tenant": "quiet"}, {"tenant": "noisy", "priority": "low"}):
-            short = replace(request("x", max_tokens=1), **how)
-            assert (await complete(engine, short)).finish == "length"
-        for each in held:
-            await each.aclose()
-        await until(engine, lambda stats: not stats.running)
+            await complete(engine, ask)
+        permits.release(1000)
+        assert [result.finish for result in await asyncio.gather(*accepted)] == ["length"] * 6
         await engine.aclose()
 
     asyncio.run(main())
