@@ -1,6 +1,6 @@
 """How an experiment is written into its row, and read from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ def write_design(
     arms: Sequence[Arm], metrics: Sequence[Metric], policy: Policy, part: Slice | None, salt: str
 ) -> dict[str, Any]:
     return {
-        "arms": [{**asdict(arm), "name": str(arm.name) if arm.name else None} for arm in arms],
+        "arms": [write_arm(arm) for arm in arms],
         "metrics": [asdict(metric) for metric in metrics],
         "policy": asdict(policy),
         "slice": asdict(part) if part else None,
@@ -50,7 +50,7 @@ def read_experiment(row: Row[Any]) -> Experiment:
     return Experiment(
         id=row.id,
         name=AdapterName(row.namespace, row.name),
-        arms=tuple(_arm(arm) for arm in design["arms"]),
+        arms=tuple(read_arm(arm) for arm in design["arms"]),
         metrics=tuple(msgspec.convert(metric, Metric) for metric in design["metrics"]),
         policy=_policy(design),
         slice=msgspec.convert(design.get("slice"), Slice | None),
@@ -65,7 +65,11 @@ def read_experiment(row: Row[Any]) -> Experiment:
     )
 
 
-def _arm(value: dict[str, Any]) -> Arm:
+def write_arm(arm: Arm) -> dict[str, Any]:
+    return {**asdict(arm), "name": str(arm.name) if arm.name else None}
+
+
+def read_arm(value: Mapping[str, Any]) -> Arm:
     name = AdapterName.parse(value["name"]) if value["name"] else None
     return replace(msgspec.convert({**value, "name": None}, Arm), name=name)
 

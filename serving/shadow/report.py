@@ -127,8 +127,7 @@ def describe(
 
 
 def _version(arm: Arm) -> dict[str, str]:
-    label = f"{arm.name}@v{arm.number}" if arm.name else "base"
-    return {"version": label, "digest": f"sha256:{arm.digest}"}
+    return {"version": arm.version, "digest": f"sha256:{arm.digest}"}
 
 
 def sentences(tally: Tally, found: list[Reading]) -> list[str]:

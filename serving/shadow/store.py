@@ -2,17 +2,17 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from sqlalchemy import Connection, Row, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from registry.adapter import AdapterName
 from registry.database import Store, now
 from registry.errors import Conflict, NotFound
+from serving.experiments.codec import read_arm, write_arm
 from serving.experiments.experiment import Arm
 from serving.shadow.comparison import Comparison
 from serving.shadow.pair import Pair
@@ -171,21 +171,12 @@ def _get(connection: Connection, comparison_id: str) -> Comparison:
 def _row(made: Comparison) -> dict[str, Any]:
     facts = asdict(made)
     name = facts.pop("name")
-    arms = {"production": _plain(made.production), "candidate": _plain(made.candidate)}
+    arms = {"production": write_arm(made.production), "candidate": write_arm(made.candidate)}
     return {**facts, **name, **arms}
-
-
-def _plain(arm: Arm) -> dict[str, Any]:
-    return {**asdict(arm), "name": str(arm.name) if arm.name else None}
-
-
-def _arm(value: Mapping[str, Any]) -> Arm:
-    name = AdapterName.parse(value["name"]) if value["name"] else None
-    return replace(msgspec.convert({**value, "name": None}, Arm), name=name)
 
 
 def _comparison(row: Row[Any]) -> Comparison:
     facts = dict(row._mapping)  # SQLAlchemy's documented name
     name = AdapterName(facts.pop("namespace"), facts.pop("name"))
-    production, candidate = _arm(facts.pop("production")), _arm(facts.pop("candidate"))
+    production, candidate = read_arm(facts.pop("production")), read_arm(facts.pop("candidate"))
     return Comparison(name=name, production=production, candidate=candidate, **facts)
