@@ -1,10 +1,9 @@
 """/v1/experiments and /v1/feedback: run A/B tests over HTTP, and say what came of an answer."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from litestar import Request, get, post, put
@@ -12,8 +11,7 @@ from litestar.params import FromPath, FromQuery
 from msgspec import Meta
 
 from registry.adapter import AdapterName
-from registry.errors import Conflict
-from serving.api.adapters import decode_body, own_adapter
+from serving.api.adapters import decode_body, moving, own_adapter
 from serving.api.auth import declare, everywhere
 from serving.api.errors import RequestError
 from serving.api.record import record_of
@@ -29,7 +27,7 @@ from serving.experiments.design import (
 from serving.experiments.experiment import REMARKS, Experiment, Policy
 from serving.experiments.feedback import FeedbackInvalid
 from serving.experiments.layers import describe_layer, no_layer
-from serving.experiments.moves import move
+from serving.experiments.moves import MOVES, move
 from serving.experiments.page import write_page
 from serving.experiments.power import estimate
 from serving.experiments.ramps import MAX_STEPS, read_ramp
@@ -39,7 +37,6 @@ from serving.tenants.access import owns
 from serving.tenants.keys import EXPERIMENTS, FEEDBACK
 
 AnyRequest = Request[Any, Any, Any]
-T = TypeVar("T")
 MAX_WORDS = 32_768  # characters of a comment, a demonstration, a message
 MAX_MESSAGES = 64
 Text = Annotated[str, Meta(min_length=1, max_length=300)]
@@ -136,7 +133,7 @@ async def create_experiment(
             adapter, arms, metrics, wanted.policy, layer=wanted.part, actor=actor
         )
 
-    return summarize(await _moving(create))
+    return summarize(await moving(create))
 
 
 @get("/v1/experiments", opt=declare(EXPERIMENTS))
@@ -160,7 +157,7 @@ async def move_experiment(
     request: AnyRequest, experiment: FromPath[str], action: FromPath[str]
 ) -> dict[str, Any]:
     """Start, ramp, pause or stop."""
-    if action not in ("start", "ramp", "pause", "stop"):
+    if action not in MOVES:
         raise RequestError(
             f"{action[:40]!r} is no action; an experiment can start, ramp, pause and stop.",
             status=404,
@@ -172,7 +169,7 @@ async def move_experiment(
     call = partial(
         move, store, found, action, exposure=wanted.exposure, actor=actor, reason=wanted.reason
     )
-    return summarize(await _moving(call))
+    return summarize(await moving(call))
 
 
 @get(
@@ -212,7 +209,7 @@ async def create_layer(
     layer = _own_layer(request, namespace, name)
     holdout = check_holdout(decode_body(await read_json(request), NewLayer).holdout)
     store = services_of(request.app).store
-    return describe_layer(await _moving(lambda: store.add_layer(*layer, holdout)))
+    return describe_layer(await moving(lambda: store.add_layer(*layer, holdout)))
 
 
 @get("/v1/layers/{namespace:str}/{name:str}", opt=declare(EXPERIMENTS))
@@ -277,10 +274,3 @@ async def _own(request: AnyRequest, experiment_id: str) -> Experiment:
     if not owns(request.user, experiment.name):
         raise no_experiment(experiment_id)
     return experiment
-
-
-async def _moving(call: Callable[[], T]) -> T:
-    try:
-        return await asyncio.to_thread(call)
-    except Conflict as error:
-        raise RequestError(error.message, code=error.code, status=409) from error

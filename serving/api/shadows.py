@@ -1,6 +1,7 @@
 """/v1/shadows: mirror a share of an adapter's production traffic to a candidate, over HTTP."""
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -8,10 +9,8 @@ from litestar import Request, get, post
 from litestar.params import FromPath
 from msgspec import Meta
 
-from registry.errors import Conflict
-from serving.api.adapters import decode_body, own_adapter
+from serving.api.adapters import decode_body, moving, own_adapter
 from serving.api.auth import declare
-from serving.api.errors import RequestError
 from serving.api.record import record_of
 from serving.api.services import read_json, services_of
 from serving.shadow.comparison import Comparison
@@ -41,19 +40,16 @@ async def start_shadow(
     services, actor = services_of(request.app), record_of(request.scope).tenant
     adapter = own_adapter(request, namespace, name)
     wanted = decode_body(await read_json(request), NewShadow)
-    try:
-        made = await asyncio.to_thread(
-            start,
-            services.registry,
-            services.comparisons,
-            adapter,
-            wanted.candidate,
-            wanted.share,
-            actor,
-        )
-    except Conflict as error:
-        raise RequestError(error.message, code=error.code, status=409) from error
-    return summarize(made)
+    begin = partial(
+        start,
+        services.registry,
+        services.comparisons,
+        adapter,
+        wanted.candidate,
+        wanted.share,
+        actor,
+    )
+    return summarize(await moving(begin))
 
 
 @post(
