@@ -1,10 +1,10 @@
 """Two answers to one prompt, compared token by token. Numbers only: no text is kept of either."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.engine.boundary import TokenLogprob
+from serving.experiments.formats import is_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def compare(
     prefix = places.index(False) if False in places else len(places)
     logprob, tokens, bounded = _of_production(a[: prefix + 1], candidate.logprobs)
     own = [token.logprob for token in production.logprobs[:tokens]]
-    production_json = is_json(production.text)
+    production_json = is_structured(production.text)
     return Pair(
         comparison,
         key,
@@ -84,21 +84,15 @@ def compare(
         logprob_bounded=bounded,
         json_expected=json_asked or production_json,
         production_json=production_json,
-        candidate_json=is_json(candidate.text),
+        candidate_json=is_structured(candidate.text),
         production_seconds=production.seconds,
         candidate_seconds=candidate.seconds,
     )
 
 
-def is_json(text: str) -> bool:
+def is_structured(text: str) -> bool:
     """Whether a text is a JSON object or array. A bare number or word is no format."""
-    if not text.lstrip().startswith(("{", "[")):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return text.lstrip().startswith(("{", "[")) and is_json(text)
 
 
 def _of_production(

@@ -11,7 +11,7 @@ from serving.engine.boundary import TokenLogprob
 from serving.experiments.experiment import Arm
 from serving.experiments.sequential import MIN_UNITS, Sums, mean_of
 from serving.shadow.comparison import Comparison
-from serving.shadow.pair import Pair, Side, compare, is_json
+from serving.shadow.pair import Pair, Side, compare, is_structured
 from serving.shadow.report import describe, read, readings
 from serving.shadow.store import Comparisons, Tally
 from serving.shadow.sums import MEASURES, Measured
@@ -79,9 +79,9 @@ def test_the_candidates_opinion_ends_with_the_first_different_token(
 
 def test_json_is_an_object_or_a_list_and_is_expected_where_production_gives_it() -> None:
     good = ['{"a": 1}', " [1, 2]", "{}"]
-    bad = ["", "42", '"text"', "null", '{"a": 1', "[1,]", "[" * 100_000, "{'a': 1}"]
-    assert all(map(is_json, good))
-    assert not any(map(is_json, bad))
+    bad = ["", "42", '"text"', "null", '{"a": 1', "[1,]", "[" * 100_000, "{'a': 1}", '{"a": NaN}']
+    assert all(map(is_structured, good))
+    assert not any(map(is_structured, bad))
     kept = pair_of(side(1, text="{}"), side(1, text="[]"))
     broken = pair_of(side(1, text="{}"), side(1, text="{"))
     free = pair_of(side(1, text="hello"), side(1, text="{}"))
