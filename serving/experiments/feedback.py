@@ -132,7 +132,7 @@ def read_demonstrations(
         .limit(PAGE)
     )
     rows = connection.execute(query).all()
-    known = {row.experiment: get_experiment(connection, row.experiment) for row in rows}
+    known = {of: get_experiment(connection, of) for of in {row.experiment for row in rows}}
     return [
         Demonstration(
             row.seq,
