@@ -24,12 +24,15 @@ def sums_of(connection: Connection, experiment: Experiment, metric: Metric) -> d
         .having(x > 0)
         .subquery()
     )
-    products = [units.c.y, units.c.y * units.c.y, units.c.x, units.c.x * units.c.x]
-    products.append(units.c.x * units.c.y)
-    query = select(units.c.arm, func.count(), *map(func.sum, products)).group_by(units.c.arm)
+    query = select(units.c.arm, *columns_of_sums(units.c.y, units.c.x)).group_by(units.c.arm)
     rows = [tuple(row) for row in connection.execute(query)]
     found = {row[0]: Sums(row[1], *map(float, row[2:])) for row in rows}
     return {arm: found.get(arm, Sums(0)) for arm in range(len(experiment.arms))}
+
+
+def columns_of_sums(y: ColumnElement[Any], x: ColumnElement[Any]) -> list[ColumnElement[Any]]:
+    """Return what `Sums` takes, in its order, over rows of one unit each."""
+    return [func.count(), *map(func.sum, (y, y * y, x, x * x, x * y))]
 
 
 def _parts(

@@ -137,8 +137,7 @@ def sentences(tally: Tally, found: list[Reading]) -> list[str]:
     by_name = {reading.measure: reading for reading in found}
     said = [f"{tally.pairs} pairs of {tally.units} units."]
     said += [say(by_name[name], tally) for name, say in _SAY.items() if name in by_name]
-    few = min(reading.units for reading in found if reading.measure == "failed") < MIN_UNITS
-    if few:
+    if by_name["failed"].units < MIN_UNITS:
         said.append(f"Intervals are drawn from {MIN_UNITS} units on.")
     return [*said, *_missed(tally)]
 

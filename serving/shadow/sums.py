@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, select
 
 from serving.experiments.sequential import Sums
+from serving.experiments.sums import columns_of_sums
 from serving.shadow.tables import pairs
 
 
@@ -68,11 +69,9 @@ def _measure(
         .having(func.sum(x) > 0)
         .subquery()
     )
-    one, other = units.c.y, units.c.x
-    products = (one, one * one, other, other * other, other * one)
-    mean = one / (1.0 * other)  # else SQLite would divide integers
-    ends = (func.min(mean), func.max(mean))
-    row = connection.execute(select(func.count(), *map(func.sum, products), *ends)).one()
+    mean = units.c.y / (1.0 * units.c.x)  # else SQLite would divide integers
+    columns = [*columns_of_sums(units.c.y, units.c.x), func.min(mean), func.max(mean)]
+    row = connection.execute(select(*columns)).one()
     count, *numbers = (value or 0 for value in row)
     *sums, least, most = map(float, numbers)
     return Measured(Sums(int(count), *sums), least, most)
