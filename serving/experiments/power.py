@@ -41,10 +41,11 @@ def estimate(
     metric, `deviation` a unit's standard deviation of any other; `units_per_day` those that the
     adapter sees, of which the slice and the exposures take their part. Raises DesignInvalid.
     """
-    effect = effect or experiment.policy.least_effect
+    effect = experiment.policy.least_effect if effect is None else effect
     if not effect or not 0 < effect < math.inf or not 0 < units_per_day < math.inf:
         raise DesignInvalid("The effect and the units of a day have to be given, above 0.")
-    if (baseline is None) == (experiment.primary.kind == "binary"):
+    binary = experiment.primary.kind == "binary"
+    if (baseline is None) == binary or (binary and deviation is not None):
         raise DesignInvalid("Give the baseline of a binary metric; of others, the deviation.")
     deviation = deviation if baseline is None else _of_share(baseline, effect)
     if not deviation or not 0 < deviation < math.inf:

@@ -452,6 +452,25 @@ def test_a_test_of_the_estimated_size_finds_the_effect_four_times_of_five(
     assert 0.78 <= found / runs <= 0.84, "at this one look; those before it add to it"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"effect": 0.0, "baseline": 0.3},  # is not "not given"
+        {"baseline": 0.3, "deviation": 2.0},
+        {"deviation": 0.5},
+        {"baseline": 0.3, "units_per_day": 0.0},
+        {},
+    ],
+)
+def test_numbers_that_would_be_left_out_of_an_estimate_are_refused(
+    store: Experiments, given: dict[str, float]
+) -> None:
+    experiment = created(store, least_effect=0.1)
+    assert estimate(experiment, units_per_day=100, baseline=0.3).effect == 0.1
+    with pytest.raises(DesignInvalid):
+        estimate(experiment, **({"units_per_day": 100.0} | given))
+
+
 def test_an_experiment_with_a_ramp_and_a_slice_takes_longer(store: Experiments) -> None:
     store.add_layer("acme", "main", 0.0)
     metrics = make_metrics("solved:binary", ["errors"], [])
