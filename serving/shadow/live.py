@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,6 +69,7 @@ class LiveShadows:
         self._pairs: list[Pair] = []
         self._missed: Counter[tuple[str, str]] = Counter()
         self._sizes: Counter[str] = Counter()  # id → pairs written
+        self._ending = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
     def choose(self, name: AdapterName, fingerprint: str, whose: str) -> Chosen | None:
@@ -105,17 +107,22 @@ class LiveShadows:
 
     async def stop(self) -> None:
         """Write what is left, once. The mirror has been stopped before."""
-        tasks = [*self._taking.values(), *([self._loop] if self._loop else [])]
+        self._ending.set()
+        if self._loop is not None:
+            await self._loop  # cancelled, it would leave a write that goes on and is done again
+        tasks = list(self._taking.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._survive(self._flush)
 
     async def _run(self) -> None:
-        while True:
+        while not self._ending.is_set():
             await self._survive(self._follow)
             await self._survive(self._flush)
-            await asyncio.sleep(POLL_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._ending.wait()
 
     async def _survive(self, step: Callable[[], Awaitable[None]]) -> None:
         try:
