@@ -69,7 +69,7 @@ class Recorder:
 
         def settle(error: WardrobeError | None) -> None:
             if future.done():
-                return  # the client has gone meanwhile
+                return  # nobody waits for it any more
             if error is None:
                 future.set_result(None)
             else:
@@ -84,10 +84,15 @@ class Recorder:
             self._queue.put_nowait(entry)
         except queue.Full:
             raise StoreUnavailable("Too many exposures wait to be written.") from None
-        await asyncio.wait([future], timeout=EXPOSE_SECONDS)
-        if not future.done() and entry.take():
-            raise StoreUnavailable(f"The database was not free within {EXPOSE_SECONDS:g} seconds.")
-        await future
+        try:
+            await asyncio.wait([future], timeout=EXPOSE_SECONDS)
+            if not future.done() and entry.take():
+                raise StoreUnavailable(
+                    f"The database was not free within {EXPOSE_SECONDS:g} seconds."
+                )
+            await future
+        finally:
+            future.cancel()  # else what the thread tells it later would be an unheard exception
 
     def end(self, row: Outcome) -> None:
         """Take the outcome of an exposed answer; it is written soon. Never blocks."""

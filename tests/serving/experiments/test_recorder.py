@@ -1,6 +1,7 @@
 """The thread that writes exposures: whatever the database does, every request gets its answer."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,35 @@ def test_a_request_does_not_wait_for_a_held_database_and_its_row_is_never_writte
     asyncio.run(scenario())
     recorder.stop()
     assert rows.exposed == [], "who got production is not counted later on"
+
+
+def test_a_failure_that_comes_when_nobody_waits_any_more_is_no_unheard_exception() -> None:
+    rows = Rows()
+    recorder = recording(rows)
+    rows.free.clear()
+    unheard: list[str] = []
+
+    async def give_up() -> None:
+        gone = asyncio.create_task(recorder.expose(ROW))
+        await asyncio.sleep(0)
+        gone.cancel()
+        ends = await asyncio.gather(gone, recorder.expose(ROW), return_exceptions=True)
+        assert [type(end) for end in ends] == [asyncio.CancelledError, StoreUnavailable]
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: unheard.append(context["message"]))
+        await give_up()
+        rows.broken = StoreUnavailable("locked")
+        rows.free.set()
+        await asyncio.to_thread(recorder.stop)
+        await asyncio.sleep(0)  # for what the thread has told this loop
+        rows.broken = None  # whose traceback would keep all of it alive
+        gc.collect()
+
+    recorder.start()
+    asyncio.run(scenario())
+    assert unheard == []
 
 
 def test_a_row_that_is_being_written_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
