@@ -48,13 +48,14 @@ async def admit(request: Request[Any, Any, Any], fields: SamplingFields) -> Rout
     record.lease.enter()
     name = route.production_of
     if name is not None:
-        route = await _take_part(services, route, _unit_key(request, fields), record)
+        key = _unit_key(request, fields)
+        # Of two tenants, each has its own user 17.
+        whose = f"{record.tenant}\x1f{key or record.request_id}"
+        route = await _take_part(services, route, whose, record, keyed=key is not None)
+        record.shadow = services.shadows.choose(name, route.fingerprint, whose)
     record.label, record.digest = route.label, route.fingerprint
     record.endpoint = str(route.endpoint.name) if route.endpoint else ""
     keep_what_is_said(services, record, fields)
-    if name is not None:
-        whose = f"{record.tenant}\x1f{_unit_key(request, fields) or record.request_id}"
-        record.shadow = services.shadows.choose(name, route.fingerprint, whose)
     return route
 
 
@@ -66,12 +67,10 @@ def reserve(record: RequestRecord, plan: Plan) -> None:
 
 
 async def _take_part(
-    services: Services, route: Route, key: str | None, record: RequestRecord
+    services: Services, route: Route, whose: str, record: RequestRecord, *, keyed: bool
 ) -> Route:
     """Return the route of the unit's arm, or the given one for a unit that is not exposed."""
     assert route.production_of is not None, "only production is split"
-    # Of two tenants, each has its own user 17.
-    whose = f"{record.tenant}\x1f{key or record.request_id}"
     running = services.experiments.of(route.production_of, whose)
     if running is None or running.routes[0].fingerprint != route.fingerprint:
         return route  # production was moved, perhaps away from what is broken: no arm holds it up
@@ -80,9 +79,7 @@ async def _take_part(
     arm = experiment.assign(unit)
     if arm is None:
         return route
-    row = Exposure(
-        record.request_id, experiment.id, arm, unit, record.tenant, keyed=key is not None
-    )
+    row = Exposure(record.request_id, experiment.id, arm, unit, record.tenant, keyed)
     try:
         await services.recorder.expose(row)
     except StoreUnavailable:
