@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Any
 
 import msgspec
@@ -15,7 +15,7 @@ from serving.api.record import RequestRecord
 from serving.api.schemas import ChatRequest, CompletionRequest, Message, SamplingFields
 from serving.api.services import Services, services_of
 from serving.logs.entry import Entry, Said, Transcript
-from serving.logs.store import Logged, Wanted
+from serving.logs.store import Logged, Wanted, ago
 from serving.tenants.keys import LOGS, Principal
 from serving.tokens import Tokens
 
@@ -92,10 +92,9 @@ def _said(message: Message) -> Said:
 def entry_of(record: RequestRecord, scope: Mapping[str, Any]) -> Entry:
     """Return the facts of a request that has ended. Nothing in them is the client's own text."""
     first, seconds = record.first_token, record.seconds
-    came = datetime.now(UTC) - timedelta(seconds=seconds)
     return Entry(
         request_id=record.request_id,
-        at=came.isoformat(timespec="milliseconds"),
+        at=ago(timedelta(seconds=seconds)),
         tenant=record.tenant,
         method=record.method if record.method in METHODS else "other",
         route=scope.get("path_template", "none"),

@@ -4,7 +4,6 @@ import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from registry.home import default_home
 from registry.screen import print_json, shown
 from serving.logs.entry import LogSettings
 from serving.logs.redact import PatternInvalid
-from serving.logs.store import Logged, Logs, Wanted, older_than
+from serving.logs.store import Logged, Logs, Wanted, ago, older_than
 from serving.tenants.duration import parse_duration
 
 app = typer.Typer(no_args_is_help=True, help="What every request was; what was said, by consent.")
@@ -186,9 +185,7 @@ def prune(
 def _wanted(
     tenant: str | None, adapter: str | None, since: str | None, failed: bool, contents: bool
 ) -> Wanted:
-    after = None
-    if since is not None:
-        after = (datetime.now(UTC) - parse_duration(since)).isoformat(timespec="milliseconds")
+    after = None if since is None else ago(parse_duration(since))
     return Wanted(tenant, adapter, since=after, failed=failed, with_contents=contents)
 
 

@@ -201,15 +201,16 @@ class Logs(Store):
 
 def older_than(span: timedelta, tenant: str | None) -> ColumnElement[bool]:
     """Return the condition of what is older than a span, for `Logs.forget`."""
-    condition = requests.c.at < _ago(span)
+    condition = requests.c.at < ago(span)
     return condition if tenant is None else condition & (requests.c.tenant == tenant)
 
 
 def _days_ago(days: int) -> str:
-    return _ago(timedelta(days=days))
+    return ago(timedelta(days=days))
 
 
-def _ago(span: timedelta) -> str:
+def ago(span: timedelta) -> str:
+    """Return the time so long ago as an entry's `at` has it: ISO 8601, UTC."""
     return (datetime.now(UTC) - span).isoformat(timespec="milliseconds")
 
 
