@@ -18,7 +18,7 @@ from registry.home import default_home
 from registry.screen import print_json, shown
 from serving.logs.entry import LogSettings
 from serving.logs.redact import PatternInvalid
-from serving.logs.store import Logged, Logs, Wanted, ago, older_than
+from serving.logs.store import Logged, Logs, LogSettingInvalid, Wanted, ago, older_than
 from serving.tenants.duration import parse_duration
 
 app = typer.Typer(no_args_is_help=True, help="What every request was; what was said, by consent.")
@@ -36,6 +36,10 @@ Said = Annotated[
 
 class ExportRefused(WardrobeError):
     code = "export_refused"
+
+
+class PruneRefused(WardrobeError):
+    code = "prune_refused"
 
 
 @contextmanager
@@ -67,6 +71,8 @@ def set_logs(
 
     --no-contents deletes at once what was kept of prompts and answers.
     """
+    if contents is False and sample:
+        raise LogSettingInvalid(f"--no-contents keeps none, and --sample {sample:g} some. Say one.")
     with open_logs(home) as logs:
         known = logs.settings().get(tenant, LogSettings(tenant))
         if contents is not None:
@@ -172,6 +178,8 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Delete what is older than its tenant wants, now. A running server does so by itself."""
+    if older is None and (tenant is not None or contents):
+        raise PruneRefused("--tenant and --contents go with --older. Give it, too: --older 30d.")
     with open_logs(home) as logs:
         if older is None:
             deleted = logs.prune()

@@ -9,10 +9,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from registry.errors import IntegrityError, StoreUnavailable
 from serving.logs import store as log_store
 from serving.logs import writer as log_writer
+from serving.logs.commands import app as log_app
 from serving.logs.entry import Contents, Entry, LogSettings
 from serving.logs.redact import PatternInvalid, RedactionTooSlow, Redactor
 from serving.logs.store import Logs, LogSettingInvalid, Wanted
@@ -267,6 +269,25 @@ def test_a_pattern_that_never_ends_keeps_the_text_out_of_the_log() -> None:
     writer.stop()
     assert dropped == {"contents": 1}
     assert rows.said == {entry(2).request_id: SAID}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["set", "acme", "--no-contents", "--sample", "0.5"], "--no-contents"),
+        (["prune", "--tenant", "acme"], "--older"),
+        (["prune", "--contents"], "--older"),
+    ],
+)
+def test_options_that_would_do_nothing_or_the_contrary_are_refused(
+    logs: Logs, tmp_path: Path, options: list[str], said: str
+) -> None:
+    logs.set(LogSettings("acme", 1.0))
+    logs.write([entry(1, days_old=365)], {entry(1).request_id: SAID})
+    done = CliRunner().invoke(log_app, [*options, "--home", str(tmp_path)])
+    assert (done.exit_code, said in done.output) == (2, True), done.output
+    assert logs.settings() == {"acme": LogSettings("acme", 1.0)}
+    assert [line.contents for line in logs.walk(Wanted())] == [SAID]
 
 
 @pytest.mark.parametrize(
