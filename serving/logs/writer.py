@@ -98,8 +98,8 @@ class LogWriter:
 
     def _write(self, batch: Sequence[Item]) -> bool:
         """Write a batch; False when the database cannot be written now."""
-        said = {entry.request_id: c for entry, full in batch if (c := self._redacted(entry, full))}
         try:
+            said = {e.request_id: c for e, full in batch if (c := self._redacted(e, full))}
             self._store.write([entry for entry, _ in batch], said)
         except StoreUnavailable as error:
             log.error("the request log cannot be written: %s", error.message)

@@ -271,6 +271,22 @@ def test_a_pattern_that_never_ends_keeps_the_text_out_of_the_log() -> None:
     assert rows.said == {entry(2).request_id: SAID}
 
 
+def test_what_no_redaction_foresaw_does_not_end_the_writing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken(Redactor):
+        def contents(self, contents: Contents) -> Contents:
+            raise MemoryError
+
+    monkeypatch.setattr(log_writer, "Redactor", Broken)
+    rows = Rows({"acme": LogSettings("acme", 1.0)})
+    writer, dropped = make_writer(rows)
+    writer.take(entry(1), SAID)
+    writer.start()
+    writer.stop()
+    assert dropped == {"request": 1}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
