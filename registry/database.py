@@ -125,9 +125,12 @@ def now() -> str:
 
 
 def _engine(url: str, synchronous: str) -> Engine:
-    if not url.startswith("sqlite"):
-        return create_engine(url)
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+    is_sqlite = url.startswith("sqlite")
+    options = {"timeout": BUSY_SECONDS} if is_sqlite else {}
+    # A row may hold what somebody said, and an error with it would end up in the server's log.
+    engine = create_engine(url, connect_args=options, hide_parameters=True)
+    if not is_sqlite:
+        return engine
 
     # The driver would start transactions by itself, and too late: SQLAlchemy's documented recipe.
     def on_connect(connection: Any, _record: object) -> None:

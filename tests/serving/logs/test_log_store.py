@@ -1,9 +1,11 @@
 """The log's store, its writing thread and its redaction, without a server."""
 
 import random
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -285,6 +287,23 @@ def test_what_no_redaction_foresaw_does_not_end_the_writing(
     writer.start()
     writer.stop()
     assert dropped == {"request": 1}
+
+
+def test_a_database_that_refuses_rows_puts_nothing_that_was_said_into_the_servers_own_log(
+    logs: Logs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs.set(LogSettings("acme", 1.0))
+    with closing(sqlite3.connect(tmp_path / "logs.sqlite")) as database:
+        refuse = "BEFORE INSERT ON contents BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        database.execute(f"CREATE TRIGGER refuse {refuse}")
+    dropped = Dropped()
+    writer = LogWriter(logs, dropped)
+    writer.take(entry(1), SAID)
+    writer.start()
+    writer.stop()
+    assert dropped == {"request": 1}
+    assert "refused" in caplog.text
+    assert "dragon" not in caplog.text
 
 
 @pytest.mark.parametrize(
