@@ -86,10 +86,6 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.key}"}
-
 
 def operator_key(home: Path) -> str:
     """Keep the operator key of this demo in a file that only its owner reads."""
@@ -130,7 +126,7 @@ def wait_for_exit(pid: int) -> None:
 
 def client_of(server: Server, key: str) -> httpx.AsyncClient:
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60)
+    return httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120)
 
 
 def free_port(wanted: int) -> int:
@@ -210,7 +206,7 @@ async def ask(client: httpx.AsyncClient, model: str, text: str) -> tuple[str, st
 async def side_by_side(server: Server) -> None:
     """Ask everything at once: adapters and base share one batch of one model."""
     say("3. One model, one batch: each request wears its own adapter, or none")
-    async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=60) as client:
+    async with client_of(server, server.key) as client:
         newest = f"{SMART_HOME}@v{versions(server.home, SMART_HOME)[-1]['number']}"
         models = ("base", newest, ICD10)
         pairs = [(model, text) for _, text in QUESTIONS for model in models]
@@ -290,10 +286,7 @@ async def flip(client: httpx.AsyncClient, home: Path, *command: str) -> None:
 async def promote_and_roll_back(server: Server) -> None:
     newest = versions(server.home, SMART_HOME)[-1]["number"]
     say(f"4. A promote and a rollback under running streams: v1 → v{newest} → v1")
-    timeout = httpx.Timeout(120)
-    async with httpx.AsyncClient(
-        base_url=server.url, headers=server.headers, timeout=timeout
-    ) as client:
+    async with client_of(server, server.key) as client:
         if not (await label_now(client)).endswith("@v1"):
             first = ("promote", f"{SMART_HOME}@v1", "--force", "--reason", "start of the demo")
             wardrobe(server.home, *first, quiet=True)
