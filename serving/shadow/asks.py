@@ -35,6 +35,7 @@ class Source:
 
     name: str
     asks: tuple[Ask, ...]
+    tools: int = 0  # logged requests with calls of tools, which are left out
 
     @classmethod
     def of_file(cls, path: Path, limit: int) -> "Source":
@@ -60,7 +61,7 @@ class Source:
         said = [asdict(line.contents) for line in found if line.contents]
         # What tools a request offered is not logged, so their calls cannot be asked for again.
         plain = [{"contents": one} for one in said if not any(map(_of_tools, one["prompt"]))]
-        return cls("logs", _asks(plain, "the log"))
+        return cls("logs", _asks(plain, "the log"), len(said) - len(plain))
 
 
 def _of_tools(said: dict[str, str]) -> bool:

@@ -75,6 +75,8 @@ def replay_all(
             routes = [_route(registry, arm, base) for arm in arms]
             replay = Replay(comparison, store, engine, tokens, routes, max_tokens)
             skipped = replay.run(source.asks, done)
+            if source.tools:
+                skipped["tools"] = source.tools
         finally:
             asyncio.run(engine.aclose())
     return store.stop(comparison, "done"), skipped

@@ -23,6 +23,7 @@ WHY = {
     "other": "another version answered, by a promote or an experiment",
     "raw": "the candidate is only a prompt, and the request was no chat",
     "lost": "it could not be written down",
+    "tools": "they were calls of tools, and the log does not say which tools were offered",
     "unfit": "the prompt leaves no room for an answer, or the chat template refuses it",
 }
 

@@ -26,6 +26,7 @@ from wardrobe import app
 
 NAME = AdapterName("acme", "support")
 SECRET = "where-the-dragon-sleeps"
+CALLED = Contents(({"role": "assistant", "content": "", "tool_calls": "[]"},), ("said",))
 
 
 @pytest.fixture
@@ -136,6 +137,22 @@ def test_logged_prompts_are_replayed_where_they_were_kept(
         logs.write([*entries, replace(entry(9), adapter="acme/other")], said)
     comparison, _ = run(registry, store, Source.of_logs(home, NAME, 4))
     assert store.size(comparison) == 4
+
+
+def test_logged_calls_of_tools_cannot_be_asked_for_again_and_are_counted(
+    registry: Registry, store: Comparisons, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    with Logs(home) as logs:
+        logs.set(LogSettings("acme", 1.0))
+        entries = [replace(entry(n), adapter="acme/support") for n in range(3)]
+        plain = Contents(({"role": "user", "content": "ask"},), ("said",))
+        said = (CALLED, plain, Contents(({"role": "tool", "content": "12"},), ("said",)))
+        logs.write(entries, {e.request_id: s for e, s in zip(entries, said, strict=True)})
+    comparison, skipped = run(registry, store, Source.of_logs(home, NAME, 10))
+    assert (store.size(comparison), skipped) == (1, {"tools": 2})
+    [line] = [s for s in describe(store, comparison, skipped)["sentences"] if "no pair" in s]
+    assert line.startswith("2 requests made no pair: they were calls of tools")
 
 
 @pytest.mark.parametrize(
