@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,15 @@ from tests.serving.scripted import ScriptedEngine
 
 NAME = AdapterName("acme", "support")
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def eventually(happened: Callable[[], Any], seconds: float = 60) -> Any:
+    """Ask until the answer is true; return it."""
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return found
 
 
 @dataclass(slots=True)

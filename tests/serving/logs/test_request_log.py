@@ -2,8 +2,6 @@
 
 import logging
 import sqlite3
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,10 @@ from serving.logs.entry import LogSettings
 from serving.logs.store import Logged, Logs, Wanted
 from serving.tenants.keys import FEEDBACK, INFER, LOGS, READ, SCOPES, add_key
 from serving.tokens import Tokens
-from tests.serving.live import CHAT, Running, Wardrobe, running
+from tests.serving.live import CHAT, Running, Wardrobe, eventually, running
 
 SECRET = "the-dragon-sleeps-at-noon"  # what nobody but the tenant may know
 SAID = "acme/support@v1"  # what the scripted engine says for it
-
-
-def eventually(happened: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-    return found
 
 
 def ask(live: Running, key: str, content: str = SECRET, **fields: Any) -> httpx.Response:

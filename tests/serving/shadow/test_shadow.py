@@ -1,7 +1,6 @@
 """Shadows on a running server: a candidate answers as well, and nobody notices."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,20 +10,12 @@ from serving.engine.boundary import GenerateRequest, RequestFailed
 from serving.shadow import mirror as shadow_mirror
 from serving.tenants.keys import EXPERIMENTS, INFER, SCOPES, add_key
 from serving.tokens import Tokens
-from tests.serving.live import CHAT, NAME, Running, Wardrobe, running
+from tests.serving.live import CHAT, NAME, Running, Wardrobe, eventually, running
 from tests.serving.scripted import ScriptedEngine, repeat_label, says
 from tests.serving.test_prompt_versions import push_prompt
 
 PATH = "/v1/adapters/acme/support/shadow"
 SECRET = "the-dragon-sleeps-at-noon"
-
-
-def eventually(happened: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-    return found
 
 
 def ask(live: Running, unit: str | None = None, **fields: Any) -> httpx.Response:
