@@ -7,7 +7,7 @@ from typing import Any
 
 from litestar import Request
 
-from registry.errors import StoreUnavailable
+from registry.errors import IntegrityError, StoreUnavailable
 from serving.api.errors import RequestError
 from serving.api.plan import Plan
 from serving.api.record import RequestRecord, record_of
@@ -82,7 +82,7 @@ async def _take_part(
     row = Exposure(record.request_id, experiment.id, arm, unit, record.tenant, keyed)
     try:
         await services.recorder.expose(row)
-    except StoreUnavailable:
+    except (StoreUnavailable, IntegrityError):
         services.metrics.exposures.labels("no").inc()
         return route  # production answers, and nobody is counted: not a silent arm
     services.metrics.exposures.labels("yes").inc()

@@ -62,7 +62,7 @@ class Recorder:
         """Return when the row is durable.
 
         Raises StoreUnavailable when it was not; within EXPOSE_SECONDS when the database is held by
-        somebody else.
+        somebody else. Raises IntegrityError when the database refuses it.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()

@@ -1,6 +1,7 @@
 """Experiments on a running server: who gets which arm, and what is counted of the answers."""
 
 import sqlite3
+from contextlib import closing
 
 import httpx
 import pytest
@@ -177,3 +178,15 @@ def test_a_database_that_is_held_is_not_waited_for(
     eventually(lambda: "x-arm" in ask(client, "user 1").headers)
     metrics = httpx.get(f"{live.url}/metrics", headers=live.headers).text
     assert 'wardrobe_exposures_total{written="no"}' in metrics
+
+
+def test_a_database_that_refuses_rows_costs_no_answer(
+    client: httpx.Client, wardrobe: Wardrobe
+) -> None:
+    start(client)
+    with closing(sqlite3.connect(wardrobe.registry.home / "experiments.sqlite")) as database:
+        refuse = "BEFORE INSERT ON exposures BEGIN SELECT RAISE(ABORT, 'damaged'); END"
+        database.execute(f"CREATE TRIGGER refuse {refuse}")
+    answer = ask(client, "user 1")
+    assert (answer.status_code, answer.headers["x-adapter"]) == (200, "acme/support@v1")
+    assert "x-arm" not in answer.headers, "production, and not counted"
