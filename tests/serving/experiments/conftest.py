@@ -1,8 +1,10 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+from serving.experiments.store import Experiments
 from serving.tenants.keys import SCOPES, add_key
 from tests.serving.live import Running, Wardrobe
 
@@ -15,3 +17,9 @@ def client(live: Running, wardrobe: Wardrobe) -> Iterator[httpx.Client]:
     headers = {"authorization": f"Bearer {key}"}
     with httpx.Client(base_url=live.url, headers=headers, timeout=30) as client:
         yield client
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Experiments]:
+    with Experiments(tmp_path) as store:
+        yield store

@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from registry.adapter import AdapterName
+from serving.experiments.design import DesignInvalid, make_metrics
 from tests.serving.experiments.trial import DESIGN, PATH
 from tests.serving.live import Wardrobe
 
@@ -59,3 +60,11 @@ def test_the_power_of_a_design_is_known_before_it_starts(client: httpx.Client) -
     assert 4000 < found["units"] < 12000
     assert found["days"] == pytest.approx(1 + (found["units"] - 100) / 1000)
     assert client.get(path, params={"units_per_day": 1000}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "text", ["solved", "solved:maybe", "errors:binary", "a b:binary", ":binary", "x:binary:worse"]
+)
+def test_a_metric_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(DesignInvalid):
+        make_metrics(text, [], [])

@@ -12,7 +12,7 @@ from serving.experiments.experiment import Policy
 from serving.experiments.moves import move
 from serving.experiments.store import Experiments
 from serving.experiments.tables import SCHEMA
-from tests.serving.experiments.test_experiments import expose, started
+from tests.serving.experiments.stored import expose, started
 
 
 def make_old(home: Path) -> None:

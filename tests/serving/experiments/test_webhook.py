@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +19,7 @@ from serving.experiments.moves import move
 from serving.experiments.outbox import MAX_WAITING
 from serving.experiments.store import Experiments
 from serving.experiments.webhook import Deliveries, Webhook, WebhookInvalid
-from tests.serving.experiments.test_experiments import created
+from tests.serving.experiments.stored import created
 
 KEY = bytes(range(32))
 SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
@@ -57,12 +56,6 @@ def receiving(receiver: Receiver) -> Iterator[Receiver]:
         finally:
             server.shutdown()
             thread.join()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Experiments]:
-    with Experiments(tmp_path) as store:
-        yield store
 
 
 @pytest.fixture(autouse=True)
