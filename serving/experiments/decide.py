@@ -122,6 +122,10 @@ def _is_worse(metric: Metric, difference: Difference) -> bool:
     return difference.high < 0 if metric.better == "higher" else difference.low > 0
 
 
+def _is_better(metric: Metric, difference: Difference) -> bool:
+    return difference.low > 0 if metric.better == "higher" else difference.high < 0
+
+
 def _is_worse_early(
     experiment: Experiment, metric: Metric, arm: int, control: Sums, treated: Sums, alpha: float
 ) -> bool:
@@ -156,7 +160,7 @@ def _judge_primary(
     ahead = [
         (sign * reading.difference.value, number)
         for number, reading in enumerate(primary, start=1)
-        if _is_worse(_reversed(experiment.primary), reading.difference)
+        if _is_better(experiment.primary, reading.difference)
     ]
     if ahead:
         winner = max(ahead)[1]
@@ -190,11 +194,6 @@ def _futility(experiment: Experiment, primary: Sequence[Reading], units: tuple[i
         return ""
     texts = "; ".join(f"{_versus(r)}{_interval(r)}" for r in primary)
     return f"No treatment is better by {policy.least_effect:g}, the least worth having. {texts}."
-
-
-def _reversed(metric: Metric) -> Metric:
-    better = "lower" if metric.better == "higher" else "higher"
-    return Metric(metric.name, metric.kind, metric.role, better)
 
 
 def _versus(reading: Reading) -> str:
