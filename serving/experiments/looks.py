@@ -15,7 +15,7 @@ from registry.adapter import AdapterName
 from registry.commands import Home, Json, clear_errors
 from registry.home import default_home
 from registry.screen import print_json, shown
-from serving.experiments.page import write_page
+from serving.experiments.page import values_of, write_page
 from serving.experiments.power import estimate
 from serving.experiments.report import describe, summarize
 from serving.experiments.store import Experiments
@@ -85,11 +85,8 @@ def _metrics_table(facts: dict[str, Any]) -> Table:
     roles = {metric["name"]: metric["role"] for metric in facts["metrics_declared"]}
     table = Table("metric", "role", "arm", "control", "arm's", "difference at every look")
     for reading in facts["metrics"]:
-        span = "collecting"
-        if not reading["collecting"]:
-            span = f"{reading['difference']:+.4g} ({reading['low']:+.4g} to {reading['high']:+.4g})"
-        values = (f"{reading['control']:.4g}", f"{reading['treated']:.4g}", span)
-        table.add_row(shown(reading["metric"]), roles[reading["metric"]], reading["arm"], *values)
+        row = (shown(reading["metric"]), roles[reading["metric"]], reading["arm"])
+        table.add_row(*row, *values_of(reading))
     return table
 
 

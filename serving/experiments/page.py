@@ -63,11 +63,15 @@ def _arms(facts: Mapping[str, Any]) -> list[tuple[object, ...]]:
 
 def _metric(facts: Mapping[str, Any], reading: Mapping[str, Any]) -> tuple[object, ...]:
     role = next(m["role"] for m in facts["metrics_declared"] if m["name"] == reading["metric"])
+    return (reading["metric"], role, reading["arm"], *values_of(reading), f"{reading['p']:.3g}")
+
+
+def values_of(reading: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the control's value, the arm's, and the difference with its interval."""
     span = "collecting"
     if not reading["collecting"]:
         span = f"{reading['difference']:+.4g} ({reading['low']:+.4g} to {reading['high']:+.4g})"
-    values = (f"{reading['control']:.4g}", f"{reading['treated']:.4g}", span, f"{reading['p']:.3g}")
-    return (reading["metric"], role, reading["arm"], *values)
+    return f"{reading['control']:.4g}", f"{reading['treated']:.4g}", span
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
