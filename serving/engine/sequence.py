@@ -1,6 +1,7 @@
 """One request while it lives in the engine."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,10 +17,14 @@ class Draws:
     """
 
     def __init__(self, seed: int | None) -> None:
-        # numpy takes no negative seed; two's complement keeps different seeds different.
-        self._generator = np.random.default_rng(None if seed is None else seed % (1 << 64))
+        self._seed = seed
         self._count = 0
         self._last = 0.0
+
+    @cached_property
+    def _generator(self) -> np.random.Generator:  # a greedy request never needs one
+        # numpy takes no negative seed; two's complement keeps different seeds different.
+        return np.random.default_rng(None if self._seed is None else self._seed % (1 << 64))
 
     def __getitem__(self, index: int) -> float:
         assert self._count - 1 <= index, "draws are asked for in order"
