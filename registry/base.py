@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from registry.architectures import TRANSPOSED, module_of, read_base_config
 from registry.errors import BaseNotFound, Conflict, IntegrityError, InvalidName, StoreUnavailable
 from registry.jsonfile import canonical, read_object
 from registry.tensors import Tensor, read_chunks, read_folder, tensor_files
 
 RECORD = "base.json"
-MAX_CONFIG_BYTES = 1 << 20
 MAX_RECORD_BYTES = 64 << 20
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
@@ -108,13 +108,15 @@ def fingerprint_structure(tensors: dict[str, Tensor], architectures: list[str]) 
     return hashlib.sha256(canonical({"architectures": architectures, "shapes": shapes})).hexdigest()
 
 
-def linear_shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Return module → (out, in) of every 2-D `*.weight`, embeddings left out."""
-    return {
-        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
-        for name, tensor in sorted(tensors.items())
-        if name.endswith(".weight") and len(tensor.shape) == 2 and not _is_embedding(name)
-    }
+def linear_shapes(tensors: dict[str, Tensor], kind: str) -> dict[str, tuple[int, int]]:
+    """Return module → (out, in) of every 2-D `*.weight`, embeddings left out; kind: model_type."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith(".weight") and len(tensor.shape) == 2 and not _is_embedding(name):
+            first, second = tensor.shape
+            shape = (second, first) if kind in TRANSPOSED else (first, second)
+            shapes[module_of(name, kind)] = shape
+    return shapes
 
 
 def _is_embedding(name: str) -> bool:
@@ -133,7 +135,8 @@ def _slug(base_id: str) -> str:
 
 def _describe(base_id: str, folder: Path, origin: str) -> dict[str, Any]:
     tensors = read_folder(folder)
-    config = read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    config = read_base_config(folder)
+    linears = linear_shapes(tensors, config.get("model_type", ""))
     architectures: list[str] = config.get("architectures") or []
     return {
         "format": 1,
@@ -143,7 +146,7 @@ def _describe(base_id: str, folder: Path, origin: str) -> dict[str, Any]:
         "fingerprint": fingerprint_weights(tensors),
         "structure": fingerprint_structure(tensors, architectures),
         "files": {path.name: path.stat().st_size for path in tensor_files(folder)},
-        "linears": {module: list(shape) for module, shape in linear_shapes(tensors).items()},
+        "linears": {module: list(shape) for module, shape in linears.items()},
     }
 
 

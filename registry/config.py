@@ -44,10 +44,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "kasa_config": ((None,), "KaSA changes the base weights and is not servable"),
     "velora_config": ((None,), "VeLoRA is not servable yet"),
     "monteclora_config": ((None,), "MonteCLoRA is not servable"),
-    "fan_in_fan_out": (
-        (False,),
-        "adapters for Conv1D layers (GPT-2) are not servable yet",
-    ),
     "ensure_weight_tying": ((False,), "tied adapter weights are not servable yet"),
     "megatron_config": ((None,), "it imports code; adapters may not"),
     "megatron_core": ((None, "megatron.core"), "it names a module to import; adapters may not"),
@@ -237,6 +233,8 @@ CHECKS: dict[str, Callable[[object], str | None]] = {
     "layers_pattern": _layer_names,
     "rank_pattern": _patterns(_whole(1, MAX_RANK)),
     "alpha_pattern": _patterns(_alpha),
+    # How the base stores its weights, which peft itself sees; A and B are the same either way.
+    "fan_in_fan_out": _one_of(True, False),
     "init_lora_weights": lambda _: None,  # _check_init has its own codes
     "qalora_group_size": _whole(1, 1 << 20),  # inert while use_qalora is false
 }

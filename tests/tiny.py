@@ -17,14 +17,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from registry.base import BaseModel, Bases
@@ -41,12 +37,8 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_CONFIGS: dict[str, type[PretrainedConfig]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-}
+# How config classes name the width of the MLP, when not `intermediate_size`.
+_MLP_WIDTH = {"gpt2": "n_inner", "opt": "ffn_dim"}
 
 
 def make_base(
@@ -208,7 +200,7 @@ def _random_model(
         "vocab_size": vocab,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
+        _MLP_WIDTH.get(arch, "intermediate_size"): 2 * hidden,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": hidden // 4,
@@ -219,7 +211,7 @@ def _random_model(
         "pad_token_id": EOS_ID,
         "dtype": torch.float32,
     } | dict(config)
-    model = AutoModelForCausalLM.from_config(_CONFIGS[arch](**fields))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **fields))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -259,6 +251,7 @@ def _byte_letters() -> list[str]:
 
 def _peft(base: Path, config: LoraConfig) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config.fan_in_fan_out = model.config.model_type == "gpt2"
     with peft_on_new_transformers():
         return get_peft_model(model, config)  # type: ignore[return-value]  # never PeftMixedModel
 

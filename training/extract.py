@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from registry.adapter import AdapterName, Selector
+from registry.architectures import TRANSPOSED, module_of, read_base_config
 from registry.base import BaseModel
 from registry.config import MAX_RANK
 from registry.contents import MODEL_NAME
@@ -119,15 +120,17 @@ def _factorise_all(
 ) -> tuple[dict[str, LowRank], dict[str, float]]:
     """Return the factors of every linear that changed, and the energy of all that is left out."""
     before, after = read_folder(base.path), read_folder(folder)
+    kind = read_base_config(base.path).get("model_type", "")
     factors: dict[str, LowRank] = {}
     left_out: dict[str, float] = {}
     for done, name in enumerate(sorted(before)):
         progress(Progress("extract", done, len(before)))
-        module = name.removesuffix(".weight")
+        module = module_of(name, kind)
         change = _read(after[name]) - _read(before[name])
         if module not in base.linears or module.endswith("lm_head"):
             left_out[name] = float(change.double().square().sum())
         elif change.any():
+            change = change.t() if kind in TRANSPOSED else change
             factors[module] = factorise(change, wanted.rank, wanted.energy)
     progress(Progress("extract", len(before), len(before)))
     if not factors:

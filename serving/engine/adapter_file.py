@@ -80,10 +80,10 @@ def _key(module: str, half: str) -> str:
 
 
 def _place(module: str, layout: LoraLayout) -> tuple[LinearGroup, int, int]:
-    """Return group, place in it and layer of `model.layers.N.MODULE`."""
-    head, _, rest = module.removeprefix("model.layers.").partition(".")
+    """Return group, place in it and layer of `model.layers.N.MODULE`, or as the base names it."""
+    head, _, rest = module.removeprefix(layout.prefix).partition(".")
     found = layout.find(rest) if head.isdecimal() and int(head) < layout.layers else None
-    if found is None or module != f"model.layers.{head}.{rest}":
+    if found is None or module != f"{layout.prefix}{head}.{rest}":
         raise _Unfit(f"{module} is not a linear layer that this base model can adapt.")
     return *found, int(head)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from registry.adapter import AdapterRef
+from registry.architectures import LLAMA_FAMILY
 from registry.base import BaseModel
 from registry.home import default_cache
 from serving.engine.adapter_file import read_adapter
@@ -31,7 +32,9 @@ from serving.engine.sampler import Sampler
 from serving.engine.scheduler import Scheduler
 from serving.engine.settings import EngineSettings
 from serving.engine.slots import SlotTable
-from serving.engine.spec import ModelSpec
+from serving.engine.spec import DecoderSpec, ModelSpec, check_architecture
+from serving.engine.transformers_model import TransformersModel, TransformersSpec
+from serving.engine.transformers_network import Network
 from serving.engine.weights import read_weights, stored_dtype
 
 logger = logging.getLogger(__name__)
@@ -52,22 +55,34 @@ class Parts:
 
 def read_model(base: BaseModel, settings: EngineSettings) -> Forward:
     """Read the base's weights onto the device. Raises EngineUnavailable with the reason."""
-    spec = ModelSpec.read(base.path)
+    kind = check_architecture(base.path)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device, stored_dtype(base.path))
+    with torch.inference_mode():
+        if kind in LLAMA_FAMILY:
+            return _read_own(base, settings, dtype, device)
+        network = Network.read(base.path, dtype, device)
+        spec = TransformersSpec.measure(base.path, network)
+        length = _max_model_len(spec, settings, dtype, device)
+        return TransformersModel(spec, network, Operators(), length)
+
+
+def _read_own(
+    base: BaseModel, settings: EngineSettings, dtype: torch.dtype, device: torch.device
+) -> Forward:
+    spec = ModelSpec.read(base.path)
     length = _max_model_len(spec, settings, dtype, device)
     name = "torch"
-    with torch.inference_mode():
-        if device.type == "cpu" and settings.operators == "auto":
-            try:
-                library = _library(spec, dtype)
-                weights = read_weights(base.path, spec, dtype, device, PackedLinear)
-                return CompiledModel(spec, weights, library, length)
-            except NotCompiled as error:
-                logger.warning("torch computes, several times slower than C++: %s", error)
-                name = f"torch ({error})"
-        weights = read_weights(base.path, spec, dtype, device, Linear)
-        return Model(spec, weights, Operators(), length, name)
+    if device.type == "cpu" and settings.operators == "auto":
+        try:
+            library = _library(spec, dtype)
+            weights = read_weights(base.path, spec, dtype, device, PackedLinear)
+            return CompiledModel(spec, weights, library, length)
+        except NotCompiled as error:
+            logger.warning("torch computes, several times slower than C++: %s", error)
+            name = f"torch ({error})"
+    weights = read_weights(base.path, spec, dtype, device, Linear)
+    return Model(spec, weights, Operators(), length, name)
 
 
 def _library(spec: ModelSpec, dtype: torch.dtype) -> Library:
@@ -79,7 +94,7 @@ def _library(spec: ModelSpec, dtype: torch.dtype) -> Library:
 def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     """Build everything around a model that can be run."""
     spec, dtype, device = model.spec, model.dtype, model.device
-    layout = LoraLayout(spec.layers, spec.groups)
+    layout = LoraLayout(spec.layers, spec.groups, spec.prefix)
     stacks = LoraStacks(layout, settings.adapter_slots, dtype, device)
     table = SlotTable(settings.adapter_slots)
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)
@@ -105,7 +120,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
 
 
 def _max_model_len(
-    spec: ModelSpec, settings: EngineSettings, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec, settings: EngineSettings, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Return the tokens of one KV slot: every running sequence must be able to fill its own."""
     budget = settings.kv_cache_bytes or total_memory(device) // 2

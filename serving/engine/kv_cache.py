@@ -5,7 +5,7 @@ import heapq
 import torch
 
 from serving.engine.hardware import lazy_zeros
-from serving.engine.spec import ModelSpec
+from serving.engine.spec import DecoderSpec
 
 
 class KVCache:
@@ -16,7 +16,7 @@ class KVCache:
     """
 
     def __init__(
-        self, spec: ModelSpec, slots: int, length: int, dtype: torch.dtype, device: torch.device
+        self, spec: DecoderSpec, slots: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (spec.layers, slots, spec.kv_heads, length, spec.head_dim)
         self.slots = slots

@@ -40,6 +40,7 @@ class LoraLayout:
 
     layers: int
     groups: tuple[LinearGroup, ...]
+    prefix: str = "model.layers."  # of a layer's modules, before its number
 
     def zeros(
         self, bucket: int, lead: Sequence[int], dtype: torch.dtype, device: torch.device

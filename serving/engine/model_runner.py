@@ -13,18 +13,20 @@ from serving.engine.ops.lora import packing_key
 from serving.engine.sampler import Greedy
 from serving.engine.sequence import Row, Sequence
 from serving.engine.slots import Slot, SlotTable
-from serving.engine.spec import ModelSpec
+from serving.engine.spec import DecoderSpec
 
 
 class Forward(Protocol):
     """The model as the runner needs it: `model.Model` in torch, `compiled_model` in C++."""
 
-    spec: ModelSpec
     dtype: torch.dtype
     device: torch.device
     length: int  # tokens of one sequence
     greedy: Greedy  # of its logits
     operators: str  # what computes, for people
+
+    @property
+    def spec(self) -> DecoderSpec: ...
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         """Write the batch's keys and values, return logits [sampled, vocab].

@@ -3,17 +3,19 @@
 A field that would change the answers and is not computed here is refused at start, by name.
 """
 
-import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from registry.architectures import LLAMA_FAMILY, read_base_config, unsupported_architecture
 from serving.engine.boundary import EngineUnavailable
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ROTARY_KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,34 +28,51 @@ class LinearGroup:
     outputs: tuple[int, ...]  # one for each module
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """A decoder of the Llama family."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec(ABC):
+    """What the engine around a forward pass must know of a base."""
 
     architecture: str
     vocab: int
     layers: int
-    hidden: int
-    heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
-    eps: float
     context: int  # tokens the base was made for
     windows: tuple[int | None, ...]  # attention window of each layer, None is unbounded
-    inverse_frequencies: tuple[float, ...]  # of the rotary embedding, head_dim / 2 of them
-    head_norm: bool  # Qwen3 normalises each query and key head
-    tied: bool  # the output head is the embedding
     eos_ids: frozenset[int]
     folder: Path = Path()  # tokenizer.json is here; a base of random weights has none
+    prefix: str = "model.layers."  # of a layer's modules in PEFT's names, before its number
+
+    @property
+    @abstractmethod
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linears of a layer that an adapter can change."""
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec(DecoderSpec):
+    """A decoder of the Llama family."""
+
+    hidden: int
+    heads: int
+    intermediate: int
+    eps: float
+    inverse_frequencies: tuple[float, ...]  # of the rotary embedding, head_dim / 2 of them
+    rotary_scale: float = 1.0  # what the rotated heads are multiplied by
+    head_norm: bool  # Qwen3 normalises each query and key head
+    tied: bool  # the output head is the embedding
 
     @classmethod
     def read(cls, folder: Path) -> "ModelSpec":
         """Read config.json and generation_config.json. Raises EngineUnavailable with the reason."""
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = read_config(folder)
         _check(config, folder)
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        frequencies, scale = _rotary(config, folder)
         return cls(
             architecture=config.model_type,
             vocab=config.vocab_size,
@@ -64,12 +83,13 @@ class ModelSpec:
             head_dim=head_dim,
             intermediate=config.intermediate_size,
             eps=config.rms_norm_eps,
-            context=config.max_position_embeddings,
+            context=exact_context(config),
             windows=_windows(config),
-            inverse_frequencies=_inverse_frequencies(config.rope_parameters, head_dim),
+            inverse_frequencies=frequencies,
+            rotary_scale=scale,
             head_norm=config.model_type == "qwen3",
             tied=bool(config.tie_word_embeddings),
-            eos_ids=_eos_ids(config, folder),
+            eos_ids=eos_ids(config, folder),
             folder=folder,
         )
 
@@ -93,14 +113,39 @@ class ModelSpec:
             LinearGroup("down", ("mlp.down_proj",), self.intermediate, (self.hidden,)),
         )
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+
+def check_architecture(folder: Path) -> str:
+    """Return the model_type of config.json. Raises EngineUnavailable when none computes it."""
+    config = read_base_config(folder)
+    if problem := unsupported_architecture(config):
+        raise EngineUnavailable(f"{folder}/config.json: {problem}")
+    return config["model_type"]
+
+
+def read_config(folder: Path) -> Any:
+    """Return config.json as the class of its architecture. Raises EngineUnavailable."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise EngineUnavailable(f"{folder}/config.json cannot be read: {error}") from error
+
+
+def exact_context(config: Any) -> int:
+    """Return the tokens up to which the rotary angles of a position never change.
+
+    LongRoPE turns to other angles when a sequence grows beyond its original length. What lies in
+    the cache keeps the old ones, so a longer sequence would depend on how it was read.
+    """
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return config.max_position_embeddings
 
 
 def _check(config: Any, folder: Path) -> None:
-    kind = config.model_type
-    if kind not in ARCHITECTURES:
-        raise _unsupported(folder, "model_type", kind, f"one of {', '.join(ARCHITECTURES)}")
+    if config.model_type not in LLAMA_FAMILY:
+        wanted = f"{', '.join(LLAMA_FAMILY)} in its own forward pass"
+        raise _unsupported(folder, "model_type", config.model_type, wanted)
     if config.hidden_act != "silu":
         raise _unsupported(folder, "hidden_act", config.hidden_act, "'silu'")
     if getattr(config, "quantization_config", None):
@@ -125,41 +170,26 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _inverse_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[float, ...]:
-    """Compute the rotary frequencies: the paper's (arXiv 2104.09864), linear and Llama 3 scaling.
+def _rotary(config: Any, folder: Path) -> tuple[tuple[float, ...], float]:
+    """Return the inverse frequencies and the factor of the rotated heads, as transformers has them.
 
-    In float32 as transformers does, so that the angles are the same numbers.
+    "dynamic" stretches the angles only beyond max_position_embeddings, which is never reached.
     """
+    rope: dict[str, Any] = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "linear", "llama3"):
-        raise EngineUnavailable(
-            f"config.json: rope_parameters={rope!r}; this engine computes whole-head rotary "
-            "embeddings of the kinds default, linear and llama3."
-        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ROTARY_KINDS:
+        wanted = f"whole-head rotary embeddings of the kinds {', '.join(ROTARY_KINDS)}"
+        raise _unsupported(folder, "rope_parameters", rope, wanted)
+    if kind != "default":
+        inverse, scale = ROPE_INIT_FUNCTIONS[kind](config)
+        return tuple(inverse.tolist()), float(scale)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    inverse = 1.0 / (rope["rope_theta"] ** exponents)
-    if kind == "linear":
-        inverse = inverse / rope["factor"]
-    if kind == "llama3":
-        inverse = _llama3(inverse, rope)
-    return tuple(inverse.tolist())
+    return tuple((1.0 / rope["rope_theta"] ** exponents).tolist()), 1.0
 
 
-def _llama3(inverse: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
-    """Stretch long wavelengths by `factor`, keep short ones, blend between (Llama 3.1 report)."""
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    original = rope["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / inverse
-    stretched = inverse / rope["factor"]
-    blend = (original / wavelength - low) / (high - low)
-    mixed = (1 - blend) * stretched + blend * inverse
-    result = torch.where(wavelength > original / low, stretched, inverse)
-    between = (wavelength <= original / low) & (wavelength >= original / high)
-    return torch.where(between, mixed, result)
-
-
-def _eos_ids(config: Any, folder: Path) -> frozenset[int]:
-    """Collect the ends of text of both files; either may hold one id or a list."""
+def eos_ids(config: Any, folder: Path) -> frozenset[int]:
+    """Return the ends of text that both files name; either may hold one id or a list."""
     sources = [config.eos_token_id]
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True)

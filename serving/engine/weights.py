@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from safetensors import safe_open
 
-from registry.tensors import tensor_files
+from registry.tensors import read_folder, tensor_files
 from serving.engine.boundary import EngineUnavailable
 from serving.engine.spec import LinearGroup, ModelSpec
 
@@ -39,9 +39,10 @@ class ModelWeights(Generic[L]):
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the number format of the stored embedding."""
-    with ExitStack() as stack:
-        return _Reader(folder, torch.device("cpu"), None, stack)("model.embed_tokens.weight").dtype
+    """Return the number format of the largest stored tensor."""
+    largest = max(read_folder(folder).values(), key=lambda tensor: tensor.stop - tensor.start)
+    with safe_open(largest.path, framework="pt") as file:
+        return file.get_slice(largest.name)[:1].dtype
 
 
 def read_weights(

@@ -32,7 +32,7 @@ from tests.registry.making import adapter_config
         ({"kasa_config": {"beta": 1}}, "config_unsupported"),
         ({"velora_config": {}}, "config_unsupported"),
         ({"monteclora_config": {}}, "config_unsupported"),
-        ({"fan_in_fan_out": True}, "config_unsupported"),
+        ({"fan_in_fan_out": 1}, "config_invalid"),
         ({"ensure_weight_tying": True}, "config_unsupported"),
         ({"corda_config": {"cache_file": "/tmp/x.pt"}}, "config_unsupported"),
         ({"lora_ga_config": {}}, "config_unsupported"),

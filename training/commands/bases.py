@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from registry.architectures import read_base_config, unsupported_architecture
 from registry.base import BaseModel, Bases
 from registry.commands import Json, clear_errors
 from registry.errors import BaseNotFound
@@ -59,6 +60,8 @@ def base_pull(
     if as_json:
         return print_json(base)
     out.print(f"[bold]{base.id}[/] sha256:{base.fingerprint[:12]} in {escape(str(base.path))}")
+    if problem := unsupported_architecture(read_base_config(base.path)):
+        out.print(f"The torch engine cannot serve it: {escape(problem)}")
     return None
 
 
@@ -69,10 +72,11 @@ def base_list(as_json: Json = False) -> None:
     bases = known_bases().list()
     if as_json:
         return print_json(bases)
-    table = Table("fingerprint")
+    table = Table("fingerprint", "model_type")
     table.add_column("id", overflow="fold")
     table.add_column("path", overflow="fold")
     for base in bases:
-        table.add_row(base.fingerprint[:12], base.id, escape(str(base.path)))
+        kind = read_base_config(base.path).get("model_type", "")
+        table.add_row(base.fingerprint[:12], escape(kind), base.id, escape(str(base.path)))
     out.print(table, soft_wrap=False)
     return None

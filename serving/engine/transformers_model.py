@@ -1,0 +1,122 @@
+"""The forward pass of bases that `model.py` does not compute: transformers' own, over our cache."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from serving.engine.batch import Batch
+from serving.engine.boundary import EngineUnavailable
+from serving.engine.kv_cache import KVCache
+from serving.engine.lora import LoraStacks
+from serving.engine.ops import Operators
+from serving.engine.ops.attention import AttentionPlan, Window, plan_attention
+from serving.engine.ops.lora import LoraPlan, plan_lora
+from serving.engine.spec import DecoderSpec, LinearGroup, eos_ids, exact_context, read_config
+from serving.engine.transformers_network import Network
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformersSpec(DecoderSpec):
+    """A decoder that transformers computes; each of its linears is a group of its own."""
+
+    linears: tuple[LinearGroup, ...]
+
+    @classmethod
+    def measure(cls, folder: Path, network: Network) -> "TransformersSpec":
+        """Ask the network itself what its attention is given. Raises EngineUnavailable."""
+        config, found = read_config(folder), _Measurement()
+        row = torch.zeros(1, dtype=torch.int64, device=network.device)
+        network.logits(row, row, row, found)
+        shapes = {heads for heads, _ in found.layers.values()}
+        if len(shapes) != 1 or len(found.layers) != config.num_hidden_layers:
+            raise EngineUnavailable(
+                f"{folder}: {len(found.layers)} of {config.num_hidden_layers} layers attend, with "
+                f"KV heads of {sorted(shapes)}; this engine keeps the same for every layer."
+            )
+        [(kv_heads, head_dim)] = shapes
+        return cls(
+            architecture=config.model_type,
+            vocab=config.vocab_size,
+            layers=len(found.layers),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            context=exact_context(config),
+            windows=tuple(window for _, (_, window) in sorted(found.layers.items())),
+            linears=network.linears,
+            eos_ids=eos_ids(config, folder),
+            folder=folder,
+            prefix=network.prefix,
+        )
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.linears
+
+
+class TransformersModel:
+    """A network of transformers over the engine's cache; see `model_runner.Forward`."""
+
+    def __init__(
+        self, spec: TransformersSpec, network: Network, operators: Operators, length: int
+    ) -> None:
+        self.spec, self.network, self.ops = spec, network, operators
+        self.dtype, self.device = network.dtype, network.device
+        self.length = length  # tokens of one sequence
+        self.greedy = operators.greedy
+        self.operators = f"torch (transformers' forward pass of {spec.architecture})"
+
+    def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
+        plan = plan_attention(batch, self.spec.windows, cache.length, self.dtype)
+        lora = plan_lora(batch.worn, self.device)
+        step = _Step(self.ops, batch, cache, stacks, plan, lora)
+        return self.network.logits(batch.ids, batch.positions, batch.sampled, step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What all layers of one step share; see `transformers_network.Inside`."""
+
+    ops: Operators
+    batch: Batch
+    cache: KVCache
+    stacks: LoraStacks
+    attention: AttentionPlan
+    lora: LoraPlan | None
+
+    def attend(self, layer: int, heads: Heads, scale: float, window: Window) -> torch.Tensor:
+        q, k, v = heads
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.batch.slots, :, self.batch.positions] = k
+        values[self.batch.slots, :, self.batch.positions] = v
+        # The operator divides by sqrt(dim); a base that scales otherwise has it made up for here.
+        factor = scale * q.shape[-1] ** 0.5
+        q = q if abs(factor - 1.0) < 1e-6 else q * factor
+        return self.ops.attend(q.contiguous(), keys, values, self.attention, window)
+
+    def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        if self.lora is not None:
+            self.ops.lora(y, x, self.stacks.weights(group, layer), self.lora)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """Stands where a step does, and writes down what the attention of each layer is given."""
+
+    layers: dict[int, tuple[tuple[int, int], Window]] = field(default_factory=dict)
+
+    def attend(self, layer: int, heads: Heads, scale: float, window: Window) -> torch.Tensor:
+        q, k, v = heads
+        if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
+            shapes = [tuple(each.shape[1:]) for each in heads]
+            raise EngineUnavailable(
+                f"Layer {layer} attends with queries, keys and values of {shapes}, which this "
+                "engine's cache cannot hold."
+            )
+        self.layers[layer] = (k.shape[1], k.shape[2]), window
+        return q * scale  # of the right shape; nobody reads it
+
+    def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        pass

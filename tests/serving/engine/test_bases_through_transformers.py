@@ -1,0 +1,123 @@
+"""Bases that transformers computes: a mixed batch gives what PEFT gives one request at a time."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry.architectures import LLAMA_FAMILY, THROUGH_TRANSFORMERS
+from serving.engine.boundary import EngineUnavailable
+from serving.engine.build import read_model
+from serving.engine.engine import TorchEngine
+from serving.engine.settings import EngineSettings
+from tests import tiny
+from tests.serving.engine.driving import Folders, Oracle, base_of, request, run_all
+
+BOUND = 1e-4
+LENGTH = 8
+# Prompts are read in chunks of at most this many tokens, beside rows that decode.
+SETTINGS = EngineSettings(
+    device="cpu", dtype="float32", max_model_len=96, max_running=6, max_batched_tokens=11
+)
+
+# architecture → linears that are adapted, and configurations that change how it computes
+LINEARS: dict[str, Sequence[str]] = {
+    "gemma3_text": tiny.LINEARS,
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+}
+SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("gemma3_text", SLIDING),
+    ("gemma3_text", SLIDING | {"query_pre_attn_scalar": 40, "final_logit_softcapping": 5.0}),
+    ("gpt2", {}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
+    ("opt", {}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    ("phi3", {}),
+    ("phi3", {"sliding_window": 9, "partial_rotary_factor": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("arch", "config"), CASES)
+def test_a_mixed_batch_equals_peft_one_request_at_a_time(
+    tmp_path: Path, arch: str, config: dict[str, Any]
+) -> None:
+    base = tiny.make_base(tmp_path / "base", arch=arch, **config)
+    adapters = {
+        name: tiny.make_adapter(tmp_path / name, base, rank=rank, seed=rank, targets=LINEARS[arch])
+        for name, rank in (("a", 4), ("b", 16))
+    }
+    folders, rng = Folders(adapters), random.Random(1)
+    names = ["a", None, "b", "a", None, "b"]
+    wanted = [
+        request(
+            [rng.randrange(256) for _ in range(rng.randint(1, 40))],
+            folders.refs[name] if name else None,
+            max_tokens=LENGTH,
+            logprobs=5,
+        )
+        for name in names
+    ]
+    results = run_all(TorchEngine.create(base_of(base), folders, SETTINGS), wanted)
+    oracles = {name: Oracle(base, adapters.get(name or "")) for name in ("a", "b", None)}
+    others = {"a": "b", "b": None, None: "a"}
+    for name, each, result in zip(names, wanted, results, strict=True):
+        assert result.tokens == oracles[name].greedy(each.prompt_ids, LENGTH), name
+        assert oracles[name].largest_error(each.prompt_ids, result) < BOUND, name
+        # The oracle can tell: a wrong adapter, or none, exceeds the bound by far.
+        wrong = oracles[others[name]]
+        assert wrong.largest_error(each.prompt_ids, result) > 100 * BOUND, name
+
+
+def test_every_architecture_that_is_served_is_held_to_peft() -> None:
+    assert {arch for arch, _ in CASES} == set(THROUGH_TRANSFORMERS)
+    assert not set(THROUGH_TRANSFORMERS) & set(LLAMA_FAMILY)
+
+
+def test_an_unknown_architecture_is_refused_by_name_with_those_that_are_served(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(EngineUnavailable, match=r"config\.json: model_type='mamba'.*gpt2, llama"):
+        read_model(base_of(tmp_path), SETTINGS)
+
+
+def test_weights_that_do_not_fill_the_network_are_refused(tmp_path: Path) -> None:
+    """transformers itself would fill the missing ones with random numbers and go on."""
+    two = tiny.make_base(tmp_path / "two", arch="gpt2")
+    three = tiny.make_base(tmp_path / "three", arch="gpt2", layers=3)
+    two_layers = (two / "config.json").read_text()
+    (two / "config.json").write_text((three / "config.json").read_text())
+    with pytest.raises(EngineUnavailable, match=r"missing_keys, for example 'transformer\.h\.2"):
+        read_model(base_of(two), SETTINGS)
+    (three / "config.json").write_text(two_layers)
+    with pytest.raises(EngineUnavailable, match="unexpected_keys"):
+        read_model(base_of(three), SETTINGS)
+
+
+def test_longrope_is_served_up_to_the_length_at_which_its_angles_change(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.1] * 8,
+        "long_factor": [3.0] * 8,
+        "original_max_position_embeddings": 64,
+    }
+    base = tiny.make_base(
+        tmp_path / "base",
+        arch="phi3",
+        rope_parameters=rope,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+    )
+    with pytest.raises(EngineUnavailable, match="made for 64 tokens"):
+        read_model(base_of(base), SETTINGS)
+    engine = TorchEngine.create(base_of(base), Folders({}), replace(SETTINGS, max_model_len=64))
+    wanted = request(list(range(30)), max_tokens=LENGTH, logprobs=5)
+    [result] = run_all(engine, [wanted])
+    assert Oracle(base).largest_error(wanted.prompt_ids, result) < BOUND
