@@ -9,6 +9,7 @@ from rich.console import Console
 from registry import commands as registry_commands
 from registry.commands import Home, clear_errors, open_registry
 from registry.errors import WardrobeError
+from serving.engine.memory import parse_memory
 from serving.experiments.commands import app as experiment_app
 from serving.experiments.looks import from_feedback
 from serving.logs.commands import app as logs_app
@@ -107,6 +108,14 @@ def serve(
     max_batched_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens of one step: prompts go in chunks of it.")
     ] = 512,
+    prefix_cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_memory,
+            metavar="SIZE",
+            help="For what prompts begin with, such as 2GiB; 0: none. Default: an eighth of all.",
+        ),
+    ] = None,
     adapter_slots: Annotated[
         int, typer.Option(min=1, help="Adapters that can be worn at once.")
     ] = 32,
@@ -158,6 +167,7 @@ def serve(
             max_waiting=max_waiting,
             max_model_len=max_model_len,
             max_batched_tokens=max_batched_tokens,
+            prefix_cache_bytes=prefix_cache_memory,
             adapter_slots=adapter_slots,
             max_lora_rank=max_lora_rank,
             threads=threads,

@@ -25,7 +25,14 @@ from typing import Any
 import aiohttp
 from rich.progress import Progress
 
-from benchmarks.throughput import Refused, one_request, running_server, setup_line, write_adapter
+from benchmarks.throughput import (
+    NO_PREFIX_CACHE,
+    Refused,
+    one_request,
+    running_server,
+    setup_line,
+    write_adapter,
+)
 from benchmarks.workload import Record, jain, percentile, prompts
 from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
@@ -217,7 +224,7 @@ def main() -> None:
         home = Path(folder)
         keys = fill_registry(home, base, bases, one_tenant=args.one_tenant)
         pool = prompts(str(base.path), 400, seed=0)
-        with running_server(home, base.id, args.serve) as url:
+        with running_server(home, base.id, [*NO_PREFIX_CACHE, *args.serve]) as url:
             result = asyncio.run(measure(url, keys, pool, args.seconds, args.repeats))
     print(f"\n{setup_line(base, args.repeats)}\n\n{result}")
 

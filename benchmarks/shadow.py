@@ -15,7 +15,13 @@ from pathlib import Path
 import aiohttp
 from rich.progress import Progress
 
-from benchmarks.throughput import one_request, running_server, setup_line, write_adapter
+from benchmarks.throughput import (
+    NO_PREFIX_CACHE,
+    one_request,
+    running_server,
+    setup_line,
+    write_adapter,
+)
 from benchmarks.workload import OUTPUT_TOKENS, Record, percentile, prompts
 from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
@@ -125,7 +131,8 @@ def main() -> None:
         home = Path(folder)
         fill_registry(home, base, bases)
         pool = prompts(str(base.path), 400, seed=0)
-        with running_server(home, base.id, ["--no-auth", *args.serve]) as url:
+        serve = ["--no-auth", *NO_PREFIX_CACHE, *args.serve]
+        with running_server(home, base.id, serve) as url:
             records, told = asyncio.run(measure(url, args, pool))
     mirrored = ", ".join(f"{count} {why}" for why, count in sorted(told.items()))
     print(f"\n{setup_line(base, args.blocks)}\n\n{table(records)}\n")

@@ -34,10 +34,16 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptDetails:
+    cached_tokens: int  # found in the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class Shape(Protocol):
@@ -76,6 +82,7 @@ class Answer:
         self._shape = shape
         self._headers = headers
         self._completion_tokens = [0] * len(plan.requests)
+        self._cached_tokens = [0] * len(plan.requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
@@ -95,6 +102,7 @@ class Answer:
             record.completion_tokens = sum(self._completion_tokens)
             if record.completion_tokens:
                 record.prompt_tokens = self._plan.prompt_tokens
+                record.cached_tokens = self._cached()
 
     async def _whole(self, record: RequestRecord, receive: Receive, send: Send) -> None:
         choices = [Choice() for _ in self._plan.requests]
@@ -165,12 +173,19 @@ class Answer:
         async with aclosing(stream):
             async for piece in stream:
                 self._completion_tokens[piece.index] = piece.completion_tokens
+                self._cached_tokens[piece.index] = piece.cached_tokens
                 yield piece
 
     def _usage(self) -> Usage:
         completion = sum(self._completion_tokens)
         prompt = self._plan.prompt_tokens
-        return Usage(prompt, completion, prompt + completion)
+        details = PromptDetails(self._cached())
+        return Usage(prompt, completion, prompt + completion, details)
+
+    def _cached(self) -> int:
+        """Return how many prompt tokens were known before: what choices share is computed once."""
+        counts, n = self._cached_tokens, self._plan.choices
+        return sum(min(counts[first : first + n]) for first in range(0, len(counts), n))
 
     async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         message: Any = {

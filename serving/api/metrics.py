@@ -27,6 +27,8 @@ _GAUGES = {
     "wardrobe_requests_waiting": ("waiting", "Sequences in the queue"),
     "wardrobe_kv_tokens_used": ("kv_tokens_used", "Tokens held in the KV cache"),
     "wardrobe_kv_tokens": ("kv_tokens_total", "Tokens the KV cache can hold"),
+    "wardrobe_prefix_cache_bytes": ("prefix_bytes", "Bytes the prefix cache holds"),
+    "wardrobe_prefix_cache_max_bytes": ("prefix_bytes_total", "Bytes it may hold"),
     "wardrobe_adapter_slots": ("adapter_slots", "Slots that may hold adapters"),
 }
 _COUNTERS = {

@@ -20,6 +20,7 @@ class Plan:
     route: Route
     requests: tuple[GenerateRequest, ...]
     stops: tuple[str, ...]
+    choices: int  # requests that share a prompt, one behind the other
     prompt_tokens: int
     stream: bool
     include_usage: bool
@@ -73,6 +74,7 @@ def make_plan(
         route=route,
         requests=tuple(requests),
         stops=tuple(fields.stops),
+        choices=fields.n,
         prompt_tokens=sum(map(len, prompts)),
         stream=fields.stream,
         include_usage=fields.include_usage,

@@ -38,6 +38,7 @@ class RequestRecord:
     arm: str = ""  # its number
     status: int = 0  # 0: nothing was sent
     prompt_tokens: int = 0  # that the engine was given
+    cached_tokens: int = 0  # of those, that it did not have to compute again
     completion_tokens: int = 0
     first_token: float | None = None  # seconds from the start
     finish_reasons: list[str] = field(default_factory=list[str])

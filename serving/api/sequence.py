@@ -37,6 +37,7 @@ class Piece:
     logprobs: tuple[PlacedLogprob, ...]
     finish_reason: FinishReason | None
     completion_tokens: int  # so far
+    cached_tokens: int = 0  # of the prompt, that were not computed again
     token_ids: tuple[int, ...] = ()  # of this step; what a stop string cuts off is among them
 
 
@@ -84,7 +85,8 @@ class _Writer:
         logprobs: list[PlacedLogprob] = []
         while self._held and (uncut or self._held[0].offset < self._shown):
             logprobs.append(self._held.popleft())
-        return Piece(self._index, text, tuple(logprobs), reason, self._tokens, delta.token_ids)
+        counts = self._tokens, delta.cached_tokens
+        return Piece(self._index, text, tuple(logprobs), reason, *counts, delta.token_ids)
 
 
 async def sequence(

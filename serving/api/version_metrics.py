@@ -73,6 +73,7 @@ class _Series:
     requests: int = 0
     failed: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     ttft: _Histogram = field(default_factory=lambda: _Histogram(TTFT_BUCKETS))
     tpot: _Histogram = field(default_factory=lambda: _Histogram(TPOT_BUCKETS))
@@ -81,6 +82,7 @@ class _Series:
         self.requests += 1
         self.failed += record.failed
         self.prompt_tokens += record.prompt_tokens
+        self.cached_tokens += record.cached_tokens
         self.completion_tokens += record.completion_tokens
         if record.first_token is not None:
             self.ttft.observe(record.first_token)
@@ -92,6 +94,7 @@ class _Series:
         self.requests += other.requests
         self.failed += other.failed
         self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
         self.completion_tokens += other.completion_tokens
         self.ttft.add(other.ttft)
         self.tpot.add(other.tpot)
@@ -115,6 +118,8 @@ class VersionMetrics(Collector):
         every = [*self._named.items(), (OTHER, self._other)]
         yield self._counter("requests", "Requests by version", "requests", every)
         yield self._counter("failed", "Requests that failed in the server", "failed", every)
+        cached = "Prompt tokens found in the prefix cache by version"
+        yield self._counter("cached_tokens", cached, "cached_tokens", every)
         tokens = CounterMetricFamily(
             "wardrobe_tokens", "Tokens by version and kind", labels=["version", "kind"]
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.engine.boundary import EngineStats
@@ -31,6 +31,9 @@ class VllmCollector(Collector):
         yield self._gauge("num_requests_running", "Requests in the batch", stats.running)
         yield self._gauge("num_requests_waiting", "Requests in the queue", stats.waiting)
         yield self._gauge("kv_cache_usage_perc", "Used share of the KV cache, 0 to 1", used)
+        asked, found = "Prompt tokens looked for", "Prompt tokens found in the prefix cache"
+        yield self._counter("prefix_cache_queries", asked, stats.prefix_asked)
+        yield self._counter("prefix_cache_hits", found, stats.prefix_found)
         blocks = stats.kv_tokens_total // self.max_model_len
         config = {"block_size": str(self.max_model_len), "num_gpu_blocks": str(blocks)}
         yield _info("cache_config_info", "A block is the place of one request", config, 1)
@@ -43,6 +46,11 @@ class VllmCollector(Collector):
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+        family.add_metric([self.base_id], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: int) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
         family.add_metric([self.base_id], value)
         return family
 

@@ -123,6 +123,7 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()  # as many as token_ids when asked for
     finish_reason: FinishReason | None = None
     completion_tokens: int = 0  # sampled so far, an end-of-text token included
+    cached_tokens: int = 0  # of the prompt, that did not have to be computed again
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,10 @@ class EngineStats:
     max_waiting: int
     kv_tokens_used: int
     kv_tokens_total: int
+    prefix_asked: int  # prompt tokens that were looked for in the prefix cache
+    prefix_found: int
+    prefix_bytes: int  # that it holds now
+    prefix_bytes_total: int  # that it may hold
     adapter_slots: int  # slots that may hold adapters, over all rank buckets in use
     resident: tuple[ResidentAdapter, ...]
     loading: tuple[AdapterRef, ...]  # that somebody waits for

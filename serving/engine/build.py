@@ -17,7 +17,7 @@ from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
 from serving.engine.hardware import choose_device, choose_dtype, ridge_tokens, total_memory
-from serving.engine.kv_cache import KVCache
+from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes
 from serving.engine.linear import Linear, PackedLinear
 from serving.engine.loader import AdapterLoader
 from serving.engine.lora import LoraLayout, LoraStacks
@@ -27,6 +27,7 @@ from serving.engine.ops import Operators
 from serving.engine.ops.attention import LENGTH_STEP
 from serving.engine.ops.native.compile import NotCompiled
 from serving.engine.ops.native.library import Library, load_library
+from serving.engine.prefix_cache import PrefixCache
 from serving.engine.residency import Residency
 from serving.engine.sampler import Sampler
 from serving.engine.scheduler import Scheduler
@@ -98,6 +99,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     stacks = LoraStacks(layout, settings.adapter_slots, dtype, device)
     table = SlotTable(settings.adapter_slots)
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)
+    blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
     loader = AdapterLoader(
         fetch,
         lambda folder, ref: read_adapter(folder, ref, layout, dtype, settings.max_lora_rank),
@@ -114,9 +116,11 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
         Residency(table, stacks, loader),
         ModelRunner(model, cache, table, stacks),
         Sampler(model.greedy, spec.eos_ids),
+        PrefixCache(cache, blocks),
     )
     grammars = GrammarCompiler(spec.folder, spec.vocab, spec.eos_ids)
-    return Parts(core, grammars, model.length, spec.vocab, _blank_stats(settings, model))
+    blank = _blank_stats(settings, model, core.prefixes.capacity_bytes)
+    return Parts(core, grammars, model.length, spec.vocab, blank)
 
 
 def _max_model_len(
@@ -137,7 +141,23 @@ def _max_model_len(
     return wanted
 
 
-def _blank_stats(settings: EngineSettings, model: Forward) -> EngineStats:
+def _prefix_blocks(
+    spec: DecoderSpec, settings: EngineSettings, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return how many blocks the prefix cache has. Raises EngineUnavailable for a wrong bound."""
+    size, memory = block_bytes(spec, dtype), total_memory(device)
+    budget = settings.prefix_cache_bytes
+    if budget is None:
+        budget = memory // 8
+    elif 0 < budget < size or budget > memory:
+        raise EngineUnavailable(
+            f"prefix_cache_bytes={budget}: {BLOCK} tokens take {size} bytes of this base, and "
+            f"{device} has {memory}. Take something between, or 0 for no prefix cache."
+        )
+    return budget // size
+
+
+def _blank_stats(settings: EngineSettings, model: Forward, prefix_bytes: int) -> EngineStats:
     return EngineStats(
         running=0,
         waiting=0,
@@ -145,6 +165,10 @@ def _blank_stats(settings: EngineSettings, model: Forward) -> EngineStats:
         max_waiting=settings.max_waiting,
         kv_tokens_used=0,
         kv_tokens_total=settings.kv_slots * model.length,
+        prefix_asked=0,
+        prefix_found=0,
+        prefix_bytes=0,
+        prefix_bytes_total=prefix_bytes,
         adapter_slots=settings.adapter_slots,
         resident=(),
         loading=(),

@@ -18,6 +18,7 @@ from serving.engine.boundary import (
 )
 from serving.engine.kv_cache import KVCache
 from serving.engine.model_runner import ModelRunner
+from serving.engine.prefix_cache import PrefixCache
 from serving.engine.residency import Residency
 from serving.engine.sampler import Sampled, Sampler
 from serving.engine.scheduler import Scheduler
@@ -60,9 +61,10 @@ class EngineCore:
         residency: Residency,
         runner: ModelRunner,
         sampler: Sampler,
+        prefixes: PrefixCache,
     ) -> None:
         self.scheduler, self.cache, self.residency = scheduler, cache, residency
-        self.runner, self.sampler = runner, sampler
+        self.runner, self.sampler, self.prefixes = runner, sampler, prefixes
         self.warming: dict[Warm, None] = {}
         self.counters = Counters()
         self._stirred = False  # a place was taken or freed since the last pass over the waiting
@@ -114,6 +116,9 @@ class EngineCore:
             running=len(running),
             waiting=len(self.scheduler.waiting),
             kv_tokens_used=sum(s.computed for s in (*running, *self.scheduler.parked)),
+            prefix_asked=self.prefixes.asked,
+            prefix_found=self.prefixes.found,
+            prefix_bytes=self.prefixes.size_bytes,
             resident=self.residency.resident(),
             loading=self._loading(),
             in_memory=self.residency.in_memory,
@@ -169,7 +174,12 @@ class EngineCore:
         return tuple({ref.digest: ref for ref in wished if ref.digest not in table}.values())
 
     def _ready(self, sequence: Sequence, events: list[Event]) -> bool:
-        """Tell whether the adapter is in a slot. A request whose adapter cannot be worn ends."""
+        """Tell whether the adapter is in a slot. A request whose adapter cannot be worn ends.
+
+        A request whose next tokens are being read for another one waits for them.
+        """
+        if self.prefixes.awaited(sequence):
+            return False
         if sequence.adapter is None:
             return True
         try:
@@ -196,12 +206,13 @@ class EngineCore:
         """Take a KV slot, unless it kept one over a pause, and pin the adapter."""
         if sequence.kv_slot < 0:
             sequence.kv_slot = self.cache.take()
+            self.prefixes.load(sequence)
         if sequence.adapter is not None:
             self.residency.table.pin(sequence.adapter.digest)
         self._stirred = True
 
     def _pause(self, sequence: Sequence, dropped: Sequence | None) -> None:
-        self._unpin(sequence)
+        self._leave(sequence)
         if dropped is not None:
             self._forget(dropped)
         self.counters.paused += 1
@@ -238,6 +249,7 @@ class EngineCore:
         self.counters.prompt_tokens += row.new_prompt_tokens
         self.scheduler.charge(row, sampled=outcome is not None)
         sequence.advance(row)
+        self.prefixes.store(sequence)
         if outcome is None:
             return
         self.counters.generated_tokens += 1
@@ -250,23 +262,25 @@ class EngineCore:
     def _delta(self, sequence: Sequence, sampled: Sampled) -> TokenDelta:
         params, constraint = sequence.sampling, sequence.constraint
         if sampled.token_id in self.sampler.eos_ids and (constraint or not params.ignore_eos):
-            return TokenDelta((), (), "stop", sequence.produced)
+            return TokenDelta((), (), "stop", sequence.produced, sequence.cached)
         reason: FinishReason | None = "length" if sequence.produced >= params.max_tokens else None
         if constraint is not None and constraint.advance(sampled.token_id):
             reason = "stop"
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        return TokenDelta((sampled.token_id,), logprobs, reason, sequence.produced)
+        return TokenDelta((sampled.token_id,), logprobs, reason, sequence.produced, sequence.cached)
 
     def _release(self, sequence: Sequence) -> None:
         """End a request and free what it holds: a running one all, a paused one perhaps KV."""
         if sequence in self.scheduler.running:
-            self._unpin(sequence)
+            self._leave(sequence)
         if sequence.kv_slot >= 0:
             self._forget(sequence)
         self.scheduler.remove(sequence)
         self._stirred = True
 
-    def _unpin(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence) -> None:
+        """Let nobody wait for what a request was about to read, and unpin its adapter."""
+        self.prefixes.leave(sequence)
         if sequence.adapter is not None:
             self.residency.table.unpin(sequence.adapter.digest)
         self._stirred = True

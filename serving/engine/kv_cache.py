@@ -1,4 +1,4 @@
-"""Keys and values of running sequences: one slot for each, of `max_model_len` tokens."""
+"""Keys and values: a slot for each running sequence, and blocks of what may be wanted again."""
 
 import heapq
 
@@ -6,6 +6,8 @@ import torch
 
 from serving.engine.hardware import lazy_zeros
 from serving.engine.spec import DecoderSpec
+
+BLOCK = 16  # tokens
 
 
 class KVCache:
@@ -34,3 +36,44 @@ class KVCache:
         for whole in self._all:
             whole[:, slot, :, :used].zero_()
         heapq.heappush(self._free, slot)
+
+    def block(self, slot: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a view of keys and values of a slot's tokens from `number` · BLOCK on.
+
+        Both are [layers, kv_heads, BLOCK, head_dim].
+        """
+        place = slice(number * BLOCK, (number + 1) * BLOCK)
+        keys, values = (whole[:, slot, :, place] for whole in self._all)
+        return keys, values
+
+
+class KVBlocks:
+    """Room for keys and values of `count` times BLOCK tokens, each block in one piece.
+
+    On a CPU the memory is given when a block is first written.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, count: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (count, 2, spec.layers, spec.kv_heads, BLOCK, spec.head_dim)
+        self.count = count
+        self.size_bytes = block_bytes(spec, dtype)  # of one block
+        self._all = lazy_zeros(shape, dtype, device) if count else torch.empty(shape)
+
+    def write(self, block: int, cache: KVCache, slot: int, number: int) -> bool:
+        """Copy a slot's block number `number` here; tell whether all of it is finite."""
+        own = self._all[block]
+        for here, there in zip(own, cache.block(slot, number), strict=True):
+            here.copy_(there)
+        # A NaN or an infinity reaches the sum; bfloat16's and float16's numbers do not overflow it.
+        return bool(torch.isfinite(own.sum(dtype=torch.float32)))
+
+    def read(self, block: int, cache: KVCache, slot: int, number: int) -> None:
+        """Copy a block into a slot, as its block number `number`."""
+        for here, there in zip(self._all[block], cache.block(slot, number), strict=True):
+            there.copy_(here)
+
+
+def block_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    return BLOCK * spec.kv_bytes_per_token(dtype)

@@ -45,6 +45,10 @@ class Sequence:
         self.computed = 0  # tokens whose keys and values are in the cache
         self.read = 0  # tokens ever computed: more than `computed` after a pause
         self.kv_slot = -1  # -1 until admitted
+        self.cached = 0  # prompt tokens that were in the prefix cache when it started
+        self.block_keys: list[bytes] = []  # of the blocks that its tokens fill, see PrefixCache
+        self.awaits = b""  # key of the block that it needs next, while another one reads it
+        self.kept = 0  # of those, how many were offered to the prefix cache, or came from it
         self.draws = Draws(request.sampling.seed)
 
     @property

@@ -34,6 +34,9 @@ class EngineSettings:
     """Bytes of converted adapters kept in host memory, beside those in slots."""
     kv_cache_bytes: int | None = None
     """Bytes for keys and values of all sequences; None: half of the device's memory."""
+    prefix_cache_bytes: int | None = None
+    """Bytes for what prompts begin with, beside `kv_cache_bytes`; 0: no prefix cache; None: an
+    eighth of the device's memory."""
     threads: int | None = None
     """CPU threads of one operator; None: torch decides."""
 
@@ -46,8 +49,8 @@ class EngineSettings:
         for name in ("max_running", "adapter_slots", "max_lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more.")
-        for name in ("max_waiting", "host_adapter_bytes"):
-            if getattr(self, name) < 0:
+        for name in ("max_waiting", "host_adapter_bytes", "prefix_cache_bytes"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more.")
         for name in ("max_model_len", "kv_cache_bytes", "threads"):
             value = getattr(self, name)

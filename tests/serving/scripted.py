@@ -170,6 +170,10 @@ class ScriptedEngine:
             max_waiting=self.max_waiting,
             kv_tokens_used=0,
             kv_tokens_total=self.max_model_len * self.max_running,
+            prefix_asked=self.prompt_tokens,
+            prefix_found=0,
+            prefix_bytes=0,
+            prefix_bytes_total=0,
             adapter_slots=max(self.slots, len(self.resident)),
             resident=tuple(
                 ResidentAdapter(ref.digest, ref.label, worn.count(ref.digest))
