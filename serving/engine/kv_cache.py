@@ -46,6 +46,14 @@ class KVCache:
         keys, values = (whole[:, slot, :, place] for whole in self._all)
         return keys, values
 
+    def is_finite(self, slot: int, start: int, stop: int) -> bool:
+        """Tell whether a slot has neither NaN nor infinity at these positions.
+
+        One of them would be in the sum. So are numbers whose sum overflows: a false alarm.
+        """
+        sums = [whole[:, slot, :, start:stop].sum(dtype=torch.float32) for whole in self._all]
+        return bool(torch.isfinite(sums[0] + sums[1]))
+
 
 class KVBlocks:
     """Room for keys and values of `count` times BLOCK tokens, each block in one piece.
@@ -61,13 +69,10 @@ class KVBlocks:
         self.size_bytes = block_bytes(spec, dtype)  # of one block
         self._all = lazy_zeros(shape, dtype, device) if count else torch.empty(shape)
 
-    def write(self, block: int, cache: KVCache, slot: int, number: int) -> bool:
-        """Copy a slot's block number `number` here; tell whether all of it is finite."""
-        own = self._all[block]
-        for here, there in zip(own, cache.block(slot, number), strict=True):
+    def write(self, block: int, cache: KVCache, slot: int, number: int) -> None:
+        """Copy a slot's block number `number` here."""
+        for here, there in zip(self._all[block], cache.block(slot, number), strict=True):
             here.copy_(there)
-        # A NaN or an infinity reaches the sum; bfloat16's and float16's numbers do not overflow it.
-        return bool(torch.isfinite(own.sum(dtype=torch.float32)))
 
     def read(self, block: int, cache: KVCache, slot: int, number: int) -> None:
         """Copy a block into a slot, as its block number `number`."""

@@ -28,15 +28,14 @@ class PrefixCache:
     def __init__(self, cache: KVCache, blocks: KVBlocks) -> None:
         self._cache, self._blocks = cache, blocks
         self._tenants: dict[str, OrderedDict[bytes, int]] = {}  # key → number of the block
-        self._given = 0  # blocks that were ever in use, the first ones
-        self._free: list[int] = []  # of those
+        self._used = 0  # blocks, the first ones; a used one goes on to another beginning at once
         self._reading: dict[bytes, Sequence] = {}  # what running requests are about to read
         self.asked = 0  # prompt tokens that were looked for
         self.found = 0
 
     @property
     def size_bytes(self) -> int:
-        return (self._given - len(self._free)) * self._blocks.size_bytes
+        return self._used * self._blocks.size_bytes
 
     @property
     def capacity_bytes(self) -> int:
@@ -78,11 +77,13 @@ class PrefixCache:
 
         Call it after a step that did not fail. What is not finite is not kept.
         """
-        full = sequence.computed // BLOCK
-        if full == sequence.kept:
+        full, kept = sequence.computed // BLOCK, sequence.kept
+        if full == kept:
             return
         keys = self._keys(sequence)[:full]
-        self._forget_reader(sequence, keys[sequence.kept :])
+        self._forget_reader(sequence, keys[kept:])
+        if not self._cache.is_finite(sequence.kv_slot, kept * BLOCK, full * BLOCK):
+            return
         sequence.kept = full
         self._touch(sequence, keys)
         self._add(sequence, keys)
@@ -115,20 +116,16 @@ class PrefixCache:
             block = self._take(tenant, chain)
             if block is None:
                 return
-            if not self._blocks.write(block, self._cache, sequence.kv_slot, number):
-                self._free.append(block)
-                return
+            self._blocks.write(block, self._cache, sequence.kv_slot, number)
             self._tenants.setdefault(tenant, OrderedDict())[key] = block
 
     def _take(self, tenant: str, chain: frozenset[bytes]) -> int | None:
         """Return a block to write; None when only the beginning itself could make room for it."""
-        if self._free:
-            return self._free.pop()
-        if self._given < self._blocks.count:
-            self._given += 1
-            return self._given - 1
+        if self._used < self._blocks.count:
+            self._used += 1
+            return self._used - 1
         if not self._tenants:
-            return None
+            return None  # a cache of no blocks
         most = max(self._tenants, key=lambda each: (len(self._tenants[each]), each == tenant))
         blocks = self._tenants[most]
         oldest = next(iter(blocks))
