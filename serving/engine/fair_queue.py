@@ -13,7 +13,7 @@ from serving.engine.sequence import Sequence
 
 PROMPT_WEIGHT = 1  # of one token, as in the paper
 OUTPUT_WEIGHT = 2
-CREDIT = 512  # virtual tokens that a tenant may have saved up while it asked for little
+CREDIT = 2048  # virtual tokens that a tenant may have saved up while it asked for little
 
 
 class FairQueue:
