@@ -116,9 +116,26 @@ def serve(
             help="For what prompts begin with, such as 2GiB; 0: none. Default: an eighth of all.",
         ),
     ] = None,
+    adapter_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_memory,
+            metavar="SIZE",
+            help="Of the device, for adapters that can be worn. Default: an eighth of all.",
+        ),
+    ] = None,
+    adapter_host_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_memory,
+            metavar="SIZE",
+            help="Of the host, for adapters ready to go to the device. Default: an eighth of all; "
+            "on the CPU none.",
+        ),
+    ] = None,
     adapter_slots: Annotated[
-        int, typer.Option(min=1, help="Adapters that can be worn at once.")
-    ] = 32,
+        int | None, typer.Option(min=1, help="Adapters that can be worn, if memory holds more.")
+    ] = None,
     max_lora_rank: Annotated[int, typer.Option(min=1, max=256, help="Highest rank.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     drain_timeout: Annotated[
@@ -168,6 +185,8 @@ def serve(
             max_model_len=max_model_len,
             max_batched_tokens=max_batched_tokens,
             prefix_cache_bytes=prefix_cache_memory,
+            adapter_memory=adapter_memory,
+            adapter_host_memory=adapter_host_memory,
             adapter_slots=adapter_slots,
             max_lora_rank=max_lora_rank,
             threads=threads,

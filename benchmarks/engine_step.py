@@ -23,7 +23,7 @@ from serving.engine.build import Parts, assemble
 from serving.engine.compiled_model import CompiledModel
 from serving.engine.hardware import choose_device, choose_dtype
 from serving.engine.linear import Linear, PackedLinear
-from serving.engine.lora import HostAdapter, LoraLayout, bucket_of
+from serving.engine.lora import HostAdapter, LoraLayout
 from serving.engine.model import Model
 from serving.engine.model_runner import Forward
 from serving.engine.ops import Operators
@@ -31,6 +31,7 @@ from serving.engine.ops.native.library import load_library
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
+from serving.engine.slots import bucket_of
 from serving.engine.spec import ModelSpec
 from serving.engine.weights import L, LayerWeights, MakeLinear, ModelWeights
 
@@ -100,13 +101,11 @@ def load_adapters(
     seconds: list[float] = []
     size = 0
     for index in range(count):
-        groups = layout.zeros(bucket_of(RANK), (spec.layers,), dtype, torch.device("cpu"))
-        for halves in groups.values():
-            for half in halves:
-                half.normal_(std=0.02)
-        adapter = HostAdapter(f"{index:064x}", bucket_of(RANK), groups)
+        weights = torch.randn(layout.size(bucket_of(RANK))).mul(0.02).to(dtype)
+        adapter = HostAdapter(f"{index:064x}", bucket_of(RANK), weights)
         size = adapter.size_bytes
-        slot = residency.table.place(adapter.digest, adapter.bucket)
+        slot = residency.table.choices(adapter.bucket)[0].slot
+        residency.table.place(adapter.digest, slot)
         started = time.perf_counter()
         residency.stacks.load(slot, adapter)
         seconds.append(time.perf_counter() - started)

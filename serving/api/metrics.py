@@ -29,7 +29,9 @@ _GAUGES = {
     "wardrobe_kv_tokens": ("kv_tokens_total", "Tokens the KV cache can hold"),
     "wardrobe_prefix_cache_bytes": ("prefix_bytes", "Bytes the prefix cache holds"),
     "wardrobe_prefix_cache_max_bytes": ("prefix_bytes_total", "Bytes it may hold"),
-    "wardrobe_adapter_slots": ("adapter_slots", "Slots that may hold adapters"),
+    "wardrobe_adapter_slots": ("adapter_slots", "Adapters of the lowest rank that slots can hold"),
+    "wardrobe_adapter_memory_bytes": ("adapter_memory", "Bytes of all adapter slots"),
+    "wardrobe_adapter_memory_used_bytes": ("adapter_memory_used", "Of slots that hold an adapter"),
 }
 _COUNTERS = {
     "wardrobe_engine_steps": ("steps", "Engine steps"),

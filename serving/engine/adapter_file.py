@@ -1,5 +1,6 @@
 """PEFT files → a HostAdapter: the last check before weights of a stranger are computed with."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from registry.errors import WardrobeError
 from registry.jsonfile import read_object
 from registry.lora import AdapterConfig, lora_modules
 from serving.engine.boundary import AdapterLoadFailed
-from serving.engine.lora import HostAdapter, LoraLayout, bucket_of, write_module
+from serving.engine.lora import HostAdapter, LoraLayout, write_modules
+from serving.engine.slots import bucket_of
 from serving.engine.spec import LinearGroup
 
 MAX_CONFIG_BYTES = 1 << 20
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # A and B as the file has them
 
 
 def read_adapter(
@@ -49,17 +53,24 @@ def _convert(
     if rank > max_rank:
         raise _Unfit(f"its rank is {rank}, the engine's highest is {max_rank}.")
     bucket = bucket_of(rank)
-    groups = layout.zeros(bucket, (layout.layers,), dtype, torch.device("cpu"))
+    weights = torch.zeros(layout.size(bucket), dtype=dtype)
+    stacks = layout.stacks(weights, bucket)
+    groups = {name: tuple(half[:, 0] for half in halves) for name, halves in stacks.items()}
+    alike: dict[tuple[str, int, int, float], list[tuple[int, Pair]]] = defaultdict(list)
     for module in modules:
         group, part, layer = _place(module, layout)
-        a, b = tensors[_key(module, "A")], tensors[_key(module, "B")]
-        _check_shapes(module, a, b, config.rank(module), group, part)
-        scaled = b.float() * config.scale(module)
-        write_module(groups[group.name], part, layer, a, scaled)
+        pair = tensors[_key(module, "A")], tensors[_key(module, "B")]
+        rank = config.rank(module)
+        _check_shapes(module, *pair, rank, group, part)
+        alike[group.name, part, rank, config.scale(module)].append((layer, pair))
+    for (name, part, _, scale), found in alike.items():  # layers at once: calls take most time
+        layers, pairs = zip(*found, strict=True)
+        a, b = (torch.stack(halves) for halves in zip(*pairs, strict=True))
+        write_modules(groups[name], part, layers, a, b.float() * scale)
     for name, halves in groups.items():
         if not all(tensor.sum(dtype=torch.float64).isfinite() for tensor in halves):
             raise _Unfit(f"a weight of {name} is not a finite number in {dtype}.")
-    return HostAdapter(ref.digest, bucket, groups)
+    return HostAdapter(ref.digest, bucket, weights)
 
 
 def _modules(tensors: dict[str, torch.Tensor]) -> list[str]:

@@ -158,7 +158,9 @@ class EngineStats:
     prefix_found: int
     prefix_bytes: int  # that it holds now
     prefix_bytes_total: int  # that it may hold
-    adapter_slots: int  # slots that may hold adapters, over all rank buckets in use
+    adapter_slots: int  # adapters that can be in slots at once, if all are of the lowest rank
+    adapter_memory: int  # bytes of all slots
+    adapter_memory_used: int  # of those that hold an adapter
     resident: tuple[ResidentAdapter, ...]
     loading: tuple[AdapterRef, ...]  # that somebody waits for
     in_memory: int  # adapters in host memory that sit in no slot

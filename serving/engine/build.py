@@ -32,7 +32,7 @@ from serving.engine.residency import Residency
 from serving.engine.sampler import Sampler
 from serving.engine.scheduler import Scheduler
 from serving.engine.settings import EngineSettings
-from serving.engine.slots import SlotTable
+from serving.engine.slots import BUCKETS, SlotTable, bucket_of
 from serving.engine.spec import DecoderSpec, ModelSpec, check_architecture
 from serving.engine.transformers_model import TransformersModel, TransformersSpec
 from serving.engine.transformers_network import Network
@@ -96,14 +96,15 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     """Build everything around a model that can be run."""
     spec, dtype, device = model.spec, model.dtype, model.device
     layout = LoraLayout(spec.layers, spec.groups, spec.prefix)
-    stacks = LoraStacks(layout, settings.adapter_slots, dtype, device)
-    table = SlotTable(settings.adapter_slots)
+    table = _slot_table(layout, settings, dtype, device)
+    stacks = LoraStacks(layout, table.pages, dtype, device)
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)
     blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
+    highest = min(settings.max_lora_rank, table.highest)
     loader = AdapterLoader(
         fetch,
-        lambda folder, ref: read_adapter(folder, ref, layout, dtype, settings.max_lora_rank),
-        settings.host_adapter_bytes,
+        lambda folder, ref: read_adapter(folder, ref, layout, dtype, highest),
+        _host_memory(settings, device),
     )
     core = EngineCore(
         Scheduler(
@@ -119,8 +120,36 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
         PrefixCache(cache, blocks),
     )
     grammars = GrammarCompiler(spec.folder, spec.vocab, spec.eos_ids)
-    blank = _blank_stats(settings, model, core.prefixes.capacity_bytes)
+    blank = _blank_stats(settings, model, core)
     return Parts(core, grammars, model.length, spec.vocab, blank)
+
+
+def _slot_table(
+    layout: LoraLayout, settings: EngineSettings, dtype: torch.dtype, device: torch.device
+) -> SlotTable:
+    """Divide the adapter memory into pages. Raises EngineUnavailable when it holds none."""
+    budget = settings.adapter_memory or total_memory(device) // 8
+    sizes = {bucket: layout.size(bucket) * dtype.itemsize for bucket in BUCKETS}
+    lowest = sizes[BUCKETS[0]]
+    if budget < lowest:
+        raise EngineUnavailable(
+            f"adapter_memory={budget}: an adapter of the lowest rank, {BUCKETS[0]}, takes {lowest} "
+            "bytes on this base. Raise adapter_memory."
+        )
+    wanted = bucket_of(settings.max_lora_rank)
+    highest = max(bucket for bucket in BUCKETS if bucket <= wanted and sizes[bucket] <= budget)
+    if highest < wanted:
+        logger.warning(
+            "adapters above rank %d will be refused: one takes %d bytes, and adapter_memory=%d.",
+            *(highest, sizes[wanted], budget),
+        )
+    return SlotTable(budget // lowest, highest, settings.adapter_slots)
+
+
+def _host_memory(settings: EngineSettings, device: torch.device) -> int:
+    if settings.adapter_host_memory is not None:
+        return settings.adapter_host_memory
+    return 0 if device.type == "cpu" else total_memory(torch.device("cpu")) // 8
 
 
 def _max_model_len(
@@ -157,7 +186,8 @@ def _prefix_blocks(
     return budget // size
 
 
-def _blank_stats(settings: EngineSettings, model: Forward, prefix_bytes: int) -> EngineStats:
+def _blank_stats(settings: EngineSettings, model: Forward, core: EngineCore) -> EngineStats:
+    residency = core.residency
     return EngineStats(
         running=0,
         waiting=0,
@@ -168,8 +198,10 @@ def _blank_stats(settings: EngineSettings, model: Forward, prefix_bytes: int) ->
         prefix_asked=0,
         prefix_found=0,
         prefix_bytes=0,
-        prefix_bytes_total=prefix_bytes,
-        adapter_slots=settings.adapter_slots,
+        prefix_bytes_total=core.prefixes.capacity_bytes,
+        adapter_slots=residency.table.most,
+        adapter_memory=residency.table.pages * residency.stacks.page_bytes,
+        adapter_memory_used=0,
         resident=(),
         loading=(),
         in_memory=0,

@@ -4,6 +4,8 @@ A row's result does not depend on the other rows, to the last bit: every sum run
 the row alone decides. A prompt read in chunks gives what it gives in one piece.
 """
 
+from typing import Any
+
 import torch
 
 from serving.engine.batch import Batch
@@ -55,6 +57,7 @@ class CompiledModel:
         self.operators = f"C++ ({library.target.name})"
         self._angles = rope_angles(torch.tensor(spec.inverse_frequencies), length)
         self._model = self._describe()
+        self._stacks: LoraStacks | None = None
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         spec, rows, sampled = self.spec, len(batch.ids), len(batch.sampled)
@@ -75,11 +78,17 @@ class CompiledModel:
         )
         step.logits = logits.data_ptr()
         if runs := merge_runs(batch.worn):
-            whole = [stacks.whole(group.name) for group in spec.groups]
-            step.runs, step.run = len(runs), run_table(runs, whole[0])
-            step.stacks[:] = [stack_table(group) for group in whole]
+            step.runs, step.run = len(runs), run_table(runs, stacks.buckets)
+            step.stacks[:] = self._stack_tables(stacks)
         self.library.forward(self._model, step)
         return logits
+
+    def _stack_tables(self, stacks: LoraStacks) -> list[Any]:
+        """Return the stacks of each group; their addresses stay while the stacks live."""
+        if self._stacks is not stacks:
+            self._stacks = stacks
+            self._tables = [stack_table(stacks.whole(group.name)) for group in self.spec.groups]
+        return self._tables
 
     def _describe(self) -> ModelC:
         """Return the addresses of the weights, which `self` keeps alive."""

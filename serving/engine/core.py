@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -122,6 +123,7 @@ class EngineCore:
             resident=self.residency.resident(),
             loading=self._loading(),
             in_memory=self.residency.in_memory,
+            adapter_memory_used=self.residency.used_bytes,
             steps=counters.steps,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
@@ -185,21 +187,31 @@ class EngineCore:
         try:
             # A low request must not drain an adapter that normal ones wear.
             claim = sequence.request.priority == "normal"
-            return self.residency.ensure(sequence.adapter, claim=claim)
+            yielding = partial(self._yielding, sequence)
+            return self.residency.ensure(sequence.adapter, claim=claim, yielding=yielding)
         except AdapterLoadFailed as error:
             self._release(sequence)
             self.counters.failed += 1
             events.append((sequence, error))
             return False
 
+    def _yielding(self, to: Sequence) -> set[str]:
+        """Return the adapters whose wearers all give way to a waiting request."""
+        yielding = set(self.scheduler.yielding(to.request))
+        gone, stays = set[str](), set[str]()
+        for running in self.scheduler.running:
+            if running.adapter is not None:
+                (gone if running in yielding else stays).add(running.adapter.digest)
+        return gone - stays
+
     def _drain(self) -> None:
-        """Pause who alone wears an adapter whose slot was claimed for a request it yields to."""
+        """Pause who wears what is in a claimed slot, if all of them yield to who waits for it."""
         for waiting in self.scheduler.waiting:
-            claimed = self.residency.claimed_for(waiting.adapter)
-            if claimed is None or self.residency.table.pins(claimed) != 1:
+            draining = self.residency.draining_for(waiting.adapter)
+            if not draining or not self._yielding(waiting).issuperset(draining):
                 continue
-            for running in self.scheduler.yielding(waiting.request):
-                if running.adapter is not None and running.adapter.digest == claimed:
+            for running in list(self.scheduler.running):
+                if running.adapter is not None and running.adapter.digest in draining:
                     self._pause(running, self.scheduler.pause(running))
 
     def _start(self, sequence: Sequence) -> None:

@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def ridge_tokens(device: torch.device) -> int:
     bandwidth for a GPU (989 Tflop/s over 3.35 TB/s of an H100, of which about half is reached).
     """
     return 128 if device.type == "cuda" else 16
+
+
+def compute_alone() -> None:
+    """Keep what torch computes on the calling thread on it, from now on.
+
+    OpenMP gives each thread that computes a team of its own, for as long as it lives. Beside
+    another team those of the step would wait for each other in the kernel instead of in a loop.
+    """
+    everybody = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That is also what later threads begin with. A thread that ends at once puts it right.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(everybody,))
+    restoring.start()
+    restoring.join()
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

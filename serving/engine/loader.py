@@ -2,13 +2,14 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
 from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, LoadStage
+from serving.engine.hardware import compute_alone
 from serving.engine.lora import HostAdapter
 
 Fetch = Callable[[AdapterRef], Path]
@@ -25,7 +26,7 @@ class AdapterLoader:
     def __init__(self, fetch: Fetch, read: Read, budget: int) -> None:
         self._fetch, self._read, self._budget = fetch, read, budget
         self.on_done: Callable[[], None] = lambda: None  # called on a worker after each load
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="adapter-load")
+        self._pool = ThreadPoolExecutor(WORKERS, "adapter-load", initializer=compute_alone)
         self._lock = Lock()
         self._loads: dict[str, Load] = {}
         self._failed: OrderedDict[str, tuple[float, Load]] = OrderedDict()
@@ -52,10 +53,10 @@ class AdapterLoader:
                 self._pool.submit(self._run, ref, future)
             return self._loads[ref.digest]
 
-    def cached_beside(self, digests: Iterable[str]) -> int:
+    def cached_beside(self, digests: Container[str]) -> int:
         """Return how many adapters are in host memory beside these."""
         with self._lock:
-            return len(self._cache) - sum(digest in self._cache for digest in digests)
+            return sum(digest not in digests for digest in self._cache)
 
     def stages(self) -> tuple[LoadStage, ...]:
         """Return what fetches and reads took, failed ones too."""

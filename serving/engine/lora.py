@@ -1,22 +1,26 @@
-"""Adapters as the operators read them: converted on the host, stacked in slots on the device.
+"""Adapters as the operators read them: converted on the host, in slots on the device.
 
 For one fused group of linears an adapter is one A [layers, parts · rank, in], because the parts
 read the same input, and a B [layers, rank, out] for each part, with the scale in it. The rank is
 that of its bucket; rows above the adapter's own rank, and modules it does not target, are zero, and
 loading overwrites the whole slot, so nothing of an earlier adapter can be left.
+
+An adapter is one piece of memory, as large as its bucket's rank is, and all slots lie in one arena
+of a fixed size. Every bucket sees the whole arena as a stack of its own slots; which of them are
+somebody's is for the `SlotTable` to know. So nothing is ever moved or given by the system while
+steps run, no rank has memory set aside for it, and addresses stay (as CUDA graphs want them).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
+from serving.engine.hardware import lazy_zeros
 from serving.engine.ops.lora import Weights
-from serving.engine.slots import Slot
+from serving.engine.slots import BUCKETS, Slot
 from serving.engine.spec import LinearGroup
-
-BUCKETS = (8, 16, 32, 64, 128, 256)  # ranks of the stacks; an adapter goes to the next one up
-FIRST_ROWS = 4  # a stack begins with this many slots and doubles
 
 Halves = tuple[torch.Tensor, ...]  # A of the group, then B of each of its parts
 
@@ -27,11 +31,11 @@ class HostAdapter:
 
     digest: str
     bucket: int
-    groups: Mapping[str, Halves]  # group name → A [layers, parts · rank, in], B [layers, rank, out]
+    weights: torch.Tensor  # [LoraLayout.size(bucket)]
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for halves in self.groups.values() for tensor in halves)
+        return self.weights.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +46,29 @@ class LoraLayout:
     groups: tuple[LinearGroup, ...]
     prefix: str = "model.layers."  # of a layer's modules, before its number
 
-    def zeros(
-        self, bucket: int, lead: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Halves]:
-        """Return zero A and B's for each group, with the dimensions `lead` in front."""
+    def size(self, bucket: int) -> int:
+        """Return the numbers of one adapter. They grow as the rank does."""
+        return self.layers * sum(
+            prod(shape) for group in self.groups for shape in self._shapes(group, bucket)
+        )
 
-        def zero(*shape: int) -> torch.Tensor:
-            return torch.zeros(*lead, *shape, dtype=dtype, device=device)
+    def stacks(self, memory: torch.Tensor, bucket: int) -> dict[str, Halves]:
+        """See contiguous memory as adapters of a bucket, one behind the other.
 
-        return {
-            group.name: (
-                zero(len(group.modules) * bucket, group.inputs),
-                *(zero(bucket, out) for out in group.outputs),
-            )
-            for group in self.groups
-        }
+        Returns for each group A [layers, slots, parts · rank, in] and B's [layers, slots, rank,
+        out]. What does not make a whole adapter at the end is left out.
+        """
+        size, offset = self.size(bucket), memory.storage_offset()
+        found: dict[str, Halves] = {}
+        for group in self.groups:
+            halves: list[torch.Tensor] = []
+            for rows, columns in self._shapes(group, bucket):
+                shape = (self.layers, len(memory) // size, rows, columns)
+                strides = (rows * columns, size, columns, 1)
+                halves.append(memory.as_strided(shape, strides, offset))
+                offset += self.layers * rows * columns
+            found[group.name] = tuple(halves)
+        return found
 
     def find(self, module: str) -> tuple[LinearGroup, int] | None:
         """Return the group of a module inside a layer and its place there."""
@@ -65,31 +77,45 @@ class LoraLayout:
                 return group, group.modules.index(module)
         return None
 
+    def _shapes(self, group: LinearGroup, bucket: int) -> Sequence[tuple[int, int]]:
+        return (
+            (len(group.modules) * bucket, group.inputs),
+            *((bucket, out) for out in group.outputs),
+        )
 
-def bucket_of(rank: int) -> int:
-    return next(bucket for bucket in BUCKETS if bucket >= rank)
 
-
-def write_module(halves: Halves, part: int, layer: int, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Put one module's A [rank, in] and already scaled B [out, rank] into their places."""
+def write_modules(
+    halves: Halves, part: int, layers: Sequence[int], a: torch.Tensor, b: torch.Tensor
+) -> None:
+    """Put A [n, rank, in] and already scaled B [n, out, rank] of n layers into their places."""
     stack_a, stack_b = halves[0], halves[1 + part]
-    first, rank = part * stack_b.shape[1], a.shape[0]
-    stack_a[layer, first : first + rank] = a
-    stack_b[layer, :rank] = b.t()
+    first, rank = part * stack_b.shape[1], a.shape[1]
+    stack_a[layers, first : first + rank] = a.to(stack_a.dtype)
+    stack_b[layers, :rank] = b.mT.to(stack_b.dtype)
 
 
 class LoraStacks:
-    """The slots: for each rank bucket in use, A and B of every layer with a row for each slot."""
+    """The slots: A and B of every layer, for each rank bucket that has room for one at least."""
 
     def __init__(
-        self, layout: LoraLayout, capacity: int, dtype: torch.dtype, device: torch.device
+        self, layout: LoraLayout, pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layout, self.capacity, self.dtype, self.device = layout, capacity, dtype, device
-        self._stacks: dict[int, dict[str, Halves]] = {}  # bucket → group → [layers, rows, …]
+        """Make room for `pages` adapters of the lowest rank, or fewer of higher ones."""
+        self.layout, self.page_bytes = layout, layout.size(BUCKETS[0]) * dtype.itemsize
+        self._arena = lazy_zeros((pages * layout.size(BUCKETS[0]),), dtype, device)
+        self._stacks = {
+            bucket: layout.stacks(self._arena, bucket)
+            for bucket in BUCKETS
+            if layout.size(bucket) <= len(self._arena)
+        }
         self._by_layer = self._views()
 
+    @property
+    def buckets(self) -> Collection[int]:
+        return self._stacks.keys()
+
     def weights(self, group: str, layer: int) -> Weights:
-        """Return bucket → A [rows, parts · rank, in], then each part's B [rows, rank, out]."""
+        """Return bucket → A [slots, parts · rank, in], then each part's B [slots, rank, out]."""
         return self._by_layer[group][layer]
 
     def whole(self, group: str) -> dict[int, Halves]:
@@ -98,29 +124,8 @@ class LoraStacks:
 
     def load(self, slot: Slot, adapter: HostAdapter) -> None:
         """Overwrite a slot whole. Only between steps."""
-        if slot.row >= self._rows(slot.bucket):
-            self._grow(slot)
-        for name, halves in adapter.groups.items():
-            for stack, source in zip(self._stacks[slot.bucket][name], halves, strict=True):
-                stack[:, slot.row].copy_(source, non_blocking=True)
-
-    def _rows(self, bucket: int) -> int:
-        if bucket not in self._stacks:
-            return 0
-        return next(iter(self._stacks[bucket].values()))[0].shape[1]
-
-    def _grow(self, slot: Slot) -> None:
-        """Make room for the slot's row; doubling keeps the copies few."""
-        old_rows = self._rows(slot.bucket)
-        rows = min(self.capacity, max(FIRST_ROWS, 2 * old_rows, slot.row + 1))
-        lead = (self.layout.layers, rows)
-        grown = self.layout.zeros(slot.bucket, lead, self.dtype, self.device)
-        if old_rows:
-            for name, halves in self._stacks[slot.bucket].items():
-                for new, old in zip(grown[name], halves, strict=True):
-                    new[:, :old_rows].copy_(old)
-        self._stacks[slot.bucket] = grown
-        self._by_layer = self._views()
+        size = len(adapter.weights)
+        self._arena[slot.row * size :][:size].copy_(adapter.weights, non_blocking=True)
 
     def _views(self) -> dict[str, list[dict[int, Halves]]]:
         return {

@@ -1,15 +1,13 @@
 """Getting adapters into slots: who waits, who is evicted, who is drained for whom."""
 
 import time
-from collections.abc import Iterable
-
-import torch
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, LoadStage, ResidentAdapter
 from serving.engine.loader import AdapterLoader, Load
 from serving.engine.lora import HostAdapter, LoraStacks
-from serving.engine.slots import SlotTable
+from serving.engine.slots import Place, SlotTable
 
 MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
 
@@ -17,9 +15,10 @@ MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a sl
 class Residency:
     """The slots and the way into them. Only the step thread calls it.
 
-    When every slot is pinned, the digest that waits longest claims the least used one: requests
-    that come later for that digest wait, so it drains and the claim is met. Without claims,
-    a stream of requests for resident adapters could keep a slot pinned for ever.
+    When no place is free of pins, a digest that waits claims one: requests that come later for
+    what is in it wait, so it drains and the claim is met. Without claims, a stream of requests for
+    resident adapters could keep a slot pinned for ever. Who is asked for first in a pass chooses
+    first: before those that claimed or began to load in an earlier pass and are asked for later.
     """
 
     def __init__(self, table: SlotTable, stacks: LoraStacks, loader: AdapterLoader) -> None:
@@ -30,8 +29,10 @@ class Residency:
         self._place_seconds = 0.0
         self._labels: dict[str, str] = {}
         self._waits: dict[str, Load] = {}  # digest → its load, while somebody waits for it
-        self._claims: dict[str, str] = {}  # waiting digest → resident digest that drains for it
+        self._claims: dict[str, tuple[str, ...]] = {}  # waiting digest → those that drain for it
         self._asked: set[str] = set()  # in this pass
+        self._resident: tuple[ResidentAdapter, ...] = ()
+        self._resident_at = 0
 
     def forget_unwanted(self, wanted: Iterable[str]) -> None:
         """Drop the loads and claims that nobody waits for; call around each pass."""
@@ -40,14 +41,21 @@ class Residency:
         self._waits = {d: load for d, load in self._waits.items() if d in digests}
         self._claims = {d: v for d, v in self._claims.items() if d in digests}
 
-    def ensure(self, ref: AdapterRef, *, claim: bool = True) -> bool:
+    def ensure(
+        self,
+        ref: AdapterRef,
+        *,
+        claim: bool = True,
+        yielding: Callable[[], Collection[str]] = tuple,
+    ) -> bool:
         """Tell whether the adapter is in a slot; work towards it when it is not.
 
         Call in the order in which requests should start. Without `claim` it takes only a slot that
-        nobody wears. Raises AdapterLoadFailed.
+        nobody wears. `yielding` gives the digests whose wearers would all make way: a slot with
+        such is claimed before others. Raises AdapterLoadFailed.
         """
         if ref.digest in self.table:
-            return ref.digest not in self._claims.values()
+            return not self._drains(ref.digest)
         self._come_first(ref.digest)
         self.prefetch(ref)
         load = self._waits.get(ref.digest)
@@ -55,12 +63,13 @@ class Residency:
             return False
         if error := load.exception():
             raise AdapterLoadFailed(str(error)) from error
-        if not self._make_room(ref.digest, claim=claim):
+        adapter = load.result()
+        place = self._idle(adapter)
+        if place is None:
+            if claim:
+                self._claim(adapter, yielding())
             return False
-        self._claims.pop(ref.digest, None)  # met, also when what comes now cannot be placed
-        self._place(ref, load.result())
-        del self._waits[ref.digest]
-        self.loads += 1
+        self._place(ref, adapter, place)
         return True
 
     def prefetch(self, ref: AdapterRef) -> None:
@@ -78,34 +87,45 @@ class Residency:
         """Let nothing put an adapter out of the slot that `ensure` found it in.
 
         Raises AdapterLoadFailed.
-        One slot is never kept: every other adapter needs one now and then.
+        Room for one adapter of any rank is never kept: all others need it now and then.
         """
-        if len(self.kept | {ref.digest}) >= self.table.capacity:
+        kept = self.kept | {ref.digest}
+        taken = {row for d in kept for row in self.table.slot_of(d).rows_of(self.table.highest)}
+        if len(taken) >= self.table.rows(self.table.highest) or len(kept) >= self.table.most:
             raise AdapterLoadFailed(
-                f"{ref.label} cannot be kept: {len(self.kept)} of {self.table.capacity} adapter "
-                "slots are kept, and one stays free for all others. Unload an adapter, or start "
-                "the server with more --adapter-slots."
+                f"{ref.label} cannot be kept: room for one adapter of rank {self.table.highest} "
+                f"must stay free for all others, and {len(self.kept)} are kept. Unload an adapter, "
+                "or start the server with more --adapter-memory."
             )
-        self.kept.add(ref.digest)
+        self.kept = kept
 
     @property
     def in_memory(self) -> int:
         """How many adapters are in host memory and in no slot."""
-        return self.loader.cached_beside(self.table.resident())
+        return self.loader.cached_beside(self.table)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the slots that hold an adapter."""
+        return self.table.used_pages * self.stacks.page_bytes
 
     def stages(self) -> tuple[LoadStage, ...]:
         placed = LoadStage("place", self.loads, self._place_seconds)
         return (*self.loader.stages(), placed)
 
-    def claimed_for(self, ref: AdapterRef | None) -> str | None:
-        """Return the digest that drains so that this adapter can have its slot."""
-        return None if ref is None else self._claims.get(ref.digest)
+    def draining_for(self, ref: AdapterRef | None) -> list[str]:
+        """Return the digests that are still worn where this adapter is to go."""
+        claimed = () if ref is None else self._claims.get(ref.digest, ())
+        return [digest for digest in claimed if self.table.pins(digest)]
 
     def resident(self) -> tuple[ResidentAdapter, ...]:
-        return tuple(
-            ResidentAdapter(digest, self._labels[digest], self.table.pins(digest))
-            for digest in self.table.resident()
-        )
+        if self._resident_at != self.table.changes:  # hundreds of them, and asked at every step
+            self._resident_at = self.table.changes
+            self._resident = tuple(
+                ResidentAdapter(digest, self._labels[digest], self.table.pins(digest))
+                for digest in self.table.resident()
+            )
+        return self._resident
 
     def _come_first(self, digest: str) -> None:
         """Take the turn of a load that nobody has asked for in this pass, if all turns are taken.
@@ -120,38 +140,60 @@ class Residency:
                 del self._waits[later]
                 self._claims.pop(later, None)
 
-    def _place(self, ref: AdapterRef, adapter: HostAdapter) -> None:
-        """Copy into a slot, or leave no trace: the first of a rank may not fit the device."""
+    def _place(self, ref: AdapterRef, adapter: HostAdapter, place: Place) -> None:
+        """Copy into a slot; who has to leave for that leaves."""
         started = time.monotonic()
-        slot = self.table.place(ref.digest, adapter.bucket)
-        try:
-            self.stacks.load(slot, adapter)
-        except torch.AcceleratorError:
-            raise  # the device's context is lost
-        except Exception as error:
-            self.table.evict(ref.digest)
-            raise AdapterLoadFailed(
-                f"{ref.label} cannot be put into a slot of rank {adapter.bucket}: {error}"
-            ) from error
-        self._place_seconds += time.monotonic() - started
+        for digest in place.leaving:
+            self.table.evict(digest)
+            del self._labels[digest]
+            self.evictions += 1
+        self._claims.pop(ref.digest, None)
+        self._drop_claims(place)
+        self.table.place(ref.digest, place.slot)
+        self.stacks.load(place.slot, adapter)
         self._labels[ref.digest] = ref.label
+        del self._waits[ref.digest]
+        self.loads += 1
+        self._place_seconds += time.monotonic() - started
 
-    def _make_room(self, digest: str, *, claim: bool) -> bool:
-        if len(self.table) < self.table.capacity:
-            return True
-        taken = {v for d, v in self._claims.items() if d != digest} | self.kept
-        idle = [d for d in self.table.idle() if d not in taken]
-        mine = self._claims.get(digest)
-        if idle:
-            self._evict(mine if mine in idle else idle[0])
-            return True
-        if mine is None and claim:
-            free = [d for d in self.table.resident() if d not in taken]
-            if free:
-                self._claims[digest] = min(free, key=self.table.pins)
-        return False
+    def _idle(self, adapter: HostAdapter) -> Place | None:
+        """Return a place that nobody wears anything of: the claimed one, else the least used."""
+        mine = self._claims.get(adapter.digest, ())
 
-    def _evict(self, digest: str) -> None:
-        self.table.evict(digest)
-        del self._labels[digest]
-        self.evictions += 1
+        def order(place: Place) -> tuple[bool, bool]:
+            return _apart(place.leaving, mine), any(map(self._drains, place.leaving))
+
+        idle = (place for place in self._places(adapter) if not self._wearers(place))
+        return min(idle, key=order, default=None)
+
+    def _claim(self, adapter: HostAdapter, yielding: Collection[str]) -> None:
+        """Let a place drain: one that is left at once if there is any, with few wearers."""
+        mine = self._claims.get(adapter.digest, ())
+
+        def cost(place: Place) -> tuple[bool, bool, int]:
+            stays = any(self.table.pins(d) and d not in yielding for d in place.leaving)
+            return stays, _apart(place.leaving, mine), self._wearers(place)
+
+        if places := self._places(adapter):
+            self._drop_claims(chosen := min(places, key=cost))
+            self._claims[adapter.digest] = chosen.leaving
+
+    def _places(self, adapter: HostAdapter) -> list[Place]:
+        """Return the choices without what is kept, or claimed by who was asked for before."""
+        first = self._asked - {adapter.digest}
+        spared = self.kept.union(*(who for d, who in self._claims.items() if d in first))
+        places = self.table.choices(adapter.bucket)
+        return [place for place in places if spared.isdisjoint(place.leaving)]
+
+    def _wearers(self, place: Place) -> int:
+        return sum(map(self.table.pins, place.leaving))
+
+    def _drains(self, digest: str) -> bool:
+        return any(digest in leaving for leaving in self._claims.values())
+
+    def _drop_claims(self, place: Place) -> None:
+        self._claims = {d: who for d, who in self._claims.items() if _apart(who, place.leaving)}
+
+
+def _apart(one: Sequence[str], other: Sequence[str]) -> bool:
+    return set(one).isdisjoint(other)

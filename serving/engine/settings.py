@@ -26,12 +26,15 @@ class EngineSettings:
     """Prompt and output tokens of one sequence; None: what the base and the KV budget allow."""
     max_batched_tokens: int = 512
     """Tokens of one step at most. Beside running sequences prompts are read in smaller chunks."""
-    adapter_slots: int = 32
-    """Adapters that can be worn at once."""
+    adapter_memory: int | None = None
+    """Bytes of the slots, in which adapters are worn; None: an eighth of the device's memory."""
+    adapter_slots: int | None = None
+    """Adapters in slots at most; None: as many as the memory holds."""
     max_lora_rank: int = 256
     """Highest rank of any module of an adapter."""
-    host_adapter_bytes: int = 2 << 30
-    """Bytes of converted adapters kept in host memory, beside those in slots."""
+    adapter_host_memory: int | None = None
+    """Bytes of converted adapters kept ready for slots; None: an eighth of the host's memory, but
+    none on the CPU, where slots are in the same memory and hold all that is kept."""
     kv_cache_bytes: int | None = None
     """Bytes for keys and values of all sequences; None: half of the device's memory."""
     prefix_cache_bytes: int | None = None
@@ -46,13 +49,14 @@ class EngineSettings:
         return self.max_running + self.max_running // 8
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "adapter_slots", "max_lora_rank"):
+        for name in ("max_running", "max_lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more.")
-        for name in ("max_waiting", "host_adapter_bytes", "prefix_cache_bytes"):
+        for name in ("max_waiting", "adapter_host_memory", "prefix_cache_bytes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more.")
-        for name in ("max_model_len", "kv_cache_bytes", "threads"):
+        optional = ("max_model_len", "adapter_memory", "adapter_slots", "kv_cache_bytes", "threads")
+        for name in optional:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be 1 or more, or None.")

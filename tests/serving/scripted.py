@@ -175,6 +175,8 @@ class ScriptedEngine:
             prefix_bytes=0,
             prefix_bytes_total=0,
             adapter_slots=max(self.slots, len(self.resident)),
+            adapter_memory=0,
+            adapter_memory_used=0,
             resident=tuple(
                 ResidentAdapter(ref.digest, ref.label, worn.count(ref.digest))
                 for ref in self.resident.values()

@@ -2,21 +2,20 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import AdapterLoadFailed
+from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.hardware import lazy_zeros, total_memory
 from serving.engine.residency import MAX_LOADS
 from serving.engine.settings import EngineSettings
-from serving.engine.slots import Slot
 from serving.engine.spec import ModelSpec
 from tests.serving.engine.driving import (
     Folders,
@@ -49,35 +48,40 @@ def test_a_fetch_that_panics_ends_the_wait(tiny_base: Path, tiny_folders: Folder
     asyncio.run(main())
 
 
-def test_an_adapter_that_no_slot_has_memory_for_fails_alone(
-    tiny_base: Path, tiny_folders: Folders
+def page_bytes(base: Path) -> int:
+    """Return what an adapter of the lowest rank takes."""
+    parts = assemble(read_model(base_of(base), SETTINGS), lambda _: base, SETTINGS)
+    parts.core.residency.loader.close()
+    return parts.core.residency.stacks.page_bytes
+
+
+def test_an_adapter_that_the_memory_cannot_hold_fails_alone(
+    tiny_base: Path, tiny_folders: Folders, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first adapter of rank 16 makes a stack; the machine has no memory for it."""
-    parts = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS)
-    residency = parts.core.residency
-    zeros = residency.stacks.layout.zeros
-
-    class Cramped:
-        layers, groups = residency.stacks.layout.layers, residency.stacks.layout.groups
-
-        def zeros(self, bucket: int, lead: tuple[int, ...], *like: Any) -> Any:
-            if bucket == 16:
-                raise RuntimeError("not enough memory")
-            return zeros(bucket, lead, *like)
-
-    residency.stacks.layout = Cramped()  # type: ignore[assignment]  # a layout that runs out
+    """Two pages: two adapters of rank 8, or one of rank 16, and none of rank 40."""
+    settings = replace(SETTINGS, adapter_memory=2 * page_bytes(tiny_base) + 1)
     refs = tiny_folders.refs
 
     async def main() -> None:
-        engine = TorchEngine(parts, SETTINGS)
-        with pytest.raises(AdapterLoadFailed, match="not enough memory"):
-            await complete(engine, request("x", refs["c"]))
-        assert (await complete(engine, request("x", refs["a"], max_tokens=2))).finish == "length"
-        resident = [each.digest for each in (await engine.stats()).resident]
-        assert resident == [refs["a"].digest]
+        engine = TorchEngine.create(base_of(tiny_base), tiny_folders, settings)
+        assert "above rank 16 will be refused" in caplog.text
+        with pytest.raises(AdapterLoadFailed, match="rank is 40, the engine's highest is 16"):
+            await complete(engine, request("x", refs["wide"]))
+        for names in ("ab", "c", "ba"):
+            for name in names:
+                await complete(engine, request("x", refs[name], max_tokens=2))
+            stats = await engine.stats()
+            assert [each.digest for each in stats.resident] == [refs[name].digest for name in names]
+            assert stats.adapter_memory_used == stats.adapter_memory == settings.adapter_memory - 1
         await engine.aclose()
 
     asyncio.run(main())
+
+
+def test_a_memory_that_holds_no_adapter_stops_the_engine(tiny_base: Path) -> None:
+    settings = replace(SETTINGS, adapter_memory=100)
+    with pytest.raises(EngineUnavailable, match=r"adapter_memory=100: .* takes"):
+        assemble(read_model(base_of(tiny_base), settings), lambda _: tiny_base, settings)
 
 
 def test_waiting_requests_load_a_bounded_number_of_adapters_ahead(
@@ -90,7 +94,6 @@ def test_waiting_requests_load_a_bounded_number_of_adapters_ahead(
         max_running=2,
         max_model_len=128,
         adapter_slots=1,
-        host_adapter_bytes=0,
     )
     folder = tiny_folders(tiny_folders.refs["a"])
     refs = [AdapterRef(f"{i:064x}", f"tiny/{i}@v1") for i in range(40)]
@@ -122,22 +125,6 @@ def test_waiting_requests_load_a_bounded_number_of_adapters_ahead(
     assert max(ahead) <= MAX_LOADS + 3  # one in the slot, and an answer on its way to its reader
 
 
-def test_slots_take_no_more_memory_than_there_are_slots(
-    tiny_base: Path, tiny_folders: Folders
-) -> None:
-    settings = EngineSettings(
-        device="cpu", dtype="float32", max_running=2, max_model_len=128, adapter_slots=1
-    )
-    parts = assemble(read_model(base_of(tiny_base), settings), tiny_folders, settings)
-    residency = parts.core.residency
-    ref = tiny_folders.refs["a"]
-    adapter = residency.loader.load(ref).result(10)
-    residency.stacks.load(Slot(adapter.bucket, 0), adapter)
-    for group in ("qkv", "o", "gate_up", "down"):
-        assert all(len(half) == 1 for half in residency.stacks.weights(group, 0)[adapter.bucket])
-    residency.loader.close()
-
-
 def test_adapters_that_warm_take_no_request_s_place(tiny_base: Path, tiny_folders: Folders) -> None:
     gate = threading.Event()
     settings = EngineSettings(
@@ -165,7 +152,12 @@ def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
 ) -> None:
     """A wish that was given up must not keep draining the adapter it had claimed."""
     settings = EngineSettings(
-        device="cpu", dtype="float32", max_running=2, max_model_len=128, adapter_slots=1
+        device="cpu",
+        dtype="float32",
+        max_running=2,
+        max_model_len=128,
+        adapter_slots=1,
+        adapter_host_memory=1 << 30,
     )
     refs = tiny_folders.refs
 
@@ -178,7 +170,7 @@ def test_a_warm_waits_for_a_running_request_and_can_be_given_up(
         await anext(running)
         residency.loader.load(refs["b"]).result(10)
         wish = asyncio.create_task(engine.warm(refs["b"]))
-        while residency.claimed_for(refs["b"]) is None:
+        while not residency.draining_for(refs["b"]):
             permits.release()
             await anext(running)
         assert not wish.done()

@@ -21,7 +21,12 @@ from tests import tiny
 from tests.serving.engine.driving import Folders, base_of, complete, request, stepped
 
 SETTINGS = EngineSettings(
-    device="cpu", dtype="float32", max_running=4, max_model_len=128, max_batched_tokens=24
+    device="cpu",
+    dtype="float32",
+    max_running=4,
+    max_model_len=128,
+    max_batched_tokens=24,
+    adapter_host_memory=1 << 30,  # what a test has loaded is there
 )
 
 
@@ -190,4 +195,36 @@ def test_many_adapters_of_one_tenant_do_not_keep_the_only_one_of_another_from_lo
         while not lonely.produced:
             core.step()
         assert max(sequence.produced for sequence in core.scheduler.running) < 90
+    core.residency.loader.close()
+
+
+def test_answers_that_wear_all_slots_make_way_for_a_lonely_adapter(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """Places are free and slots are not: others of the same tenant have claimed them already."""
+    settings = replace(SETTINGS, adapter_slots=2)
+    folder = tiny_folders(tiny_folders.refs["a"])
+    core = assemble(read_model(base_of(tiny_base), settings), lambda _: folder, settings).core
+    many = [AdapterRef(f"{i:064x}", f"tiny/{i}@v1") for i in range(20)]
+    crowd = [
+        Request(replace(request("x", ref, max_tokens=100), tenant="many"))
+        for ref in many
+        for _ in range(2)  # each slot is worn twice
+    ]
+    lonely = Request(replace(request("y", tiny_folders.refs["c"], max_tokens=2), tenant="one"))
+    with torch.inference_mode():
+        for sequence in crowd:
+            core.add(sequence)
+        while len(core.scheduler.running) < 4:
+            core.step()
+        core.residency.loader.load(lonely.adapter).result(10)
+        core.add(lonely)
+        before = [sequence.produced for sequence in crowd]
+        while not lonely.produced:
+            core.step()
+        gone = [now.produced - then for now, then in zip(crowd, before, strict=True)]
+        assert max(gone) < 10
+        while core.scheduler.running or core.scheduler.waiting:
+            core.step()
+    assert {sequence.produced for sequence in crowd} == {100}
     core.residency.loader.close()

@@ -1,6 +1,6 @@
 """The structures of forward.h, field by field, and how tensors become them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from typing import Any
 
@@ -45,13 +45,12 @@ class RunC(Structure):
     _fields_ = tuple((name, c_int64) for name in ("start", "stop", "stack", "slot"))
 
 
+class HalfC(Structure):
+    _fields_ = (("first", c_void_p), ("layer", c_int64), ("slot", c_int64))
+
+
 class StackC(Structure):
-    _fields_ = (
-        ("rank", c_int64),
-        ("slots", c_int64),
-        ("a", c_void_p),
-        ("b", c_void_p * MOST_PARTS),
-    )
+    _fields_ = (("rank", c_int64), ("a", HalfC), ("b", HalfC * MOST_PARTS))
 
 
 class GroupC(Structure):
@@ -101,12 +100,19 @@ def stack_table(stacks: Stacks) -> Any:
     table = (StackC * len(stacks))()
     for entry, rank in zip(table, sorted(stacks), strict=True):
         a, *bs = stacks[rank]
-        entry.rank, entry.slots, entry.a = rank, a.shape[1], a.data_ptr()
-        entry.b[: len(bs)] = [b.data_ptr() for b in bs]
+        entry.rank, entry.a = rank, _half(a)
+        entry.b[: len(bs)] = [_half(b) for b in bs]
     return table
 
 
-def run_table(runs: Sequence[Run], ranks: Mapping[int, object]) -> Any:
+def _half(matrices: torch.Tensor) -> HalfC:
+    """Layers and slots may be apart; each matrix is one piece."""
+    layer, slot, *inside = matrices.stride()
+    assert inside == [matrices.shape[3], 1], inside
+    return HalfC(matrices.data_ptr(), layer, slot)
+
+
+def run_table(runs: Sequence[Run], ranks: Iterable[int]) -> Any:
     """Return the runs as an array; each names its stack by its place in `stack_table`."""
     place = {rank: index for index, rank in enumerate(sorted(ranks))}
     return (RunC * len(runs))(

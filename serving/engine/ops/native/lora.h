@@ -11,11 +11,16 @@ constexpr int64_t NARROW = 32;  // rows of A in one task
 constexpr int64_t WIDE = 256;   // columns of B in one task
 constexpr int EIGHT = 8;        // rows of A at once: every rank bucket is a multiple of it
 
-// One bucket: a [layers, slots, parts · rank, inputs], b of each part [layers, slots, rank, outputs].
+// Matrices [layers, slots, …]; the strides say how far apart those of two layers and two slots are.
+struct Half {
+  const Number* first;
+  int64_t layer, slot;
+  const Number* of(int64_t l, int64_t s) const { return first + l * layer + s * slot; }
+};
+// One bucket: a of [parts · rank, inputs], b of each part [rank, outputs].
 struct Stack {
-  int64_t rank, slots;
-  const Number* a;
-  const Number* b[MOST_PARTS];
+  int64_t rank;
+  Half a, b[MOST_PARTS];
 };
 // Rows start..stop of x wear the adapter in `slot` of stack number `stack`.
 struct Run {
@@ -74,8 +79,7 @@ class Lora {
 
   void shrink(const Task& task, int64_t layer, const Number* x, int64_t x_stride) {
     const int64_t width = parts * task.stack->rank;
-    const Number* a =
-        task.stack->a + (layer * task.stack->slots + task.run->slot) * width * group.inputs;
+    const Number* a = task.stack->a.of(layer, task.run->slot);
     const int64_t to = std::min(task.from + NARROW, width);
     for (int64_t k = task.from; k < to; k += EIGHT)
       for (int64_t i = 0; i < task.rows; i += 2) {
@@ -130,8 +134,7 @@ class Lora {
   void block(const Task& task, int64_t layer, int64_t row, int64_t column, int64_t n, Number* y,
              int64_t y_stride) {
     const int64_t rank = task.stack->rank, out = group.outputs[task.part];
-    const Number* b = task.stack->b[task.part] +
-                      (layer * task.stack->slots + task.run->slot) * rank * out + column;
+    const Number* b = task.stack->b[task.part].of(layer, task.run->slot) + column;
     const float* scales[R];
     Floats totals[R][V];
     for (int r = 0; r < R; r++) {

@@ -1,0 +1,259 @@
+"""What a new adapter costs: its own first token, and the streams that run meanwhile, over HTTP.
+
+    python -m benchmarks.hotload [--trials 10] [--streams 8] [--out FILE.json]
+
+Each trial takes adapters that the server has not touched since they were pushed. Idle: a request
+for one, beside the same request for one that is in a slot. Busy: while the streams run on resident
+adapters, first a request to a resident one (the control: what any new request costs them), then a
+load call for a new one and a request for it at once. Last, one is pushed over HTTP and asked for.
+
+A gap is the longest time between two tokens of one stream. The load does not stall the streams when
+their gap is not above that of the control.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, pairwise
+from pathlib import Path
+
+import aiohttp
+from rich.progress import Progress
+
+from benchmarks.throughput import running_server, setup_line, write_adapter
+from benchmarks.workload import prompts
+from registry.adapter import AdapterName
+from registry.base import BaseModel, Bases
+from registry.home import default_cache
+from registry.store import Registry
+
+RESIDENT = 8  # adapters that the streams wear
+STREAM_TOKENS = 360
+PAST_PREFILL = 40  # tokens after which a stream has nothing to do with its prompt any more
+ANSWER_TOKENS = 8
+SHORT = 16  # tokens of the short prompt
+FRESH = 4  # adapters that one trial takes
+
+Times = list[float]  # seconds, monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Milliseconds of one trial; a gap is the longest between two tokens of a running stream."""
+
+    idle_short: float  # first token of an adapter on the disk, short prompt
+    idle_short_control: float  # of one in a slot
+    idle: float  # the same with a prompt of the workload
+    idle_control: float
+    step: float  # median time between two tokens of the streams, nothing else going on
+    gap_quiet: float
+    gap_control: float  # while a request to a resident adapter is answered
+    gap_new: float  # from the load call to the end of the new adapter's answer
+    load: float  # duration of the load call
+    first_control: float  # busy: first token of the resident adapter
+    first_new: float  # of the new one, since the load call was sent
+    first_pushed: float  # of one that is pushed over HTTP, since the push was sent
+
+
+class Client:
+    """Sends one trial after the other to a server; no adapter is asked for twice as a new one."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, made: Path, pool: Sequence[list[int]], streams: int
+    ) -> None:
+        self._session, self._made, self._pool, self._streams = session, made, pool, streams
+        self._fresh = (f"a{number:02d}" for number in count(RESIDENT))
+
+    async def touch(self) -> None:
+        """Bring the resident adapters into their slots."""
+        for number in range(RESIDENT):
+            await self._first(resident(number), self._pool[number])
+
+    async def trial(self, number: int) -> Trial:
+        texts = [self._pool[(20 * number + i) % len(self._pool)] for i in range(20)]
+        short, long = texts[0][:SHORT], texts[1]
+        idle_short_control = await self._first(resident(1), short)
+        idle_short = await self._first(f"bench/{next(self._fresh)}", short[::-1])
+        idle_control = await self._first(resident(1), long)
+        idle = await self._first(f"bench/{next(self._fresh)}", texts[2])
+        async with self._running(texts[3:]) as times:
+            quiet = time.perf_counter()
+            await asyncio.sleep(1.5)
+            control = time.perf_counter()
+            first_control = await self._first(resident(3), texts[-1])
+            control_end = time.perf_counter()
+            await asyncio.sleep(0.7)
+            new = next(self._fresh)
+            start = time.perf_counter()
+            await self._load(new)
+            loaded = time.perf_counter()
+            first_new = await self._first(new, texts[-2], since=start)
+            end = time.perf_counter()
+            await asyncio.sleep(0.5)
+            start_push = time.perf_counter()
+            label = await self._push(next(self._fresh))
+            first_pushed = await self._first(label, texts[-3], since=start_push)
+        return Trial(
+            *(idle_short, idle_short_control, idle, idle_control),
+            step=statistics.median(gaps(times, quiet, control)),
+            gap_quiet=max(gaps(times, quiet, control)),
+            gap_control=max(gaps(times, control, control_end)),
+            gap_new=max(gaps(times, start, end)),
+            load=(loaded - start) * 1e3,
+            first_control=first_control,
+            first_new=first_new,
+            first_pushed=first_pushed,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _running(self, texts: Sequence[list[int]]) -> AsyncIterator[list[Times]]:
+        """Run the streams, all of them past their prompts; break them off afterwards."""
+        times: list[Times] = [[] for _ in range(self._streams)]
+        tasks = [
+            asyncio.create_task(
+                self._stream(resident(i), texts[i % len(texts)], STREAM_TOKENS, times[i])
+            )
+            for i in range(self._streams)
+        ]
+        while min(map(len, times)) < PAST_PREFILL:  # noqa: ASYNC110  # a list tells nobody
+            await asyncio.sleep(0.05)
+        yield times
+        if ended := [task for task in tasks if task.done()]:
+            raise SystemExit(f"{len(ended)} streams ended early: {ended[0].exception()}")
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _first(self, model: str, prompt: list[int], since: float | None = None) -> float:
+        """Return the milliseconds to the first token; reads the answer to its end."""
+        since = since or time.perf_counter()
+        times: Times = []
+        await self._stream(model, prompt, ANSWER_TOKENS, times)
+        return (times[0] - since) * 1e3
+
+    async def _stream(self, model: str, prompt: list[int], tokens: int, times: Times) -> None:
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        body |= {"stream": True, "ignore_eos": True}
+        async with self._session.post("/v1/completions", json=body) as answer:
+            await check(answer)
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise RuntimeError(f"error event: {event['error']}")
+                    if not event["choices"][0]["finish_reason"]:
+                        times.append(time.perf_counter())
+
+    async def _load(self, name: str) -> None:
+        body = {"lora_name": name, "lora_path": f"bench/{name}"}
+        async with self._session.post("/v1/load_lora_adapter", json=body) as answer:
+            await check(answer)
+
+    async def _push(self, name: str) -> str:
+        """Push a folder of files over HTTP, and return what to call the version."""
+        form = aiohttp.FormData()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            form.add_field(file, (self._made / name / file).read_bytes(), filename=file)
+        async with self._session.post(f"/v1/adapters/pushed/{name}/versions", data=form) as answer:
+            await check(answer)
+            return (await answer.json())["id"]
+
+
+def resident(number: int) -> str:
+    return f"bench/a{number % RESIDENT:02d}"
+
+
+async def check(answer: aiohttp.ClientResponse) -> None:
+    if answer.status not in (200, 201):
+        raise RuntimeError(f"HTTP {answer.status}: {(await answer.text())[:200]}")
+
+
+def gaps(times: Sequence[Times], start: float, end: float) -> list[float]:
+    """Return the milliseconds between tokens of a stream that overlap a span of time."""
+    return [
+        (late - early) * 1e3
+        for stream in times
+        for early, late in pairwise(stream)
+        if late > start and early < end
+    ]
+
+
+def fill_registry(home: Path, base: BaseModel, bases: Bases, trials: int) -> None:
+    """Push what the trials will need; what they push themselves is only made."""
+    total = RESIDENT + FRESH * trials
+    with Registry.open(home, bases) as registry, Progress(transient=True) as progress:
+        for number in progress.track(range(total), description="making adapters"):
+            name = AdapterName.parse(f"bench/a{number:02d}")
+            write_adapter(home / "made" / name.name, base, seed=3000 + number)
+            if number < RESIDENT or (number - RESIDENT) % FRESH != FRESH - 1:
+                pushed = registry.push(home / "made" / name.name, name, actor="benchmark")
+                registry.promote(name, pushed.version.number, reason="benchmark", actor="benchmark")
+
+
+async def measure(
+    url: str, made: Path, pool: Sequence[list[int]], trials: int, streams: int
+) -> list[Trial]:
+    timeout = aiohttp.ClientTimeout(total=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
+        client = Client(session, made, pool, streams)
+        await client.touch()
+        with Progress() as progress:
+            return [
+                await client.trial(number)
+                for number in progress.track(range(trials), description="measuring")
+            ]
+
+
+def report(trials: Sequence[Trial]) -> str:
+    lines = [f"| ms over {len(trials)} trials | median | min | max |", "|---|---|---|---|"]
+    for name in Trial.__dataclass_fields__:
+        values = [getattr(trial, name) for trial in trials]
+        lines.append(
+            f"| {name.replace('_', ' ')} | {statistics.median(values):.1f} | {min(values):.1f} "
+            f"| {max(values):.1f} |"
+        )
+
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(getattr(t, above) / getattr(t, below) for t in trials)
+
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The streams' gap with a new adapter is {ratio('gap_new', 'gap_control'):.2f} times "
+            f"that of the control and {ratio('gap_new', 'step'):.1f} times the median step; the "
+            f"control's is {ratio('gap_control', 'step'):.1f} times the step (medians).",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="also write every trial as JSON")
+    parser.add_argument("serve", nargs="*", help="after --: options handed to `wardrobe serve`")
+    args = parser.parse_args()
+    bases = Bases(default_cache() / "bases")
+    base = bases.get(args.base)
+    with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
+        home = Path(folder)
+        fill_registry(home, base, bases, args.trials)
+        pool = prompts(str(base.path), 200, seed=1)
+        with running_server(home, base.id, ["--no-auth", *args.serve]) as url:
+            trials = asyncio.run(measure(url, home / "made", pool, args.trials, args.streams))
+    print(f"\n{setup_line(base, args.trials)}\n\n{report(trials)}")
+    if args.out:
+        args.out.write_text(json.dumps([asdict(trial) for trial in trials], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Ten thousand registered adapters, a few of which everybody wants: throughput by adapter memory.
+
+    python -m benchmarks.scale [--adapters 10000] [--requests 256] [--zipf 1.0] [--home DIR]
+
+Adapter number k is asked for with a probability that falls as 1 / k^zipf. Clients in a closed loop
+send the same requests again and again: to one adapter alone, then with memory for all adapters that
+the requests name, for a half of them, and so on. Before each phase every one of them is touched
+once, the least popular first, so that what is measured is traffic and not a cold start.
+
+Adapters that the requests do not name are registered too, and are made small: nothing reads them.
+`--home` keeps what was made (minutes) for the next time.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import torch
+from rich.progress import Progress
+from safetensors.torch import save_file
+
+from benchmarks.throughput import one_request, running_server, setup_line, write_adapter
+from benchmarks.workload import OUTPUT_TOKENS, Figures, Record, prompts
+from registry.adapter import AdapterName
+from registry.base import BaseModel, Bases
+from registry.home import default_cache
+from registry.store import Registry
+
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of the adapters that are asked for: how many memory holds
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one memory size gave."""
+
+    name: str
+    slots: int  # adapters of the workload's rank that memory holds
+    distinct: int  # adapters that were asked for
+    loads: int  # into slots, while it was measured
+    figures: Figures
+
+
+def name_of(number: int) -> AdapterName:
+    return AdapterName.parse(f"bench/a{number:05d}")
+
+
+def draw(adapters: int, requests: int, exponent: float) -> list[int]:
+    """Return which adapter each request wears; the same arguments give the same numbers."""
+    weights = [1 / k**exponent for k in range(1, adapters + 1)]
+    return random.Random(0).choices(range(adapters), weights, k=requests)
+
+
+def fill_registry(
+    home: Path, base: BaseModel, bases: Bases, adapters: int, asked: set[int]
+) -> None:
+    """Register what is not there yet."""
+    with Registry.open(home, bases) as registry, Progress() as progress:
+        there = {alias.name for alias in registry.all_aliases()}
+        for number in progress.track(range(adapters), description="registering"):
+            name = name_of(number)
+            if name in there:
+                continue
+            folder = home / "made"
+            shutil.rmtree(folder, ignore_errors=True)
+            if number in asked:
+                write_adapter(folder, base, seed=5000 + number)
+            else:
+                write_small(folder, base, seed=5000 + number)
+            pushed = registry.push(folder, name, actor="benchmark")
+            registry.promote(name, pushed.version.number, reason="benchmark", actor="benchmark")
+
+
+def write_small(folder: Path, base: BaseModel, seed: int) -> None:
+    """Write an adapter of one linear and rank 1."""
+    module, (out_features, in_features) = min(base.linears.items())
+    generator = torch.Generator().manual_seed(seed)
+    key = f"base_model.model.{module}"
+    tensors = {
+        f"{key}.lora_A.weight": torch.randn(1, in_features, generator=generator),
+        f"{key}.lora_B.weight": torch.randn(out_features, 1, generator=generator),
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.id,
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": [module],
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+class Traffic:
+    """Clients in a closed loop over one list of requests."""
+
+    def __init__(self, pool: Sequence[list[int]], clients: int) -> None:
+        self._pool, self._clients = pool, clients
+
+    async def phase(self, url: str, name: str, slots: int, numbers: Sequence[int]) -> Phase:
+        timeout = aiohttp.ClientTimeout(total=600)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            popular = [number for number, _ in Counter(numbers).most_common()]
+            await self._send(session, url, popular[::-1], 1)
+            loads = await loads_of(session, url)
+            began = time.perf_counter()
+            records = await self._send(session, url, numbers, OUTPUT_TOKENS)
+            figures = Figures.of(records, time.perf_counter() - began)
+            loads = await loads_of(session, url) - loads
+        return Phase(name, slots, len(popular), loads, figures)
+
+    async def _send(
+        self, session: aiohttp.ClientSession, url: str, numbers: Sequence[int], tokens: int
+    ) -> list[Record]:
+        jobs = iter(enumerate(numbers))
+        records: list[Record] = []
+
+        async def client() -> None:
+            for i, number in jobs:
+                prompt = self._pool[i % len(self._pool)]
+                name = str(name_of(number))
+                records.append(await one_request(session, url, prompt, name, tokens))
+
+        await asyncio.gather(*(client() for _ in range(self._clients)))
+        return records
+
+
+async def loads_of(session: aiohttp.ClientSession, url: str) -> int:
+    async with session.get(f"{url}/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    return next(int(float(x.split()[1])) for x in lines if x.startswith("wardrobe_adapter_loads_t"))
+
+
+async def slot_bytes(url: str) -> int:
+    """Return the bytes that one adapter of the workload takes in its slot."""
+    async with aiohttp.ClientSession() as session:
+        await one_request(session, url, [1, 2, 3], str(name_of(0)), 1)
+        async with session.get(f"{url}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+    used = "wardrobe_adapter_memory_used_bytes "
+    return next(int(float(line.split()[1])) for line in lines if line.startswith(used))
+
+
+def measure(
+    home: Path, base: BaseModel, numbers: Sequence[int], traffic: Traffic, serve: list[str]
+) -> list[Phase]:
+    """Serve once for each memory size."""
+    phases: list[Phase] = []
+    distinct = len(set(numbers))
+    with Progress() as progress:
+        bar = progress.add_task("measuring", total=1 + len(SHARES))
+        with running_server(home, base.id, ["--no-auth", *serve]) as url:
+            size = asyncio.run(slot_bytes(url))
+            alone = [0] * len(numbers)
+            phases.append(asyncio.run(traffic.phase(url, "one adapter", 1, alone)))
+            progress.advance(bar)
+        for share in SHARES:
+            slots = max(1, round(share * distinct))
+            memory = ["--adapter-memory", f"{slots * size / 1e9:.9f}"]
+            with running_server(home, base.id, ["--no-auth", *memory, *serve]) as url:
+                name = f"room for {share:.0%}"
+                phases.append(asyncio.run(traffic.phase(url, name, slots, numbers)))
+            progress.advance(bar)
+    return phases
+
+
+def report(phases: Sequence[Phase]) -> str:
+    alone = phases[0].figures.tokens_per_second
+    lines = [
+        "| memory | adapters it holds | asked for | loads | tok/s | of one adapter's | TTFT p50 ms "
+        "| p99 | ITL p50 ms | p95 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for phase in phases:
+        f = phase.figures
+        lines.append(
+            f"| {phase.name} | {phase.slots} | {phase.distinct} | {phase.loads} "
+            f"| {f.tokens_per_second:.0f} | {f.tokens_per_second / alone:.2f} | {f.ttft_p50:.0f} "
+            f"| {f.ttft_p99:.0f} | {f.itl_p50:.1f} | {f.itl_p95:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--adapters", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the popularity")
+    parser.add_argument("--home", type=Path, help="keep the registry that is made here")
+    parser.add_argument("serve", nargs="*", help="after --: options handed to `wardrobe serve`")
+    args = parser.parse_args()
+    bases = Bases(default_cache() / "bases")
+    base = bases.get(args.base)
+    numbers = draw(args.adapters, args.requests, args.zipf)
+    traffic = Traffic(prompts(str(base.path), 400, seed=0), args.clients)
+    with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
+        home = args.home or Path(folder)
+        fill_registry(home, base, bases, args.adapters, {0, *numbers})
+        phases = measure(home, base, numbers, traffic, args.serve)
+    print(f"\n{setup_line(base, 1)}")
+    print(f"{args.adapters} adapters registered, {args.clients} clients, Zipf {args.zipf}\n")
+    print(report(phases))
+
+
+if __name__ == "__main__":
+    main()
