@@ -142,6 +142,8 @@ def first_match(patterns: Mapping[str, Number], module: str, default: Number) ->
     The rule is peft's get_pattern_key, `(.*\\.)?(key)$` with the first match winning. Keys are
     names (registry/config.py refuses others), so no expression of a stranger is ever run.
     """
+    if not patterns:
+        return default
     endings = {*_endings(module), f"^{module}"}
     found = [key for key in endings if key in patterns]
     if len(found) > 1:

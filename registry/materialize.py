@@ -23,10 +23,11 @@ def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
     """
     _check_record(version)
     folder = parent / version.digest
-    if not folder.exists():
-        _make(version, blobs, folder)
-    for name in identity_files(version.files):
-        _check(folder / name, version)
+    if folder.exists():
+        for name in identity_files(version.files):
+            _check(folder / name, version)
+    else:
+        _make(version, blobs, folder)  # which has looked at the bytes
     return folder
 
 
@@ -81,7 +82,7 @@ def _make(version: Version, blobs: Blobs, folder: Path) -> None:
     try:
         staging.mkdir(parents=True)
         for name in identity_files(version.files):
-            blobs.copy(version.files[name], staging / name)
+            blobs.place(version.files[name], staging / name)
         staging.rename(folder)
     except OSError as error:
         # Another thread or process made the folder between our look and our rename: use theirs.

@@ -217,7 +217,7 @@ def test_answers_that_wear_all_slots_make_way_for_a_lonely_adapter(
             core.add(sequence)
         while len(core.scheduler.running) < 4:
             core.step()
-        core.residency.loader.load(lonely.adapter).result(10)
+        core.residency.loader.load(tiny_folders.refs["c"]).result(10)
         core.add(lonely)
         before = [sequence.produced for sequence in crowd]
         while not lonely.produced:
