@@ -78,7 +78,8 @@ class Blobs:
         its bytes are the right ones.
         """
         if not self._link(digest, target):
-            return self.copy(digest, target)
+            self.copy(digest, target)
+            return
         with _explained(digest), target.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:

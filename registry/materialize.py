@@ -19,6 +19,8 @@ from registry.manifest import digest_of
 def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
     """Return `parent/<digest>` with the two files of the adapter, made once and checked each time.
 
+    The files are the blobs themselves under other names where that can be: a first request for an
+    adapter waits for no disk, and the bytes are there once.
     Safe across threads and processes: the folder appears in one rename, the first one wins.
     """
     _check_record(version)
@@ -100,5 +102,5 @@ def _check(path: Path, version: Version) -> None:
     if found != version.files[path.name]:
         raise IntegrityError(
             f"{path} is not what {version.ref.label} (sha256:{version.digest}) consists of. "
-            f"Delete {path.parent}; it is made again from the store."
+            f"Push the adapter again and delete {path.parent}: it is made again from the store."
         )

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from registry.errors import (
     StoreUnavailable,
     VersionNotFound,
 )
+from registry.materialize import sha256_of
 from registry.records import Push
 from registry.store import Registry
 from tests.registry.making import BASE_ID
@@ -265,19 +267,42 @@ def test_events_are_numbered_without_gaps_and_read_in_pages(
 def test_a_fetched_folder_is_made_once_and_checked_each_time(
     registry: Registry, adapter: Adapter
 ) -> None:
-    ref = push(registry, adapter(card=PROMPT)).version.ref
+    made = adapter(card=PROMPT)
+    ref = push(registry, made).version.ref
     folder = registry.fetch(ref)
     assert folder.name == ref.digest
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
-    made = (folder / "adapter_config.json").stat().st_ino
-    assert (registry.fetch(ref) / "adapter_config.json").stat().st_ino == made
-    weights = folder / "adapter_model.safetensors"
-    flip_a_bit(weights)
+    before = folder.stat().st_ino
+    assert registry.fetch(ref).stat().st_ino == before
+    flip_a_bit(folder / "adapter_model.safetensors")
     with pytest.raises(IntegrityError, match=ref.digest):
         registry.fetch(ref)
+    push(registry, made)
     shutil.rmtree(folder)
     registry.fetch(ref)
+
+
+def test_a_fetched_folder_takes_no_second_copy_of_the_bytes(
+    registry: Registry, adapter: Adapter
+) -> None:
+    version = push(registry, adapter()).version
+    folder = registry.fetch(version.ref)
+    for name, sha256 in version.files.items():
+        blob = registry.home / "blobs" / sha256[:2] / sha256
+        assert (folder / name).samefile(blob)
+
+
+def test_a_store_on_another_file_system_is_copied(
+    registry: Registry, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    version = push(registry, adapter()).version
+    weights = registry.fetch(version.ref) / "adapter_model.safetensors"
+    assert sha256_of(weights) == version.files[weights.name]
 
 
 def test_fetching_an_unknown_digest_is_not_found(registry: Registry) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from tests import tiny
 from tests.serving.engine.driving import Folders, base_of, request, stream, until
 
 TOKENS = range(60, 92)  # one adapter each
+SHORT = (1, 1, 2, 3, 6)  # tokens that requests ask for
+LONG = (1, 3, 7, 16, 30)
 SETTINGS = EngineSettings(
     device="cpu",
     dtype="float32",
@@ -57,10 +59,23 @@ def test_torch_operators_give_no_wrong_token_either(base: Path, folders: Folders
 
 
 @pytest.mark.long
-def test_a_hundred_thousand_requests_over_four_slots_give_no_wrong_token(
+def test_a_million_tokens_of_a_hundred_thousand_requests_have_no_wrong_one(
     base: Path, folders: Folders
 ) -> None:
-    churn(base, folders, SETTINGS, requests=100_000, workers=96)
+    counts = churn(base, folders, SETTINGS, requests=100_000, workers=96, lengths=LONG)
+    assert counts["tokens"] > 1_000_000
+
+
+def test_memory_for_four_adapters_of_the_highest_rank_gives_no_wrong_token(
+    base: Path, folders: Folders
+) -> None:
+    """Slots of five ranks come and go in one arena, on pages that others have used."""
+    parts = assemble(read_model(base_of(base), SETTINGS), folders, SETTINGS)
+    parts.core.residency.loader.close()
+    pages = 4 * 64 // 8
+    memory = pages * parts.core.residency.stacks.page_bytes
+    settings = replace(SETTINGS, adapter_slots=None, adapter_memory=memory)
+    churn(base, folders, settings, requests=1000, workers=48)
 
 
 def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Folders) -> None:
@@ -81,12 +96,18 @@ def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Fol
 
 
 def churn(
-    base: Path, folders: Folders, settings: EngineSettings, requests: int, workers: int
-) -> None:
+    base: Path,
+    folders: Folders,
+    settings: EngineSettings,
+    requests: int,
+    workers: int,
+    lengths: Sequence[int] = SHORT,
+) -> Counter[str]:
     model = read_model(base_of(base), settings)
     before, file_before = weights_digest(model), file_digest(base)
     parts = assemble(model, folders, settings)
-    counts = asyncio.run(drive(TorchEngine(parts, settings), folders, requests, workers))
+    engine = TorchEngine(parts, settings)
+    counts = asyncio.run(drive(engine, folders, requests, workers, lengths))
     residency = parts.core.residency
     assert counts["wrong"] == 0
     assert counts["done"] > requests // 2
@@ -98,9 +119,16 @@ def churn(
     assert all(not layer.any() for layer in (*parts.core.cache.keys, *parts.core.cache.values))
     assert weights_digest(model) == before
     assert file_digest(base) == file_before
+    return counts
 
 
-async def drive(engine: TorchEngine, folders: Folders, requests: int, workers: int) -> Counter[str]:
+async def drive(
+    engine: TorchEngine,
+    folders: Folders,
+    requests: int,
+    workers: int,
+    lengths: Sequence[int] = SHORT,
+) -> Counter[str]:
     """Let `workers` clients share `requests` requests; each picks, reads and perhaps leaves."""
     rng = random.Random(1)
     counts: Counter[str] = Counter()
@@ -108,13 +136,14 @@ async def drive(engine: TorchEngine, folders: Folders, requests: int, workers: i
 
     async def one(ref: AdapterRef | None, token: int) -> None:
         prompt = [rng.randrange(256) for _ in range(rng.randint(1, 30))]
-        count, stop_at = rng.choice((1, 1, 2, 3, 6)), rng.random()
+        count, stop_at = rng.choice(lengths), rng.random()
         held = rng.random() < 0.1  # whatever it wears, a grammar makes it write something else
         if held:
             token = ord("%")
         grammar = Grammar("regex", "%+") if held else None
         deltas = stream(engine, request(prompt, ref, max_tokens=count, grammar=grammar))
         async for delta in deltas:
+            counts["tokens"] += len(delta.token_ids)
             counts["wrong"] += any(t != token for t in delta.token_ids)
             if stop_at < 0.1:
                 await deltas.aclose()
