@@ -38,7 +38,7 @@ STREAM_TOKENS = 360
 PAST_PREFILL = 40  # tokens after which a stream has nothing to do with its prompt any more
 ANSWER_TOKENS = 8
 SHORT = 16  # tokens of the short prompt
-FRESH = 4  # adapters that one trial takes
+FRESH = 5  # adapters that one trial takes; the last one is pushed in it
 
 Times = list[float]  # seconds, monotonic
 
@@ -58,6 +58,7 @@ class Trial:
     load: float  # duration of the load call
     first_control: float  # busy: first token of the resident adapter
     first_new: float  # of the new one, since the load call was sent
+    first_asked: float  # of one that is asked for without a load call
     first_pushed: float  # of one that is pushed over HTTP, since the push was sent
 
 
@@ -82,7 +83,7 @@ class Client:
         idle_short = await self._first(f"bench/{next(self._fresh)}", short[::-1])
         idle_control = await self._first(resident(1), long)
         idle = await self._first(f"bench/{next(self._fresh)}", texts[2])
-        async with self._running(texts[3:]) as times:
+        async with self._running(texts[3:-4]) as times:
             quiet = time.perf_counter()
             await asyncio.sleep(1.5)
             control = time.perf_counter()
@@ -96,6 +97,8 @@ class Client:
             first_new = await self._first(new, texts[-2], since=start)
             end = time.perf_counter()
             await asyncio.sleep(0.5)
+            first_asked = await self._first(f"bench/{next(self._fresh)}", texts[-4])
+            await asyncio.sleep(0.5)
             start_push = time.perf_counter()
             label = await self._push(next(self._fresh))
             first_pushed = await self._first(label, texts[-3], since=start_push)
@@ -108,6 +111,7 @@ class Client:
             load=(loaded - start) * 1e3,
             first_control=first_control,
             first_new=first_new,
+            first_asked=first_asked,
             first_pushed=first_pushed,
         )
 
@@ -149,6 +153,20 @@ class Client:
                         raise RuntimeError(f"error event: {event['error']}")
                     if not event["choices"][0]["finish_reason"]:
                         times.append(time.perf_counter())
+
+    async def stages(self) -> str:
+        """Return what the parts of loading took on average, as the server counts them."""
+        async with self._session.get("/metrics") as answer:
+            lines = [line.split() for line in (await answer.text()).splitlines()]
+        found = {name: float(value) for name, value in (x for x in lines if len(x) == 2)}
+        metric = "wardrobe_adapter_load_stage_seconds"
+        times = {
+            stage: 1e3
+            * found[f'{metric}_sum{{stage="{stage}"}}']
+            / found[f'{metric}_count{{stage="{stage}"}}']
+            for stage in ("fetch", "read", "place")
+        }
+        return ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in times.items())
 
     async def _load(self, name: str) -> None:
         body = {"lora_name": name, "lora_path": f"bench/{name}"}
@@ -198,17 +216,18 @@ def fill_registry(home: Path, base: BaseModel, bases: Bases, trials: int) -> Non
 
 async def measure(
     url: str, made: Path, pool: Sequence[list[int]], trials: int, streams: int
-) -> list[Trial]:
+) -> tuple[list[Trial], str]:
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
         client = Client(session, made, pool, streams)
         await client.touch()
         with Progress() as progress:
-            return [
+            done = [
                 await client.trial(number)
                 for number in progress.track(range(trials), description="measuring")
             ]
+        return done, await client.stages()
 
 
 def report(trials: Sequence[Trial]) -> str:
@@ -249,8 +268,11 @@ def main() -> None:
         fill_registry(home, base, bases, args.trials)
         pool = prompts(str(base.path), 200, seed=1)
         with running_server(home, base.id, ["--no-auth", *args.serve]) as url:
-            trials = asyncio.run(measure(url, home / "made", pool, args.trials, args.streams))
+            trials, stages = asyncio.run(
+                measure(url, home / "made", pool, args.trials, args.streams)
+            )
     print(f"\n{setup_line(base, args.trials)}\n\n{report(trials)}")
+    print(f"\nA load took on average: {stages}.")
     if args.out:
         args.out.write_text(json.dumps([asdict(trial) for trial in trials], indent=1))
 

@@ -167,7 +167,7 @@ def measure(
             progress.advance(bar)
         for share in SHARES:
             slots = max(1, round(share * distinct))
-            memory = ["--adapter-memory", f"{slots * size / 1e9:.9f}"]
+            memory = ["--adapter-memory", f"{slots * size}B"]
             with running_server(home, base.id, ["--no-auth", *memory, *serve]) as url:
                 name = f"room for {share:.0%}"
                 phases.append(asyncio.run(traffic.phase(url, name, slots, numbers)))

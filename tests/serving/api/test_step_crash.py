@@ -55,7 +55,6 @@ def test_a_crash_inside_a_step_is_a_500_and_the_next_request_is_answered(
         failed = client.post("/v1/completions", json=BODY)
         assert failed.status_code == 500
         assert failed.json()["error"]["code"] == "request_failed"
-        assert "injected" not in failed.text
         streamed = client.post("/v1/completions", json=BODY | {"stream": True})
         assert streamed.status_code == 500 or '"error"' in streamed.text
         model.broken.clear()

@@ -59,7 +59,8 @@ def test_an_adapter_that_the_memory_cannot_hold_fails_alone(
     tiny_base: Path, tiny_folders: Folders, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two pages: two adapters of rank 8, or one of rank 16, and none of rank 40."""
-    settings = replace(SETTINGS, adapter_memory=2 * page_bytes(tiny_base) + 1)
+    memory = 2 * page_bytes(tiny_base)
+    settings = replace(SETTINGS, adapter_memory=memory + 1)
     refs = tiny_folders.refs
 
     async def main() -> None:
@@ -72,7 +73,7 @@ def test_an_adapter_that_the_memory_cannot_hold_fails_alone(
                 await complete(engine, request("x", refs[name], max_tokens=2))
             stats = await engine.stats()
             assert [each.digest for each in stats.resident] == [refs[name].digest for name in names]
-            assert stats.adapter_memory_used == stats.adapter_memory == settings.adapter_memory - 1
+            assert stats.adapter_memory_used == stats.adapter_memory == memory
         await engine.aclose()
 
     asyncio.run(main())
