@@ -39,6 +39,7 @@ test-long: setup
 
 docs: setup
 	$(BIN)/typer wardrobe utils docs --name wardrobe --title "The command line" --output docs/cli.md
+	$(BIN)/python -m tests.peft_cases
 
 bench: setup
 	$(BIN)/python -m benchmarks.throughput $(ARGS)

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 from registry.errors import Problem
 
+Check = Callable[[object], str | None]  # of one field: what is wrong with it, None if nothing
+
 MAX_RANK = 256
 MAX_PATTERNS = 4096
 MAX_NAMES = 4096
@@ -21,6 +23,38 @@ PATTERN = re.compile(r"\^?[A-Za-z0-9_]+(\\?\.[A-Za-z0-9_]+)*")
 # These initialisations change the base weights, so A and B alone mean something else.
 BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 PLAIN_INIT = ("gaussian", "eva", "orthogonal", "mica")
+
+_MULTIPLIES = "it multiplies the base's weights: the change has full rank and needs them"
+_DERIVES = "its change is computed from the base's own weights"
+_SPREADS = "its change has full rank by design"
+_ROUTES = "it mixes several adapters by what it reads"
+_RUNS = "it puts a network of its own beside the layers"
+
+# peft type → why it cannot be worn. Those that can are LORA and those in registry/forms.py.
+REFUSED_TYPES = {
+    **dict.fromkeys(("OFT", "BOFT", "HRA", "ROAD", "HIRA", "GLORA"), _MULTIPLIES),
+    **dict.fromkeys(("PSOFT", "TINYLORA", "ADAMSS", "OSF", "DEFT", "FROD", "PEANUT"), _DERIVES),
+    **dict.fromkeys(("FOURIERFT", "WAVEFT", "C3A", "SHIRA", "RANDLORA", "SUPERTUNING"), _SPREADS),
+    **dict.fromkeys(("XLORA", "POLY", "LILY"), _ROUTES),
+    **dict.fromkeys(("ADAPTION_PROMPT", "SHADOW"), _RUNS),
+    "MULTITASK_PROMPT_TUNING": "it learns a prompt for each of several tasks; requests name none",
+    "UNILORA": "its indices are not saved but drawn again by torch when it is loaded",
+    "PVERA": "it draws its change at random",
+    **dict.fromkeys(
+        (
+            "IA3",
+            "LN_TUNING",
+            "BEFT",
+            "TRAINABLE_TOKENS",
+            "PROMPT_TUNING",
+            "P_TUNING",
+            "PREFIX_TUNING",
+            "CARTRIDGE",
+            "CPT",
+        ),
+        "not servable yet",
+    ),
+}
 
 # field → (values that mean "not used", why any other value is refused)
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -115,7 +149,7 @@ def _same(value: object, other: object) -> bool:
     return type(value) is type(other) and value == other
 
 
-def _whole(low: int, high: int) -> Callable[[object], str | None]:
+def whole(low: int, high: int) -> Check:
     def check(value: object) -> str | None:
         fits = type(value) is int and low <= value <= high
         return None if fits else f"must be a whole number from {low} to {high}"
@@ -123,7 +157,7 @@ def _whole(low: int, high: int) -> Callable[[object], str | None]:
     return check
 
 
-def _alpha(value: object) -> str | None:
+def positive(value: object) -> str | None:
     # NaN, infinity and integers too large for a float all fail the comparison.
     fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e6
     return None if fits else "must be a number above 0, 1e6 at most"
@@ -134,7 +168,7 @@ def _dropout(value: object) -> str | None:
     return None if fits else "must be a number from 0 to 1"
 
 
-def _patterns(check: Callable[[object], str | None]) -> Callable[[object], str | None]:
+def _patterns(check: Check) -> Check:
     def check_all(value: object) -> str | None:
         if value is None:
             return None
@@ -192,7 +226,7 @@ def _layers(value: object) -> str | None:
     return None if fits else "must be layer numbers"
 
 
-def _one_of(*allowed: object) -> Callable[[object], str | None]:
+def one_of(*allowed: object) -> Check:
     names = ", ".join(repr(value) for value in allowed)
 
     def check(value: object) -> str | None:
@@ -210,31 +244,30 @@ def _short_text(value: object) -> str | None:
 def _peft_type(value: object) -> str | None:
     if value == "LORA":
         return None
-    return (
-        "only low-rank adapters (LORA) can be worn over a shared base. Load it with peft, or "
-        "train LoRA; loha and lokr become one with peft.convert_to_lora"
-    )
+    if not isinstance(value, str) or value not in REFUSED_TYPES:
+        return "is no type of adapter that is known here"
+    return f"{REFUSED_TYPES[value]}. Train LoRA, or load it with peft"
 
 
-CHECKS: dict[str, Callable[[object], str | None]] = {
+CHECKS: dict[str, Check] = {
     "peft_type": _peft_type,
-    "task_type": _one_of(None, "CAUSAL_LM"),
+    "task_type": one_of(None, "CAUSAL_LM"),
     "base_model_name_or_path": _short_text,
     "revision": _short_text,
     "peft_version": _short_text,
-    "inference_mode": _one_of(True, False),
-    "r": _whole(1, MAX_RANK),
-    "lora_alpha": _alpha,
+    "inference_mode": one_of(True, False),
+    "r": whole(1, MAX_RANK),
+    "lora_alpha": positive,
     "lora_dropout": _dropout,
-    "use_rslora": _one_of(True, False),
+    "use_rslora": one_of(True, False),
     "target_modules": _targets,
     "exclude_modules": _names,
     "layers_to_transform": _layers,
     "layers_pattern": _layer_names,
-    "rank_pattern": _patterns(_whole(1, MAX_RANK)),
-    "alpha_pattern": _patterns(_alpha),
+    "rank_pattern": _patterns(whole(1, MAX_RANK)),
+    "alpha_pattern": _patterns(positive),
     # How the base stores its weights, which peft itself sees; A and B are the same either way.
-    "fan_in_fan_out": _one_of(True, False),
+    "fan_in_fan_out": one_of(True, False),
     "init_lora_weights": lambda _: None,  # _check_init has its own codes
-    "qalora_group_size": _whole(1, 1 << 20),  # inert while use_qalora is false
+    "qalora_group_size": whole(1, 1 << 20),  # inert while use_qalora is false
 }

@@ -25,6 +25,7 @@ from registry.base import Bases
 from registry.blobs import Blobs
 from registry.card import CARD_NAME, kind_of, system_prompt
 from registry.contents import COMPANIONS, CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
+from registry.convert import convert
 from registry.database import Database, now
 from registry.errors import StoreUnavailable, VersionNotFound, refused
 from registry.jsonfile import canonical
@@ -104,7 +105,11 @@ class Registry:
         """
         with self.staging() as staging:
             files = copy_upload(source, staging)
+            if converted := convert(staging, self.bases, base=base):
+                files[WEIGHTS_NAME] = _uploaded(staging / WEIGHTS_NAME)
             checked = validate(staging, self.bases, base=base)
+            if converted:
+                checked = replace(checked, warnings=(converted, *checked.warnings))
             if checked.config is not None:
                 files[CONFIG_NAME] = _write_config(staging, checked.config)
             version = _describe(name, checked, files)
@@ -436,6 +441,10 @@ def _write_config(staging: Path, config: AdapterConfig) -> UploadedFile:
     """Replace the maker's config by the resolved one: logical base id, never a path."""
     path = staging / CONFIG_NAME
     path.write_bytes(config_bytes(config))
+    return _uploaded(path)
+
+
+def _uploaded(path: Path) -> UploadedFile:
     return UploadedFile(path, sha256_of(path), path.stat().st_size)
 
 

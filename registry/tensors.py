@@ -114,6 +114,19 @@ def read_chunks(tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes]:
             yield data
 
 
+def read_array(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the values in float32. Raises Refused for other dtypes than F32, F16 and BF16."""
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        text = f"{tensor.name} is {tensor.dtype}; save it as F32, F16 or BF16."
+        raise refused("dtype_unsupported", text)
+    data = b"".join(read_chunks(tensor))
+    if tensor.dtype == "BF16":
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        values = np.frombuffer(data, "<f4" if tensor.dtype == "F32" else "<f2")
+    return values.astype(np.float32).reshape(tensor.shape)
+
+
 def largest_magnitude(tensor: Tensor) -> float:
     """Return the largest absolute value, infinity when any value is NaN or infinite.
 

@@ -55,7 +55,7 @@ def validate(folder: Path, bases: Bases, *, base: str | None = None) -> Checked:
     problems: list[Problem] = []
     names = [path.name for path in folder.iterdir()]
     found = identity_files(names)
-    card = _collect(problems, lambda: _read_card(folder))
+    card = _collect(problems, lambda: read_card(folder))
     if card is not None and (wrong := check_contents(kind_of(card), found)):
         raise _refusal(wrong)
     if found != WHOLE:
@@ -67,7 +67,7 @@ def validate(folder: Path, bases: Bases, *, base: str | None = None) -> Checked:
         return _validate_adapter(folder, card, problems, bases, base)
     if card is None or problems:
         raise _refusal(problems)
-    model = bases.get(_base_id(None, card, base))
+    model = bases.get(base_id(None, card, base))
     problems += _check_structure(card, model)
     if found == WHOLE:
         problems += check_whole(folder, model)
@@ -90,7 +90,7 @@ def _validate_adapter(
         problems += _check_names(tensors)
     if card is None or config is None or tensors is None:
         raise _refusal(problems)
-    model = bases.get(_base_id(config, card, base))
+    model = bases.get(base_id(config, card, base))
     modules = {module for module, halves in lora_modules(tensors).items() if len(halves) == 2}
     problems += _check_structure(card, model)
     problems += _check_targets(config, modules)
@@ -119,7 +119,8 @@ def _refusal(problems: list[Problem]) -> Refused:
     return (BaseMismatch if misfit else Refused).because(problems)
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> dict[str, Any]:
+    """Return the card, empty when there is none. Raises Refused."""
     path = folder / CARD_NAME
     return check_card(read_object(path, MAX_CARD_BYTES)) if path.exists() else {}
 
@@ -128,7 +129,7 @@ def _read_config(folder: Path) -> AdapterConfig:
     return AdapterConfig.parse(read_object(folder / CONFIG_NAME, ALLOWED[CONFIG_NAME]))
 
 
-def _base_id(config: AdapterConfig | None, card: dict[str, Any], given: str | None) -> str:
+def base_id(config: AdapterConfig | None, card: dict[str, Any], given: str | None) -> str:
     """Decide the logical base id: the caller's, else the card's, else the config's."""
     recorded = cast("str", card.get("base", {}).get("id", ""))
     if given and recorded and given != recorded:

@@ -1,0 +1,140 @@
+"""Whatever PEFT saves is either worn as PEFT computes it, in one mixed batch, or refused."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftType
+from safetensors.torch import save_file
+
+from registry.adapter import AdapterName, AdapterRef
+from registry.base import Bases
+from registry.config import REFUSED_TYPES
+from registry.errors import Refused
+from registry.forms import FORMS
+from registry.store import Registry
+from serving.engine.boundary import GenerateRequest
+from serving.engine.engine import TorchEngine
+from serving.engine.settings import EngineSettings, OperatorsName
+from tests import tiny
+from tests.peft_cases import BASE_ID, CASES, END, START, Case, make, table
+from tests.serving.engine.driving import Oracle, Result, request, run_all
+
+BOUND = 1e-4
+LENGTH = 6
+SETTINGS = EngineSettings(
+    device="cpu", dtype="float32", max_model_len=128, adapter_slots=64, max_running=96
+)
+WORN = [case for case in CASES if case.outcome != "refused"]
+REFUSED = [case for case in CASES if case.outcome == "refused"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+
+def titled(case: Case) -> str:
+    return case.title
+
+
+class Wardrobe:
+    """Every adapter that can be worn, pushed through the gate, and where PEFT saved it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bases = Bases(folder / "bases")
+        made = tiny.make_base(folder / "made", seed=3, attention_bias=True, mlp_bias=True)
+        self.base = tiny.register(made, self.bases, BASE_ID)
+        self.registry = Registry.open(folder / "home", self.bases)
+        self.saved: dict[str, Path] = {}
+        self.refs: dict[str, AdapterRef] = {}
+        for case in WORN:
+            self.saved[case.title] = make(case, self.base.path, folder / f"saved-{len(self.saved)}")
+            self.refs[case.title] = self.push(self.saved[case.title])
+
+    def push(self, saved: Path) -> AdapterRef:
+        name = AdapterName("acme", f"a{len(self.refs)}")
+        return self.registry.push(saved, name, base=BASE_ID, actor="test").version.ref
+
+
+@pytest.fixture(scope="module")
+def wardrobe(tmp_path_factory: pytest.TempPathFactory) -> Wardrobe:
+    return Wardrobe(tmp_path_factory.mktemp("peft"))
+
+
+def prompt_of(title: str) -> list[int]:
+    rng = random.Random(title)
+    return [rng.randrange(256) for _ in range(rng.randint(5, 30))]
+
+
+@pytest.fixture(scope="module", params=["auto", "torch"])
+def results(wardrobe: Wardrobe, request: pytest.FixtureRequest) -> dict[str, Result]:
+    """Run one request for every adapter, and as many for the base, in one batch."""
+    operators: OperatorsName = request.param
+    settings = replace(SETTINGS, operators=operators)
+    engine = TorchEngine.create(wardrobe.base, wardrobe.registry.fetch, settings)
+    titles = [*wardrobe.refs, *(f"base {title}" for title in wardrobe.refs)]
+    random.Random(5).shuffle(titles)
+    wanted = [ask(prompt_of(title), wardrobe.refs.get(title)) for title in titles]
+    return dict(zip(titles, run_all(engine, wanted), strict=True))
+
+
+def ask(prompt: list[int], ref: AdapterRef | None) -> GenerateRequest:
+    return request(prompt, ref, max_tokens=LENGTH, logprobs=5)
+
+
+@pytest.mark.parametrize("case", WORN, ids=titled)
+def test_a_row_of_the_mixed_batch_is_what_peft_computes_alone(
+    case: Case, wardrobe: Wardrobe, results: dict[str, Result]
+) -> None:
+    prompt, result = prompt_of(case.title), results[case.title]
+    oracle = Oracle(wardrobe.base.path, wardrobe.saved[case.title])
+    assert result.tokens == oracle.greedy(prompt, LENGTH)
+    assert oracle.largest_error(prompt, result) < BOUND
+    # The control: an engine that wore nothing would not have passed.
+    assert Oracle(wardrobe.base.path).largest_error(prompt, result) > 100 * BOUND
+
+
+def test_rows_of_the_base_beside_them_are_the_base(
+    wardrobe: Wardrobe, results: dict[str, Result]
+) -> None:
+    oracle = Oracle(wardrobe.base.path)
+    for title, result in results.items():
+        if title not in wardrobe.refs:
+            assert result.tokens == oracle.greedy(prompt_of(title), LENGTH)
+            assert oracle.largest_error(prompt_of(title), result) < BOUND
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=titled)
+def test_what_cannot_be_worn_is_refused_at_push_with_the_reason(
+    case: Case, wardrobe: Wardrobe, tmp_path: Path
+) -> None:
+    saved = make(case, wardrobe.base.path, tmp_path / "saved")
+    with pytest.raises(Refused) as refusal:
+        wardrobe.push(saved)
+    assert case.says in refusal.value.message
+
+
+@pytest.mark.parametrize("kind", REFUSED_TYPES)
+def test_a_type_that_nothing_can_wear_is_refused_by_its_name(
+    kind: str, wardrobe: Wardrobe, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(Refused) as refusal:
+        wardrobe.push(tmp_path)
+    assert REFUSED_TYPES[kind] in refusal.value.message
+
+
+def test_every_type_that_peft_has_is_worn_or_refused_by_its_name() -> None:
+    answered = {"LORA", *FORMS, *REFUSED_TYPES}
+    assert answered == {kind.value for kind in PeftType}
+
+
+def test_the_table_of_the_page_is_what_these_cases_say() -> None:
+    page = (Path(__file__).parents[1] / "docs/peft.md").read_text()
+    assert f"{START}{table()}\n{END}" in page, "run `make docs`"
