@@ -15,7 +15,7 @@ MAX_CONFIG_BYTES = 1 << 20
 # The engine's own forward pass computes these.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # transformers' own forward pass computes these, over the engine's attention and linears.
-THROUGH_TRANSFORMERS = ("gemma3_text", "gpt2", "opt", "phi3")
+THROUGH_TRANSFORMERS = ("gemma3_text", "gpt2", "opt", "phi3", "smollm3")
 # These store the weight of a linear as [in, out] (transformers' Conv1D). A and B are as always.
 TRANSPOSED = ("gpt2",)
 

@@ -55,7 +55,8 @@ class CompiledModel:
         self.layers, self.norm, self.head = weights.layers, weights.norm, weights.head
         self.greedy = library.greedy
         self.operators = f"C++ ({library.target.name})"
-        self._angles = rope_angles(torch.tensor(spec.inverse_frequencies), length)
+        frequencies = torch.tensor(spec.inverse_frequencies)
+        self._angles = rope_angles(frequencies, length, spec.rotary_scale)
         self._model = self._describe()
         self._stacks: LoraStacks | None = None
 

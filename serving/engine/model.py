@@ -35,7 +35,7 @@ class Model:
         self.length = length  # tokens of one sequence
         self.greedy = operators.greedy
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
-        self.cos, self.sin = rope_tables(frequencies, length, self.dtype)
+        self.cos, self.sin = rope_tables(frequencies, length, self.dtype, spec.rotary_scale)
         self._worn: Worn = ()
         self._lora: LoraPlan | None = None
 

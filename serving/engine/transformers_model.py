@@ -10,7 +10,7 @@ from serving.engine.boundary import EngineUnavailable
 from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
 from serving.engine.ops import Operators
-from serving.engine.ops.attention import AttentionPlan, Window, plan_attention
+from serving.engine.ops.attention import AttentionPlan, Window, attend, plan_attention
 from serving.engine.ops.lora import LoraPlan, plan_lora
 from serving.engine.spec import DecoderSpec, LinearGroup, eos_ids, exact_context, read_config
 from serving.engine.transformers_network import Network
@@ -86,17 +86,23 @@ class _Step:
     attention: AttentionPlan
     lora: LoraPlan | None
 
-    def attend(self, layer: int, heads: Heads, scale: float, window: Window) -> torch.Tensor:
+    def attend(
+        self, layer: int, heads: Heads, scale: float, window: Window, softcap: float | None
+    ) -> torch.Tensor:
         q, k, v = heads
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.batch.slots, :, self.batch.positions] = k
         values[self.batch.slots, :, self.batch.positions] = v
         # The operator divides by sqrt(dim); a base that scales otherwise has it made up for here.
         factor = scale * q.shape[-1] ** 0.5
-        q = q if abs(factor - 1.0) < 1e-6 else q * factor
-        return self.ops.attend(q.contiguous(), keys, values, self.attention, window)
+        q = (q if abs(factor - 1.0) < 1e-6 else q * factor).contiguous()
+        if softcap is not None:
+            return attend(q, keys, values, self.attention, window, softcap)
+        return self.ops.attend(q, keys, values, self.attention, window)
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        if len(x) != len(self.batch.ids):
+            raise RuntimeError(f"{group} reads {len(x)} rows of a step of {len(self.batch.ids)}.")
         if self.lora is not None:
             self.ops.lora(y, x, self.stacks.weights(group, layer), self.lora)
 
@@ -107,7 +113,9 @@ class _Measurement:
 
     layers: dict[int, tuple[tuple[int, int], Window]] = field(default_factory=dict)
 
-    def attend(self, layer: int, heads: Heads, scale: float, window: Window) -> torch.Tensor:
+    def attend(
+        self, layer: int, heads: Heads, scale: float, window: Window, softcap: float | None
+    ) -> torch.Tensor:
         q, k, v = heads
         if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
             shapes = [tuple(each.shape[1:]) for each in heads]
@@ -116,7 +124,7 @@ class _Measurement:
                 "engine's cache cannot hold."
             )
         self.layers[layer] = (k.shape[1], k.shape[2]), window
-        return q * scale  # of the right shape; nobody reads it
+        return q * (softcap or scale)  # of the right shape; nobody reads it
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         pass

@@ -33,6 +33,7 @@ class Inside(Protocol):
         heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         scale: float,
         window: Window,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Return [tokens, heads, dim] for q of that shape, k and v [tokens, kv_heads, dim]."""
         ...
@@ -126,6 +127,7 @@ def _attention(
     inside: Inside,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers asks for it: heads [1, heads, tokens, dim] to [1, tokens, heads, dim].
@@ -141,7 +143,7 @@ def _attention(
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     layer = cast("int", module.layer_idx)
-    return inside.attend(layer, (q, k, v), scale, sliding_window)[None], None
+    return inside.attend(layer, (q, k, v), scale, sliding_window, softcap)[None], None
 
 
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -52,32 +52,51 @@ def plan_attention(
 
 
 def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: AttentionPlan, window: Window
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: AttentionPlan,
+    window: Window,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Return [tokens, heads, dim] for q of that shape, over one layer's keys and values."""
+    """Return [tokens, heads, dim] for q of that shape, over one layer's keys and values.
+
+    `softcap` bends every score s to softcap · tanh(s / softcap), as Gemma 2 does (arXiv
+    2408.00118).
+    """
     parts: list[torch.Tensor] = []
     if plan.decode is not None:
-        parts.append(_decode(q[: plan.decode.count], keys, values, plan.decode, window))
+        rows = q[: plan.decode.count]
+        parts.append(_decode(rows, keys, values, plan.decode, window, softcap))
     for chunk, masks in plan.chunks:
         end = chunk.position + chunk.stop - chunk.start
         seen_keys, seen_values = keys[chunk.slot, :, :end], values[chunk.slot, :, :end]
         rows = q[chunk.start : chunk.stop]
-        parts.append(chunk_attention(rows, seen_keys, seen_values, masks[window]))
+        parts.append(chunk_attention(rows, seen_keys, seen_values, masks[window], softcap))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _decode(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: DecodeRows, window: Window
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: DecodeRows,
+    window: Window,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Lay the queries out by KV slot, so that the cache is read in place."""
     keys, values = keys[rows.slots, :, : rows.length], values[rows.slots, :, : rows.length]
     spread = q.contiguous() if rows.spread is None else q[rows.spread]
-    out = decode_attention(spread, keys, values, rows.biases[window])
+    out = decode_attention(spread, keys, values, rows.biases[window], softcap)
     return out if rows.gather is None else out[rows.gather]
 
 
 def decode_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend with one query of each sequence.
 
@@ -89,17 +108,30 @@ def decode_attention(
     kv_heads, length = keys.shape[1], keys.shape[2]
     rows = q.view(n, kv_heads, heads // kv_heads, dim)
     mask = bias.expand(n, 1, heads // kv_heads, length)
+    if softcap is not None:
+        return _capped(rows, keys, values, mask, softcap).reshape(q.shape)
     return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).reshape(q.shape)
 
 
 def chunk_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend with the last n tokens of one sequence.
 
     q [n, heads, dim], keys and values [kv_heads, length, dim], the n new ones included; mask is
     that of `chunk_mask`.
     """
+    if softcap is not None:
+        n, heads, dim = q.shape
+        seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        bias = torch.zeros(seen.shape, device=q.device).masked_fill_(~seen, -torch.inf)
+        grouped = q.transpose(0, 1).view(len(keys), -1, n, dim)
+        capped = _capped(grouped, keys[:, None], values[:, None], bias, softcap)
+        return capped.view(heads, n, dim).transpose(0, 1)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys[None],
@@ -109,6 +141,19 @@ def chunk_attention(
         enable_gqa=q.shape[1] != keys.shape[0],
     )
     return out[0].transpose(0, 1)
+
+
+def _capped(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    softcap: float,
+) -> torch.Tensor:
+    """Attend with bent scores; q [..., rows, dim], keys [..., length, dim], bias: 0 or -inf."""
+    scores = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
+    bent = softcap * torch.tanh(scores / softcap) + bias
+    return torch.softmax(bent, dim=-1, dtype=torch.float32).to(values.dtype) @ values
 
 
 def chunk_mask(n: int, length: int, window: Window, device: torch.device) -> torch.Tensor | None:

@@ -4,7 +4,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -141,54 +140,6 @@ def test_few_slots_give_what_many_slots_give(
 ) -> None:
     """Adapters are evicted and loaded again, into slots that others have used."""
     settings = replace(SETTINGS, adapter_slots=2, operators=operators)
-    names, wanted, results = mixed(base, adapters, settings)
-    check(base, adapters, names, wanted, results)
-
-
-@every_body
-@pytest.mark.parametrize(
-    ("arch", "config"),
-    [
-        ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("llama", {"num_key_value_heads": 1, "head_dim": 32}),
-        ("qwen2", {}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
-        ("qwen3", {}),
-        ("mistral", {"sliding_window": 8}),
-        ("mistral", {"sliding_window": None}),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-        ),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 50000.0,
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-        ),
-    ],
-)
-def test_every_architecture_equals_transformers(
-    tmp_path: Path, arch: str, config: dict[str, Any], operators: OperatorsName
-) -> None:
-    base = tiny.make_base(tmp_path / "base", arch=arch, **config)
-    adapters = {"a": tiny.make_adapter(tmp_path / "a", base, rank=6, seed=1)}
-    settings = EngineSettings(
-        device="cpu",
-        dtype="float32",
-        max_model_len=128,
-        max_running=4,
-        max_batched_tokens=11,
-        operators=operators,
-    )
     names, wanted, results = mixed(base, adapters, settings)
     check(base, adapters, names, wanted, results)
 

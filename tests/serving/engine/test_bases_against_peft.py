@@ -1,4 +1,4 @@
-"""Bases that transformers computes: a mixed batch gives what PEFT gives one request at a time."""
+"""Every architecture: a mixed batch gives what PEFT gives one request at a time."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from registry.architectures import LLAMA_FAMILY, THROUGH_TRANSFORMERS
 from serving.engine.boundary import EngineUnavailable
 from serving.engine.build import read_model
 from serving.engine.engine import TorchEngine
-from serving.engine.settings import EngineSettings
+from serving.engine.settings import EngineSettings, OperatorsName
 from tests import tiny
 from tests.serving.engine.driving import Folders, Oracle, base_of, request, run_all
 
@@ -23,15 +23,51 @@ SETTINGS = EngineSettings(
     device="cpu", dtype="float32", max_model_len=96, max_running=6, max_batched_tokens=11
 )
 
-# architecture → linears that are adapted, and configurations that change how it computes
+# The linears of an architecture that are not named as Llama's are.
 LINEARS: dict[str, Sequence[str]] = {
-    "gemma3_text": tiny.LINEARS,
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 }
 SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
-CASES: list[tuple[str, dict[str, Any]]] = [
+
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | fields}
+
+
+LONG = rope(
+    "longrope",
+    short_factor=[1.1] * 8,
+    long_factor=[3.0] * 8,
+    original_max_position_embeddings=96,
+    factor=4.0,
+)
+LLAMA3 = rope(
+    "llama3",
+    rope_theta=50000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+OWN: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 32}),
+    ("llama", rope("linear", factor=4.0)),
+    ("llama", rope("dynamic", factor=4.0)),
+    ("llama", LLAMA3),
+    ("llama", LONG),
+    ("mistral", {"sliding_window": 8}),
+    ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+    ("qwen2", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    ("qwen2", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    ("qwen3", {"tie_word_embeddings": False, **SLIDING, "use_sliding_window": True}),
+]
+THROUGH: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", SLIDING),
     ("gemma3_text", SLIDING | {"query_pre_attn_scalar": 40, "final_logit_softcapping": 5.0}),
     ("gpt2", {}),
@@ -40,16 +76,30 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     ("phi3", {}),
     ("phi3", {"sliding_window": 9, "partial_rotary_factor": 0.5}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
 ]
 
 
-@pytest.mark.parametrize(("arch", "config"), CASES)
-def test_a_mixed_batch_equals_peft_one_request_at_a_time(
+@pytest.mark.parametrize("operators", ["auto", "torch"])
+@pytest.mark.parametrize(("arch", "config"), OWN)
+def test_a_mixed_batch_of_the_llama_family_equals_peft_one_request_at_a_time(
+    tmp_path: Path, arch: str, config: dict[str, Any], operators: OperatorsName
+) -> None:
+    hold_to_peft(tmp_path, arch, config, replace(SETTINGS, operators=operators))
+
+
+@pytest.mark.parametrize(("arch", "config"), THROUGH)
+def test_a_mixed_batch_through_transformers_equals_peft_one_request_at_a_time(
     tmp_path: Path, arch: str, config: dict[str, Any]
 ) -> None:
-    base = tiny.make_base(tmp_path / "base", arch=arch, **config)
+    hold_to_peft(tmp_path, arch, config, SETTINGS)
+
+
+def hold_to_peft(folder: Path, arch: str, config: dict[str, Any], settings: EngineSettings) -> None:
+    base = tiny.make_base(folder / "base", arch=arch, **config)
+    linears = LINEARS.get(arch, tiny.LINEARS)
     adapters = {
-        name: tiny.make_adapter(tmp_path / name, base, rank=rank, seed=rank, targets=LINEARS[arch])
+        name: tiny.make_adapter(folder / name, base, rank=rank, seed=rank, targets=linears)
         for name, rank in (("a", 4), ("b", 16))
     }
     folders, rng = Folders(adapters), random.Random(1)
@@ -63,7 +113,7 @@ def test_a_mixed_batch_equals_peft_one_request_at_a_time(
         )
         for name in names
     ]
-    results = run_all(TorchEngine.create(base_of(base), folders, SETTINGS), wanted)
+    results = run_all(TorchEngine.create(base_of(base), folders, settings), wanted)
     oracles = {name: Oracle(base, adapters.get(name or "")) for name in ("a", "b", None)}
     others = {"a": "b", "b": None, None: "a"}
     for name, each, result in zip(names, wanted, results, strict=True):
@@ -75,8 +125,8 @@ def test_a_mixed_batch_equals_peft_one_request_at_a_time(
 
 
 def test_every_architecture_that_is_served_is_held_to_peft() -> None:
-    assert {arch for arch, _ in CASES} == set(THROUGH_TRANSFORMERS)
-    assert not set(THROUGH_TRANSFORMERS) & set(LLAMA_FAMILY)
+    assert {arch for arch, _ in THROUGH} == set(THROUGH_TRANSFORMERS)
+    assert {arch for arch, _ in OWN} == set(LLAMA_FAMILY)
 
 
 def test_an_unknown_architecture_is_refused_by_name_with_those_that_are_served(
