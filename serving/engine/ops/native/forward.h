@@ -12,7 +12,7 @@ struct Linear {
 };
 struct Layer {
   const Number *attention_norm, *mlp_norm, *query_norm, *key_norm;
-  Linear qkv, o, gate_up, down;
+  Linear linears[4];  // qkv, o, gate_up, down
   int64_t window;  // 0: none
 };
 struct Model {
@@ -42,11 +42,13 @@ struct Step {
 class Forward {
  public:
   Forward(const Model& model, const Step& step)
-      : m(model), s(step), queries(m.heads * m.dim), keys(m.kv_heads * m.dim) {
-    const Group groups[4] = {{m.hidden, 3, {queries, keys, keys}},
-                             {queries, 1, {m.hidden}},
-                             {m.hidden, 2, {m.intermediate, m.intermediate}},
-                             {m.intermediate, 1, {m.hidden}}};
+      : m(model), s(step), queries(m.heads * m.dim), keys(m.kv_heads * m.dim),
+        groups{{m.hidden, 3, {queries, keys, keys}},
+               {queries, 1, {m.hidden}},
+               {m.hidden, 2, {m.intermediate, m.intermediate}},
+               {m.intermediate, 1, {m.hidden}},
+               {m.hidden, 1, {m.vocab}}},
+        taken(m.layers * 4 + 1) {
     for (int i = 0; i < 4 && s.runs; i++) loras.emplace_back(groups[i], s.stacks[i], s.run, s.runs);
     for (int64_t i = 0; i < m.layers; i++) attentions.push_back(attention(m.layer[i].window));
   }
@@ -58,13 +60,15 @@ class Forward {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < s.sampled; i++)
       normalise(s.x + s.sampled_rows[i] * m.hidden, m.norm, s.h + i * m.hidden, m.hidden, m.eps);
-    multiply(m.head, s.h, m.hidden, s.logits, m.vocab, s.sampled, false);
+    multiply(m.layers * 4, s.h, s.logits, s.sampled, false);
   }
 
  private:
   const Model& m;
   const Step& s;
   const int64_t queries, keys;
+  const Group groups[5];  // qkv, o, gate_up, down, head
+  std::vector<std::atomic<int64_t>> taken;  // panels of each linear, in the order they run
   std::vector<Lora> loras;
   std::list<std::pair<int64_t, Attention>> windows;  // window → its plan; addresses stay
   std::vector<Attention*> attentions;                // of each layer
@@ -84,19 +88,19 @@ class Forward {
     const Rope rope{m.cos, m.sin, own.query_norm, own.key_norm, m.eps};
     const int64_t width = queries + 2 * keys;
     normalise_all(own.attention_norm);
-    linear(i, 0, own.qkv, s.h, m.hidden, s.qkv, width, false);
+    linear(i, 0, s.h, s.qkv, false);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < s.rows; row++)
       rope.row(s.qkv + row * width, m.heads, s.slots[row], s.positions[row], cache);
     attentions[i]->run(s.qkv, width, cache, s.attended);
-    linear(i, 1, own.o, s.attended, queries, s.x, m.hidden, true);
+    linear(i, 1, s.attended, s.x, true);
     normalise_all(own.mlp_norm);
-    linear(i, 2, own.gate_up, s.h, m.hidden, s.gate_up, 2 * m.intermediate, false);
+    linear(i, 2, s.h, s.gate_up, false);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < s.rows; row++)
       silu_mul(s.gate_up + row * 2 * m.intermediate, s.activated + row * m.intermediate,
                m.intermediate);
-    linear(i, 3, own.down, s.activated, m.intermediate, s.x, m.hidden, true);
+    linear(i, 3, s.activated, s.x, true);
   }
 
   void embed() {
@@ -117,14 +121,23 @@ class Forward {
   }
 
   // y = or += linear(x) and, for rows that wear an adapter, what it adds.
-  void linear(int64_t layer, int group, const Linear& own, const Number* x, int64_t inputs, Number* y,
-              int64_t outputs, bool add) {
-    multiply(own, x, inputs, y, outputs, s.rows, add);
-    if (!loras.empty()) loras[group].run(layer, x, inputs, y, outputs);
+  void linear(int64_t layer, int group, const Number* x, Number* y, bool add) {
+    multiply(layer * 4 + group, x, y, s.rows, add);
+    if (!loras.empty()) loras[group].run(layer, x, groups[group].inputs, y, groups[group].width());
   }
 
-  static void multiply(const Linear& own, const Number* x, int64_t inputs, Number* y,
-                       int64_t outputs, int64_t rows, bool add) {
-    Product{x, own.weight, own.bias, y, inputs, outputs, inputs / STEP, outputs, add}.run(rows);
+  // Of the linears in the order in which they run, 4 of each layer and the head, number n.
+  void multiply(int64_t n, const Number* x, Number* y, int64_t rows, bool add) {
+    const int64_t inputs = group(n).inputs, outputs = group(n).width();
+    const Panels after = n < m.layers * 4 ? panels(n + 1) : Panels{};
+    Product{x, panels(n), own(n).bias, y, inputs, outputs, outputs, add}.run(rows, taken[n], after);
   }
+
+  const Linear& own(int64_t n) const {
+    return n < m.layers * 4 ? m.layer[n / 4].linears[n % 4] : m.head;
+  }
+
+  const Group& group(int64_t n) const { return groups[n < m.layers * 4 ? n % 4 : 4]; }
+
+  Panels panels(int64_t n) const { return {own(n).weight, group(n).inputs, group(n).width()}; }
 };

@@ -1,38 +1,63 @@
 // y = x Wᵀ + b for a frozen W, packed by `pack` in linear.py: panels of 32 outputs, and inside a
 // panel the weights that one step multiplies side by side, so that W is read once, in order.
 #pragma once
+#include <omp.h>
+
+#include <atomic>
+
 #include "vector.h"
 
 constexpr int COLUMNS = 2;  // vectors of outputs in a panel
 constexpr int PANEL = COLUMNS * LANES;
+constexpr int64_t LINE = 64;  // bytes that memory is read in
 #if defined(__AVX512F__)
 constexpr int TILE = 12;  // rows of x at once: 24 of 32 registers are sums
 #else
 constexpr int TILE = 2;
 #endif
-constexpr int64_t BAND = 96;  // rows of x that stay in the second level cache beside a panel
 
-// x [rows, steps · STEP], y [rows, outputs], bias [outputs] or null; add: y += instead of y =.
+// A packed weight [outputs, inputs].
+struct Panels {
+  const Number* w = nullptr;
+  int64_t steps = 0, count = 0;
+
+  Panels() = default;
+  Panels(const Number* w, int64_t inputs, int64_t outputs)
+      : w(w), steps(inputs / STEP), count((outputs + PANEL - 1) / PANEL) {}
+
+  const Number* at(int64_t panel) const { return w + panel * steps * PANEL * STEP; }
+};
+
+// x [rows, inputs], y [rows, outputs], bias [outputs] or null; add: y += instead of y =.
 struct Product {
-  const Number *x, *w, *bias;
+  const Number* x;
+  const Panels w;
+  const Number* bias;
   Number* y;
-  int64_t x_stride, y_stride, steps, outputs;
+  int64_t x_stride, y_stride, outputs;
   bool add;
 
+  // While it multiplies, a tile asks for memory that is as large as its panel and read soon.
   template <int N>
-  void tile(int64_t row, int64_t panel) const {
-    const Number* rows = x + row * x_stride;
-    const Number* weights = w + panel * steps * PANEL * STEP;
+  void tile(int64_t row, int64_t panel, const void* soon) const {
+    const Number* weights = w.at(panel);
+    const int64_t ahead = (const char*)soon - (const char*)weights;
+    const Number* rows[(N + 2) / 3];  // every third: a processor adds one or two strides for free
+    for (int i = 0; i < N; i += 3) rows[i / 3] = x + (row + i) * x_stride;
     Floats totals[N][COLUMNS] = {};
-    for (int64_t k = 0; k < steps; k++, weights += PANEL * STEP) {
+    for (int64_t k = 0; k < w.steps; k++, weights += PANEL * STEP) {
+      for (int c = 0; c < COLUMNS; c++)
+        __builtin_prefetch((const char*)weights + ahead + c * LINE, 0, 2);
       Words own[COLUMNS];
       for (int c = 0; c < COLUMNS; c++) own[c] = lanes(weights + c * LANES * STEP);
 #pragma GCC unroll 12
       for (int i = 0; i < N; i++) {
-        const Words input = broadcast(rows + i * x_stride + k * STEP);
+        const Words input = broadcast(rows[i / 3] + i % 3 * x_stride);
 #pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; c++) totals[i][c] = multiply_add(own[c], input, totals[i][c]);
       }
+#pragma GCC unroll 4
+      for (int i = 0; i < (N + 2) / 3; i++) rows[i] += STEP;
     }
     for (int i = 0; i < N; i++)
       for (int c = 0; c < COLUMNS; c++) finish(row + i, panel * PANEL + c * LANES, totals[i][c]);
@@ -47,19 +72,23 @@ struct Product {
     store(out, total, n);
   }
 
+  // The first tile asks for the next panel, the others for nothing new.
   template <int N = TILE>
-  void tiles(int64_t row, int64_t rows, int64_t panel) const {
-    for (; rows >= N; row += N, rows -= N) tile<N>(row, panel);
-    if constexpr (N > 1) tiles<N - 1>(row, rows, panel);
+  void tiles(int64_t row, int64_t rows, int64_t panel, const void* next) const {
+    for (; rows >= N; row += N, rows -= N) tile<N>(row, panel, row ? w.at(panel) : next);
+    if constexpr (N > 1) tiles<N - 1>(row, rows, panel, next);
   }
 
-  // Called by every thread of a parallel region.
-  void run(int64_t rows) const {
-    const int64_t panels = (outputs + PANEL - 1) / PANEL;
-    for (int64_t first = 0; first < rows; first += BAND)
-#pragma omp for schedule(dynamic) nowait
-      for (int64_t panel = 0; panel < panels; panel++)
-        tiles(first, std::min(BAND, rows - first), panel);
+  // Called by every thread of a parallel region, with a count that all share and that begins at 0.
+  // A thread takes its next panel before it computes one, and fetches it in the meantime: memory
+  // and multipliers are busy at the same time. Beside its last panel it fetches one of `after`.
+  void run(int64_t rows, std::atomic<int64_t>& taken, const Panels& after = {}) const {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (int64_t panel = thread, next; panel < w.count; panel = next) {
+      next = threads + taken.fetch_add(1, std::memory_order_relaxed);
+      const bool ends = next >= w.count;
+      tiles(0, rows, panel, !ends ? w.at(next) : thread < after.count ? after.at(thread) : w.at(panel));
+    }
 #pragma omp barrier
   }
 };

@@ -29,6 +29,8 @@ struct Run {
 // A fused group of linears: what they read and what each of them gives.
 struct Group {
   int64_t inputs, parts, outputs[MOST_PARTS];
+
+  int64_t width() const { return outputs[0] + outputs[1] + outputs[2]; }
 };
 struct Task {
   const Run* run;

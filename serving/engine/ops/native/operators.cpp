@@ -7,9 +7,10 @@ extern "C" {
 
 void linear(const Number* x, int64_t x_stride, const Number* weight, const Number* bias, Number* y,
             int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t add) {
-  const Product product{x, weight, bias, y, x_stride, y_stride, inputs / STEP, outputs, add != 0};
+  const Product product{x, {weight, inputs, outputs}, bias, y, x_stride, y_stride, outputs, add != 0};
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel
-  product.run(rows);
+  product.run(rows, taken);
 }
 
 void rms_norm(const Number* x, int64_t x_stride, const Number* weight, Number* y, int64_t rows,
