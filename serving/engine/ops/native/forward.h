@@ -130,7 +130,11 @@ class Forward {
   void multiply(int64_t n, const Number* x, Number* y, int64_t rows, bool add) {
     const int64_t inputs = group(n).inputs, outputs = group(n).width();
     const Panels after = n < m.layers * 4 ? panels(n + 1) : Panels{};
-    Product{x, panels(n), own(n).bias, y, inputs, outputs, outputs, add}.run(rows, taken[n], after);
+    const Product product{x, panels(n), own(n).bias, y, inputs, outputs, outputs, add};
+    if (loras.empty() || n == m.layers * 4)
+      product.run(rows, taken[n], after);
+    else
+      product.run(rows, taken[n], after, loras[n % 4].pieces, n / 4);
   }
 
   const Linear& own(int64_t n) const {

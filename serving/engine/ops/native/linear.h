@@ -4,6 +4,8 @@
 #include <omp.h>
 
 #include <atomic>
+#include <utility>
+#include <vector>
 
 #include "vector.h"
 
@@ -28,6 +30,27 @@ struct Panels {
   const Number* at(int64_t panel) const { return w + panel * steps * PANEL * STEP; }
 };
 
+// Memory of one layer that is read soon, as much as a panel; of the next layer, `stride` beyond it.
+struct Piece {
+  const char* first;
+  int64_t stride;  // bytes
+};
+
+// What a thread's tiles ask for beside their own work: each tile one piece.
+struct Ahead {
+  const void* panel;  // the first to be asked for, or null
+  const Piece *piece, *end;
+  int64_t layer, threads;
+
+  const void* take() {
+    if (panel) return std::exchange(panel, nullptr);
+    if (piece >= end) return nullptr;
+    const char* first = piece->first + layer * piece->stride;
+    piece += threads;  // between them are those of the other threads
+    return first;
+  }
+};
+
 // x [rows, inputs], y [rows, outputs], bias [outputs] or null; add: y += instead of y =.
 struct Product {
   const Number* x;
@@ -41,7 +64,7 @@ struct Product {
   template <int N>
   void tile(int64_t row, int64_t panel, const void* soon) const {
     const Number* weights = w.at(panel);
-    const int64_t ahead = (const char*)soon - (const char*)weights;
+    const int64_t ahead = soon ? (const char*)soon - (const char*)weights : 0;
     const Number* rows[(N + 2) / 3];  // every third: a processor adds one or two strides for free
     for (int i = 0; i < N; i += 3) rows[i / 3] = x + (row + i) * x_stride;
     Floats totals[N][COLUMNS] = {};
@@ -72,22 +95,24 @@ struct Product {
     store(out, total, n);
   }
 
-  // The first tile asks for the next panel, the others for nothing new.
   template <int N = TILE>
-  void tiles(int64_t row, int64_t rows, int64_t panel, const void* next) const {
-    for (; rows >= N; row += N, rows -= N) tile<N>(row, panel, row ? w.at(panel) : next);
-    if constexpr (N > 1) tiles<N - 1>(row, rows, panel, next);
+  void tiles(int64_t row, int64_t rows, int64_t panel, Ahead& ahead) const {
+    for (; rows >= N; row += N, rows -= N) tile<N>(row, panel, ahead.take());
+    if constexpr (N > 1) tiles<N - 1>(row, rows, panel, ahead);
   }
 
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.
-  // A thread takes its next panel before it computes one, and fetches it in the meantime: memory
-  // and multipliers are busy at the same time. Beside its last panel it fetches one of `after`.
-  void run(int64_t rows, std::atomic<int64_t>& taken, const Panels& after = {}) const {
+  // A thread takes its next panel before it computes one, and fetches it in the meantime, and then
+  // `pieces`: memory and multipliers are busy at the same time. Beside its last panel it fetches
+  // one of `after`.
+  void run(int64_t rows, std::atomic<int64_t>& taken, const Panels& after = {},
+           const std::vector<Piece>& pieces = {}, int64_t layer = 0) const {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    Ahead ahead{nullptr, pieces.data() + thread, pieces.data() + pieces.size(), layer, threads};
     for (int64_t panel = thread, next; panel < w.count; panel = next) {
       next = threads + taken.fetch_add(1, std::memory_order_relaxed);
-      const bool ends = next >= w.count;
-      tiles(0, rows, panel, !ends ? w.at(next) : thread < after.count ? after.at(thread) : w.at(panel));
+      ahead.panel = next < w.count ? w.at(next) : thread < after.count ? after.at(thread) : nullptr;
+      tiles(0, rows, panel, ahead);
     }
 #pragma omp barrier
   }

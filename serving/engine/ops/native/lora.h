@@ -3,10 +3,10 @@
 #pragma once
 #include <vector>
 
-#include "vector.h"
+#include "linear.h"
 
 constexpr int64_t MOST_PARTS = 3;
-constexpr int64_t ROWS = 64;    // of x in one task
+constexpr int64_t ROWS = 16;    // of x in one task
 constexpr int64_t NARROW = 32;  // rows of A in one task
 constexpr int64_t WIDE = 256;   // columns of B in one task
 constexpr int EIGHT = 8;        // rows of A at once: every rank bucket is a multiple of it
@@ -59,7 +59,11 @@ class Lora {
       offset += (run->stop - run->start) * parts * stack->rank;
     }
     narrow.resize(offset);
+    cut(runs, count, stacks);
   }
+
+  // The adapters' memory, to be fetched while the linear itself computes.
+  std::vector<Piece> pieces;
 
   // x [rows, inputs], y [rows, sum of outputs]. Called by every thread of a parallel region.
   void run(int64_t layer, const Number* x, int64_t x_stride, Number* y, int64_t y_stride) {
@@ -74,6 +78,32 @@ class Lora {
   const int64_t parts;
   std::vector<float> narrow;  // A(x): [rows, parts · rank] of each run, one run behind the other
   std::vector<Task> shrinks, expands;
+
+  // Slots that lie side by side and are all worn are one stretch.
+  void cut(const Run* runs, int64_t count, const Stack* stacks) {
+    std::vector<const Run*> worn(count);
+    for (int64_t i = 0; i < count; i++) worn[i] = runs + i;
+    std::sort(worn.begin(), worn.end(), [](const Run* one, const Run* two) {
+      return std::pair(one->stack, one->slot) < std::pair(two->stack, two->slot);
+    });
+    for (auto first = worn.begin(); first != worn.end();) {
+      auto last = first;
+      while (last + 1 != worn.end() && last[1]->stack == (*first)->stack &&
+             last[1]->slot <= last[0]->slot + 1)
+        last++;
+      const Stack& stack = stacks[(*first)->stack];
+      const int64_t from = (*first)->slot, to = (*last)->slot + 1;
+      cut(stack.a, parts * stack.rank * group.inputs, stack.slots, from, to);
+      for (int64_t part = 0; part < parts; part++)
+        cut(stack.b[part], stack.rank * group.outputs[part], stack.slots, from, to);
+      first = last + 1;
+    }
+  }
+
+  void cut(const Number* numbers, int64_t size, int64_t slots, int64_t from, int64_t to) {
+    for (int64_t at = from * size; at < to * size; at += PANEL * group.inputs)
+      pieces.push_back({(const char*)(numbers + at), (int64_t)sizeof(Number) * slots * size});
+  }
 
   float* narrow_row(const Task& task, int64_t row) {
     return narrow.data() + task.narrow + (row - task.run->start) * parts * task.stack->rank;
@@ -96,17 +126,23 @@ class Lora {
   // Eight rows of A with one row of x, then the same eight with another.
   Floats dot(const Number* a, const Number* one, const Number* two) const {
     Floats products[2 * EIGHT] = {};
-    for (int64_t i = 0; i < group.inputs; i += LANES * STEP) {
-      const int64_t n = group.inputs - i;
-      const Words first = lanes(one + i, n), second = lanes(two + i, n);
-#pragma GCC unroll 8
-      for (int k = 0; k < EIGHT; k++) {
-        const Words weights = lanes(a + k * group.inputs + i, n);
-        products[k] = multiply_add(weights, first, products[k]);
-        products[EIGHT + k] = multiply_add(weights, second, products[EIGHT + k]);
-      }
-    }
+    const int64_t whole = group.inputs / (LANES * STEP) * (LANES * STEP);
+    for (int64_t i = 0; i < whole; i += LANES * STEP) dot_step(a + i, one + i, two + i, products);
+    if (whole < group.inputs)
+      dot_step(a + whole, one + whole, two + whole, products, group.inputs - whole);
     return sums(products);
+  }
+
+  template <typename... Left>  // how many numbers are left, when they are fewer than a step takes
+  void dot_step(const Number* a, const Number* one, const Number* two,
+                Floats (&products)[2 * EIGHT], Left... left) const {
+    const Words first = lanes(one, left...), second = lanes(two, left...);
+#pragma GCC unroll 8
+    for (int k = 0; k < EIGHT; k++) {
+      const Words weights = lanes(a + k * group.inputs, left...);
+      products[k] = multiply_add(weights, first, products[k]);
+      products[EIGHT + k] = multiply_add(weights, second, products[EIGHT + k]);
+    }
   }
 
   void expand(const Task& task, int64_t layer, Number* y, int64_t y_stride) {
@@ -142,17 +178,25 @@ class Lora {
     for (int r = 0; r < R; r++) {
       scales[r] = narrow_row(task, row + r) + task.part * rank;
       for (int v = 0; v < V; v++)
-        totals[r][v] = load(y + r * y_stride + column + v * LANES, n - v * LANES);
+        totals[r][v] = part<V>(y + r * y_stride + column + v * LANES, n);
     }
     for (int64_t k = 0; k < rank; k++, b += out)
 #pragma GCC unroll 16
       for (int v = 0; v < V; v++) {
-        const Floats weights = load(b + v * LANES, n - v * LANES);
+        const Floats weights = part<V>(b + v * LANES, n);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) totals[r][v] += scales[r][k] * weights;
       }
     for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++)
-        store(y + r * y_stride + column + v * LANES, totals[r][v], n - v * LANES);
+      for (int v = 0; v < V; v++) {
+        Number* to = y + r * y_stride + column + v * LANES;
+        V > 1 ? store(to, totals[r][v]) : store(to, totals[r][v], n);
+      }
+  }
+
+  // Of several vectors each is whole; one alone may have n numbers only.
+  template <int V>
+  static Floats part(const Number* from, int64_t n) {
+    return V > 1 ? load(from) : load(from, n);
   }
 };
