@@ -59,7 +59,12 @@ class Lora {
       offset += (run->stop - run->start) * parts * stack->rank;
     }
     narrow.resize(offset);
-    cut(runs, count, stacks);
+    for (const Run* run = runs; run < runs + count; run++) {
+      const Stack& stack = stacks[run->stack];
+      cut(stack.a, run->slot, parts * stack.rank * group.inputs);
+      for (int64_t part = 0; part < parts; part++)
+        cut(stack.b[part], run->slot, stack.rank * group.outputs[part]);
+    }
   }
 
   // The adapters' memory, to be fetched while the linear itself computes.
@@ -79,30 +84,9 @@ class Lora {
   std::vector<float> narrow;  // A(x): [rows, parts · rank] of each run, one run behind the other
   std::vector<Task> shrinks, expands;
 
-  // Slots that lie side by side and are all worn are one stretch.
-  void cut(const Run* runs, int64_t count, const Stack* stacks) {
-    std::vector<const Run*> worn(count);
-    for (int64_t i = 0; i < count; i++) worn[i] = runs + i;
-    std::sort(worn.begin(), worn.end(), [](const Run* one, const Run* two) {
-      return std::pair(one->stack, one->slot) < std::pair(two->stack, two->slot);
-    });
-    for (auto first = worn.begin(); first != worn.end();) {
-      auto last = first;
-      while (last + 1 != worn.end() && last[1]->stack == (*first)->stack &&
-             last[1]->slot <= last[0]->slot + 1)
-        last++;
-      const Stack& stack = stacks[(*first)->stack];
-      const int64_t from = (*first)->slot, to = (*last)->slot + 1;
-      cut(stack.a, parts * stack.rank * group.inputs, stack.slots, from, to);
-      for (int64_t part = 0; part < parts; part++)
-        cut(stack.b[part], stack.rank * group.outputs[part], stack.slots, from, to);
-      first = last + 1;
-    }
-  }
-
-  void cut(const Number* numbers, int64_t size, int64_t slots, int64_t from, int64_t to) {
-    for (int64_t at = from * size; at < to * size; at += PANEL * group.inputs)
-      pieces.push_back({(const char*)(numbers + at), (int64_t)sizeof(Number) * slots * size});
+  void cut(const Half& half, int64_t slot, int64_t size) {
+    for (int64_t at = 0; at < size; at += PANEL * group.inputs)
+      pieces.push_back({(const char*)(half.of(0, slot) + at), half.layer * (int64_t)sizeof(Number)});
   }
 
   float* narrow_row(const Task& task, int64_t row) {
