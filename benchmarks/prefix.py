@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import os
 import random
 import statistics
 import tempfile
@@ -39,6 +40,9 @@ from registry.store import Registry
 NAME = AdapterName("bench", "a")
 OUTPUT_TOKENS = 32
 CLIENTS = 8
+HEAD = """\
+| prompts | model | TTFT ms, cache | none | ratio | tok/s of 8, cache | none | ratio |
+|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +100,11 @@ async def together(
     return sum(record.tokens for record in records) / (time.perf_counter() - began)
 
 
-async def measure(urls: Sequence[str], texts: Texts, requests: int, repeats: int) -> str:
-    """Return the table; `urls` are the server with the cache and the one without."""
-    lines = [
-        "| prompts | model | TTFT ms, cache | none | ratio | tok/s of 8, cache | none | ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+async def measure(urls: Sequence[str], texts: Texts, requests: int, repeats: int) -> None:
+    """Print a row for each cell; `urls` are the server with the cache and the one without."""
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        with Progress() as progress:
+        with Progress(transient=True) as progress:
             bar = progress.add_task("measuring", total=len(CELLS) * repeats)
             for cell in CELLS:
                 await asyncio.gather(
@@ -118,8 +118,7 @@ async def measure(urls: Sequence[str], texts: Texts, requests: int, repeats: int
                     asked = [texts.next(cell) for _ in range(2 * CLIENTS)]
                     rate.append([await together(session, url, cell, asked) for url in urls])
                     progress.advance(bar)
-                lines.append(row(cell, ttft, rate))
-    return "\n".join(lines)
+                print(row(cell, ttft, rate), flush=True)
 
 
 def row(cell: Cell, ttft: Sequence[Sequence[float]], rate: Sequence[Sequence[float]]) -> str:
@@ -138,6 +137,13 @@ def fill_registry(home: Path, base: BaseModel, bases: Bases) -> None:
         write_adapter(home / "made", base, seed=1)
         pushed = registry.push(home / "made", NAME, actor="benchmark")
         registry.promote(NAME, pushed.version.number, reason="benchmark", actor="benchmark")
+
+
+def setup_line(base: BaseModel, tokens: int, repeats: int) -> str:
+    return (
+        f"{os.cpu_count()} cores of {cpu_name()}, base {base.id}, {tokens} tokens in common and a "
+        f"question of 30–60, medians of {repeats}, {time.strftime('%F')}"
+    )
 
 
 def main() -> None:
@@ -159,11 +165,8 @@ def main() -> None:
             fill_registry(home, base, bases)
             serve = running_server(home, base.id, ["--no-auth", *extra, *args.serve])
             urls.append(stack.enter_context(serve))
-        result = asyncio.run(measure(urls, texts, args.requests, args.repeats))
-    print(
-        f"\n{cpu_name()}, base {base.id}, {args.tokens} tokens in common and a question of 30–60, "
-        f"medians of {args.repeats}, {time.strftime('%F')}\n\n{result}"
-    )
+        print(f"{setup_line(base, args.tokens, args.repeats)}\n\n{HEAD}", flush=True)
+        asyncio.run(measure(urls, texts, args.requests, args.repeats))
 
 
 if __name__ == "__main__":
