@@ -65,6 +65,14 @@ def offline_engines() -> "OfflineEngines":
     return OfflineEngines()
 
 
+def memory(text: str) -> int:
+    """Return the bytes of an option; click would say of a ValueError only that there was one."""
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command()
 @clear_errors()
 def serve(
@@ -111,7 +119,7 @@ def serve(
     prefix_cache_memory: Annotated[
         int | None,
         typer.Option(
-            parser=parse_memory,
+            parser=memory,
             metavar="SIZE",
             help="For what prompts begin with, such as 2GiB; 0: none. Default: an eighth of all.",
         ),
@@ -119,7 +127,7 @@ def serve(
     adapter_memory: Annotated[
         int | None,
         typer.Option(
-            parser=parse_memory,
+            parser=memory,
             metavar="SIZE",
             help="Of the device, for adapters that can be worn. Default: an eighth of all.",
         ),
@@ -127,7 +135,7 @@ def serve(
     adapter_host_memory: Annotated[
         int | None,
         typer.Option(
-            parser=parse_memory,
+            parser=memory,
             metavar="SIZE",
             help="Of the host, for adapters ready to go to the device. Default: an eighth of all; "
             "on the CPU none.",
