@@ -73,7 +73,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Tell whether a step would get on; when all wait for loads it would not."""
-        return bool(self.scheduler.running) or self._stirred
+        return bool(self.scheduler.running) or self._stirred or self.residency.filling
 
     def add(self, ticket: Ticket) -> None:
         if isinstance(ticket, Warm):

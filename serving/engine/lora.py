@@ -122,10 +122,17 @@ class LoraStacks:
         """Return bucket → A and B's as `weights` has them, with all layers in front."""
         return {bucket: stack[group] for bucket, stack in self._stacks.items()}
 
-    def load(self, slot: Slot, adapter: HostAdapter) -> None:
-        """Overwrite a slot whole. Only between steps."""
+    def load(self, slot: Slot, adapter: HostAdapter, start: int = 0, most: int = 1 << 62) -> int:
+        """Overwrite a slot from its number `start` on, `most` bytes of it. Only between steps.
+
+        Returns up to where it is written; whole is `len(adapter.weights)`.
+        """
         size = len(adapter.weights)
-        self._arena[slot.row * size :][:size].copy_(adapter.weights, non_blocking=True)
+        stop = min(size, start + most // adapter.weights.itemsize)
+        self._arena[slot.row * size :][start:stop].copy_(
+            adapter.weights[start:stop], non_blocking=True
+        )
+        return stop
 
     def _views(self) -> dict[str, list[dict[int, Halves]]]:
         return {

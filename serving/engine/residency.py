@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, LoadStage, ResidentAdapter
@@ -10,6 +11,17 @@ from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import Place, SlotTable
 
 MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
+# Copied into slots between two steps at most: running requests wait for it. Memory that was never
+# written takes a CPU about 0.6 ms a megabyte, four times as long as later (docs/benchmarks.md).
+COPY_BYTES = 32 << 20
+
+
+@dataclass(slots=True)
+class _Filling:
+    """An adapter on its way into a slot."""
+
+    adapter: HostAdapter
+    written: int = 0  # of its numbers
 
 
 class Residency:
@@ -30,7 +42,9 @@ class Residency:
         self._labels: dict[str, str] = {}
         self._waits: dict[str, Load] = {}  # digest → its load, while somebody waits for it
         self._claims: dict[str, tuple[str, ...]] = {}  # waiting digest → those that drain for it
+        self._filling: dict[str, _Filling] = {}  # digests whose slots are not whole yet
         self._asked: set[str] = set()  # in this pass
+        self._copied = 0  # bytes, in this pass
         self._resident: tuple[ResidentAdapter, ...] = ()
         self._resident_at = 0
 
@@ -38,6 +52,9 @@ class Residency:
         """Drop the loads and claims that nobody waits for; call around each pass."""
         digests = set(wanted)
         self._asked.clear()
+        self._copied = 0
+        for digest in self._filling.keys() - digests:
+            self._evict(digest)
         self._waits = {d: load for d, load in self._waits.items() if d in digests}
         self._claims = {d: v for d, v in self._claims.items() if d in digests}
 
@@ -55,7 +72,8 @@ class Residency:
         such is claimed before others. Raises AdapterLoadFailed.
         """
         if ref.digest in self.table:
-            return not self._drains(ref.digest)
+            self._asked.add(ref.digest)
+            return self._fill(ref.digest) and not self._drains(ref.digest)
         self._come_first(ref.digest)
         self.prefetch(ref)
         load = self._waits.get(ref.digest)
@@ -70,7 +88,7 @@ class Residency:
                 self._claim(adapter, yielding())
             return False
         self._place(ref, adapter, place)
-        return True
+        return self._fill(ref.digest)
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Start loading what is not in a slot; the request may wait for other things meanwhile.
@@ -98,6 +116,11 @@ class Residency:
                 "or start the server with more --adapter-memory."
             )
         self.kept = kept
+
+    @property
+    def filling(self) -> bool:
+        """Tell whether a slot is being written, and the next pass will go on with that."""
+        return bool(self._filling)
 
     @property
     def in_memory(self) -> int:
@@ -141,20 +164,39 @@ class Residency:
                 self._claims.pop(later, None)
 
     def _place(self, ref: AdapterRef, adapter: HostAdapter, place: Place) -> None:
-        """Copy into a slot; who has to leave for that leaves."""
-        started = time.monotonic()
+        """Give the adapter a slot; who has to leave for that leaves."""
         for digest in place.leaving:
-            self.table.evict(digest)
-            del self._labels[digest]
-            self.evictions += 1
+            self._evict(digest)
         self._claims.pop(ref.digest, None)
         self._drop_claims(place)
         self.table.place(ref.digest, place.slot)
-        self.stacks.load(place.slot, adapter)
         self._labels[ref.digest] = ref.label
+        self._filling[ref.digest] = _Filling(adapter)
         del self._waits[ref.digest]
-        self.loads += 1
+
+    def _fill(self, digest: str) -> bool:
+        """Go on copying into a slot as far as this pass may; tell whether it is whole."""
+        filling = self._filling.get(digest)
+        if filling is None:
+            return True
+        started, left = time.monotonic(), COPY_BYTES - self._copied
+        if left <= 0:
+            return False
+        slot, before = self.table.slot_of(digest), filling.written
+        filling.written = self.stacks.load(slot, filling.adapter, before, left)
+        self._copied += (filling.written - before) * filling.adapter.weights.itemsize
         self._place_seconds += time.monotonic() - started
+        if filling.written < len(filling.adapter.weights):
+            return False
+        del self._filling[digest]
+        self.loads += 1
+        return True
+
+    def _evict(self, digest: str) -> None:
+        self.table.evict(digest)
+        self._filling.pop(digest, None)
+        del self._labels[digest]
+        self.evictions += 1
 
     def _idle(self, adapter: HostAdapter) -> Place | None:
         """Return a place that nobody wears anything of: the claimed one, else the least used."""
@@ -179,9 +221,10 @@ class Residency:
             self._claims[adapter.digest] = chosen.leaving
 
     def _places(self, adapter: HostAdapter) -> list[Place]:
-        """Return the choices without what is kept, or claimed by who was asked for before."""
+        """Return the choices without what is kept, and what who was asked for before has taken."""
         first = self._asked - {adapter.digest}
-        spared = self.kept.union(*(who for d, who in self._claims.items() if d in first))
+        claimed = (who for d, who in self._claims.items() if d in first)
+        spared = self.kept.union(self._filling.keys() & first, *claimed)
         places = self.table.choices(adapter.bucket)
         return [place for place in places if spared.isdisjoint(place.leaving)]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from registry.adapter import AdapterRef
+from serving.engine import residency
 from serving.engine.boundary import Grammar
 from serving.engine.build import assemble, read_model
 from serving.engine.compiled_model import CompiledModel
@@ -67,9 +68,10 @@ def test_a_million_tokens_of_a_hundred_thousand_requests_have_no_wrong_one(
 
 
 def test_memory_for_four_adapters_of_the_highest_rank_gives_no_wrong_token(
-    base: Path, folders: Folders
+    base: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots of five ranks come and go in one arena, on pages that others have used."""
+    """Slots of five ranks come and go in one arena, on pages that others have used, in pieces."""
+    monkeypatch.setattr(residency, "COPY_BYTES", 100_000)
     parts = assemble(read_model(base_of(base), SETTINGS), folders, SETTINGS)
     parts.core.residency.loader.close()
     pages = 4 * 64 // 8
@@ -84,11 +86,12 @@ def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Fol
     parts = assemble(model, folders, SETTINGS)
     stacks, fill = parts.core.residency.stacks, parts.core.residency.stacks.load
 
-    def add_up(slot, adapter):  # the shape of LoraStacks.load
+    def add_up(slot, adapter, *part):  # the shape of LoraStacks.load
         where = slice(slot.row * len(adapter.weights), (slot.row + 1) * len(adapter.weights))
         before = stacks._arena[where].clone()
-        fill(slot, adapter)
+        written = fill(slot, adapter, *part)
         stacks._arena[where] += before
+        return written
 
     stacks.load = add_up  # type: ignore[method-assign]  # the sabotage this test is about
     wrong = asyncio.run(drive(TorchEngine(parts, SETTINGS), folders, requests=300, workers=16))
@@ -108,14 +111,15 @@ def churn(
     parts = assemble(model, folders, settings)
     engine = TorchEngine(parts, settings)
     counts = asyncio.run(drive(engine, folders, requests, workers, lengths))
-    residency = parts.core.residency
+    tiers = parts.core.residency
     assert counts["wrong"] == 0
     assert counts["done"] > requests // 2
     assert counts["aborted"] > requests // 20
-    assert residency.evictions > requests // 200
+    assert tiers.evictions > requests // 200
     assert not parts.core.scheduler.running
     assert not parts.core.scheduler.waiting
-    assert all(residency.table.pins(digest) == 0 for digest in residency.table.resident())
+    assert all(tiers.table.pins(digest) == 0 for digest in tiers.table.resident())
+    assert not tiers.filling
     assert all(not layer.any() for layer in (*parts.core.cache.keys, *parts.core.cache.values))
     assert weights_digest(model) == before
     assert file_digest(base) == file_before

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from serving.engine import residency
 from serving.engine.boundary import AdapterLoadFailed
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
+from serving.engine.sequence import Sequence
 from serving.engine.settings import EngineSettings, OperatorsName
 from serving.engine.slots import BUCKETS
 from tests import tiny
@@ -52,11 +55,16 @@ def arena(base: Path, folders: Folders, pages: int) -> int:
     return pages * parts.core.residency.stacks.page_bytes
 
 
-@pytest.mark.parametrize("operators", ["auto", "torch"])
+@pytest.mark.parametrize(("operators", "piece"), [("auto", 1 << 20), ("torch", 300_000)])
 def test_every_rank_computes_what_peft_does_each_time_it_comes_back(
-    tiny_base: Path, ranks: Folders, operators: OperatorsName
+    tiny_base: Path,
+    ranks: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+    operators: OperatorsName,
+    piece: int,
 ) -> None:
     """Memory for one adapter of rank 256: each one comes into pages that the others have used."""
+    monkeypatch.setattr(residency, "COPY_BYTES", piece)
     settings = replace(SETTINGS, adapter_memory=arena(tiny_base, ranks, 32), operators=operators)
     order = ("256", "8", "128", "16", "64", "32") * 2
     prompts = [[3 * i, 40 + i, 90] for i in range(len(order))]
@@ -87,6 +95,34 @@ def test_all_ranks_in_one_batch_share_the_arena(tiny_base: Path, ranks: Folders)
         return [result.tokens for result in run_all(engine, wanted)]
 
     assert run(settings) == run(SETTINGS)
+
+
+def test_a_large_adapter_comes_between_steps_in_pieces_and_is_worn_when_it_is_whole(
+    tiny_base: Path, ranks: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, adapter_host_memory=1 << 30)
+    core = assemble(read_model(base_of(tiny_base), settings), ranks, settings).core
+    large = core.residency.loader.load(ranks.refs["256"]).result(10)
+    monkeypatch.setattr(residency, "COPY_BYTES", large.size_bytes // 4)
+    running = Sequence(request([1], max_tokens=40))
+    waiting = Sequence(request([2], ranks.refs["256"], max_tokens=2))
+    given_up = Sequence(request([3], ranks.refs["256"], max_tokens=2))
+    with torch.inference_mode():
+        core.add(running)
+        core.step()
+        core.add(given_up)
+        core.step()
+        assert core.residency.filling
+        core.abort(given_up)
+        core.step()
+        assert not core.residency.filling
+        assert ranks.refs["256"].digest not in core.residency.table
+        core.add(waiting)
+        before = running.produced
+        while not waiting.produced:
+            core.step()
+        assert running.produced - before >= 4  # a step for each piece
+    core.residency.loader.close()
 
 
 def cut(folder: Path) -> None:
@@ -161,7 +197,7 @@ def swap(base: Path, folders: Folders, memory: int, swaps: int) -> list[int]:
     return resident
 
 
-def slope(resident: Sequence[int]) -> float:
+def slope(resident: Rows[int]) -> float:
     """Return the bytes that each swap adds, by least squares over the second half."""
     late = np.array(resident[len(resident) // 2 :], float)
     return float(np.polyfit(np.arange(len(late)), late, 1)[0])
