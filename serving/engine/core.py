@@ -18,6 +18,7 @@ from serving.engine.boundary import (
     TokenDelta,
 )
 from serving.engine.kv_cache import KVCache
+from serving.engine.loader import Load
 from serving.engine.model_runner import ModelRunner
 from serving.engine.prefix_cache import PrefixCache
 from serving.engine.residency import Residency
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Warm:
     """A wish to have an adapter in a slot, and perhaps kept there, without a request for it."""
 
-    def __init__(self, ref: AdapterRef, *, keep: bool = False) -> None:
-        self.ref, self.keep = ref, keep
+    def __init__(self, adapter: AdapterRef, *, keep: bool = False) -> None:
+        self.adapter, self.keep = adapter, keep
 
 
 Ticket = Sequence | Warm
@@ -75,13 +76,14 @@ class EngineCore:
         """Tell whether a step would get on; when all wait for loads it would not."""
         return bool(self.scheduler.running) or self._stirred or self.residency.filling
 
-    def add(self, ticket: Ticket) -> None:
+    def add(self, ticket: Ticket, load: Load | None = None) -> None:
+        """Take a ticket; `load` is that of its adapter, if it has been begun."""
         if isinstance(ticket, Warm):
             self.warming[ticket] = None
-            return
-        self.scheduler.add(ticket)
+        else:
+            self.scheduler.add(ticket)
         if ticket.adapter is not None:
-            self.residency.prefetch(ticket.adapter)
+            self.residency.prefetch(ticket.adapter, load)
 
     def abort(self, ticket: Ticket) -> None:
         """Forget a request; its KV slot and its pin are free at once. Unknown ones are ignored."""
@@ -94,7 +96,7 @@ class EngineCore:
     def release(self, ticket: Ticket) -> None:
         """Keep an adapter no more: whoever waits for a slot may have its."""
         assert isinstance(ticket, Warm)
-        self.residency.kept.discard(ticket.ref.digest)
+        self.residency.kept.discard(ticket.adapter.digest)
         self._stirred = True
 
     def step(self) -> list[Event]:
@@ -144,10 +146,10 @@ class EngineCore:
             return events
         for warm in list(self.warming):
             try:
-                if not self.residency.ensure(warm.ref):
+                if not self.residency.ensure(warm.adapter):
                     continue
                 if warm.keep:
-                    self.residency.keep(warm.ref)
+                    self.residency.keep(warm.adapter)
                 events.append((warm, None))
             except AdapterLoadFailed as error:
                 events.append((warm, error))
@@ -163,14 +165,14 @@ class EngineCore:
 
     def _wanted(self) -> Iterator[str]:
         """Yield the digests that somebody waits for."""
-        yield from (warm.ref.digest for warm in self.warming)
+        yield from (warm.adapter.digest for warm in self.warming)
         for sequence in self.scheduler.waiting:
             if sequence.adapter is not None:
                 yield sequence.adapter.digest
 
     def _loading(self) -> tuple[AdapterRef, ...]:
         """Return the adapters that somebody waits for and that are in no slot yet."""
-        wished = [warm.ref for warm in self.warming]
+        wished = [warm.adapter for warm in self.warming]
         wished += [each.adapter for each in self.scheduler.waiting if each.adapter is not None]
         table = self.residency.table
         return tuple({ref.digest: ref for ref in wished if ref.digest not in table}.values())

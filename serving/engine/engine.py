@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -155,9 +156,16 @@ class TorchEngine:
             if isinstance(ticket, Sequence):
                 self._check_room(ticket.request)
             stream = self._streams[ticket] = _Stream(ticket)
-            self._inbox.append((self._core.add, ticket))
+            self._inbox.append((self._adding(ticket), ticket))
             self._changed.notify()
             return stream
+
+    def _adding(self, ticket: Ticket) -> Callable[[Ticket], None]:
+        """Return what hands the ticket over; its adapter loads while it waits for the step."""
+        if ticket.adapter is None:
+            return self._core.add
+        load = self._core.residency.begin(ticket.adapter, len(self._inbox))
+        return partial(self._core.add, load=load)
 
     def _check_room(self, request: GenerateRequest) -> None:
         """Raise EngineBusy when a tenant's class is full: it takes nobody else's room."""

@@ -90,7 +90,17 @@ class Residency:
         self._place(ref, adapter, place)
         return self._fill(ref.digest)
 
-    def prefetch(self, ref: AdapterRef) -> None:
+    def begin(self, ref: AdapterRef, ahead: int) -> Load | None:
+        """Start a load for `prefetch` while a step still runs. The only method for any thread.
+
+        `ahead` others have not been handed to `prefetch` yet. What it sees may be over when the
+        step thread looks: a load too many or too few, which `prefetch` and `ensure` put right.
+        """
+        if ref.digest in self.table or len(self._waits) + ahead >= MAX_LOADS:
+            return None
+        return self.loader.load(ref)
+
+    def prefetch(self, ref: AdapterRef, load: Load | None = None) -> None:
         """Start loading what is not in a slot; the request may wait for other things meanwhile.
 
         Only so many at once: adapters of all who wait could be more than the host's memory. A load
@@ -99,7 +109,7 @@ class Residency:
         """
         if ref.digest in self.table or ref.digest in self._waits or len(self._waits) >= MAX_LOADS:
             return
-        self._waits[ref.digest] = self.loader.load(ref)
+        self._waits[ref.digest] = load or self.loader.load(ref)
 
     def keep(self, ref: AdapterRef) -> None:
         """Let nothing put an adapter out of the slot that `ensure` found it in.
