@@ -35,7 +35,7 @@ from registry.base import BaseModel, Bases
 from registry.home import default_cache
 from registry.store import Registry
 
-SHARES = (1.0, 0.5, 0.25, 0.125)  # of the adapters that are asked for: how many memory holds
+SHARES = (1.0, 0.5, 0.25, 0.125)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +153,24 @@ async def slot_bytes(url: str) -> int:
 
 
 def measure(
-    home: Path, base: BaseModel, numbers: Sequence[int], traffic: Traffic, serve: list[str]
+    home: Path,
+    base: BaseModel,
+    numbers: Sequence[int],
+    traffic: Traffic,
+    shares: Sequence[float],
+    serve: list[str],
 ) -> list[Phase]:
     """Serve once for each memory size."""
     phases: list[Phase] = []
     distinct = len(set(numbers))
     with Progress() as progress:
-        bar = progress.add_task("measuring", total=1 + len(SHARES))
+        bar = progress.add_task("measuring", total=1 + len(shares))
         with running_server(home, base.id, ["--no-auth", *serve]) as url:
             size = asyncio.run(slot_bytes(url))
             alone = [0] * len(numbers)
             phases.append(asyncio.run(traffic.phase(url, "one adapter", 1, alone)))
             progress.advance(bar)
-        for share in SHARES:
+        for share in shares:
             slots = max(1, round(share * distinct))
             memory = ["--adapter-memory", f"{slots * size}B"]
             with running_server(home, base.id, ["--no-auth", *memory, *serve]) as url:
@@ -199,6 +204,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the popularity")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=SHARES,
+        help="of the adapters that are asked for: how many memory holds",
+    )
     parser.add_argument("--home", type=Path, help="keep the registry that is made here")
     parser.add_argument("serve", nargs="*", help="after --: options handed to `wardrobe serve`")
     args = parser.parse_args()
@@ -209,7 +221,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
         home = args.home or Path(folder)
         fill_registry(home, base, bases, args.adapters, {0, *numbers})
-        phases = measure(home, base, numbers, traffic, args.serve)
+        phases = measure(home, base, numbers, traffic, args.shares, args.serve)
     print(f"\n{setup_line(base, 1)}")
     print(f"{args.adapters} adapters registered, {args.clients} clients, Zipf {args.zipf}\n")
     print(report(phases))
