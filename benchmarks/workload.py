@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from transformers import AutoTokenizer
 
+MEAN_PROMPT = 128
 OUTPUT_TOKENS = 64
 
 

@@ -1,0 +1,90 @@
+"""What no engine on this machine can beat: bytes over bandwidth, multiplications over their rate.
+
+A decode step takes at least as long as reading the weights, the adapters worn and the keys and
+values, and as multiplying for every row; a prompt as long as its multiplications at the best rate
+there is. Attention's arithmetic, sampling, HTTP and the clients count nothing.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from benchmarks.workload import MEAN_PROMPT, OUTPUT_TOKENS, Cell
+
+RANK = 16
+SIZE = 2  # bytes of a bfloat16
+
+
+def fastest(call: Callable[[], object], repeats: int) -> float:
+    """Return the seconds of the fastest of some calls, after one that does not count."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        started = perf_counter()
+        call()
+        best = min(best, perf_counter() - started)
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this machine reaches, measured now with as many threads as torch has."""
+
+    read: float  # bytes a second
+    rates: dict[int, float]  # rows → bfloat16 operations a second of a product with so many rows
+
+    @classmethod
+    def measure(cls) -> "Limits":
+        data = torch.ones(64 << 20)
+        read = data.nbytes / fastest(data.sum, 8)
+        w = torch.ones(2048, 2048, dtype=torch.bfloat16)
+        rates: dict[int, float] = {}
+        for rows in (8, 32, 512):
+            x = torch.ones(rows, 2048, dtype=torch.bfloat16)
+            seconds = fastest(lambda x=x: torch.nn.functional.linear(x, w), 20)
+            rates[rows] = 2 * rows * w.numel() / seconds
+        return cls(read, rates)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate / 1e9:.0f} at {rows} rows" for rows, rate in self.rates.items())
+        return f"{self.read / 1e9:.1f} GB/s read; bfloat16 GFLOP/s: {rates}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameters of a base of the Llama family and of one adapter on its seven linears."""
+
+    layers: int  # all linears inside layers
+    head: int
+    adapter: int
+    kv: int  # numbers of keys and values of one token
+
+    @classmethod
+    def read(cls, folder: Path) -> "Sizes":
+        config = json.loads((folder / "config.json").read_text())
+        hidden, wide = config["hidden_size"], config["intermediate_size"]
+        layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        kv = config["num_key_value_heads"] * hidden // heads
+        shapes = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, wide)] * 3
+        return cls(
+            layers * sum(a * b for a, b in shapes),
+            config["vocab_size"] * hidden,
+            layers * RANK * sum(a + b for a, b in shapes),
+            2 * layers * kv,
+        )
+
+
+def floor(cell: Cell, sizes: Sizes, limits: Limits) -> float:
+    """Return the output tokens a second that a closed loop of `cell.clients` cannot pass."""
+    clients, worn = cell.clients, min(cell.clients, cell.adapters)
+    weights = sizes.layers + sizes.head
+    context = MEAN_PROMPT + OUTPUT_TOKENS / 2
+    read = SIZE * (weights + worn * sizes.adapter + clients * context * sizes.kv) / limits.read
+    for_each = sizes.adapter if worn else 0
+    rate = limits.rates[8 if clients <= 8 else 32]
+    step = max(read, 2 * clients * (weights + for_each) / rate)
+    prompt = 2 * MEAN_PROMPT * (sizes.layers + for_each) / max(limits.rates.values())
+    return OUTPUT_TOKENS * clients / (clients * prompt + (OUTPUT_TOKENS - 1) * step)

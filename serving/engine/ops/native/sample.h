@@ -1,0 +1,114 @@
+// One token drawn from a row of scores by inverting its distribution: temperature, then min-p, then
+// top-k, then top-p of what top-k left. The same rules as `sample` in ops/sampling.py.
+#pragma once
+#include <utility>
+#include <vector>
+
+#include "vector.h"
+
+struct Wish {
+  double temperature;  // above 0
+  int64_t top_k;       // 0: off
+  double top_p, min_p;
+  double uniform;  // the row's own random number in [0, 1)
+};
+
+class Sampling {
+ public:
+  Sampling(int64_t size) : size(size), weights((size + BLOCK - 1) / BLOCK * BLOCK), masses(weights.size() / BLOCK) {}
+
+  int64_t draw(const float* scores, const Wish& wish) {
+    weigh(scores, wish);
+    return wish.top_k > 0 || wish.top_p < 1 ? cut(wish) : whole(wish.uniform);
+  }
+
+ private:
+  using Candidate = std::pair<float, int64_t>;  // weight, token
+  static constexpr int64_t BLOCK = 256;         // tokens whose weights are summed up beforehand
+  static constexpr float FIRST = 1.0f / 32;     // of the largest weight: what is looked at first
+  const int64_t size;
+  std::vector<float> weights;  // of each token; the largest is 1, and beyond the last they are 0
+  std::vector<double> masses;  // of each block
+  std::vector<Candidate> candidates;
+  double total = 0;
+
+  void weigh(const float* scores, const Wish& wish) {
+    const float most = *std::max_element(scores, scores + size);
+    const float temperature = std::max((float)wish.temperature, 1e-37f), least = wish.min_p;
+    total = 0;
+    for (int64_t block = 0; block < (int64_t)masses.size(); block++) {
+      Floats mass = {};
+      for (int64_t i = block * BLOCK; i < (block + 1) * BLOCK; i += LANES) {
+        Floats weight = exp((some(scores + i, size - i) - most) / temperature);
+        weight = weight >= least ? weight : all(0);
+        store(weights.data() + i, weight);
+        mass += weight;
+      }
+      total += masses[block] = sum(mass);
+    }
+  }
+
+  static Floats some(const float* from, int64_t n) {
+    if (n >= LANES) return load(from);
+    Floats v = all(-INFINITY);
+    for (int64_t i = 0; i < n; i++) v[i] = from[i];
+    return v;
+  }
+
+  int64_t whole(double uniform) const {
+    double before = 0;
+    const double aim = uniform * total;
+    int64_t last = 0;  // of the tokens seen, the last that can be drawn: sums are rounded
+    for (int64_t block = 0; block < (int64_t)masses.size(); block++) {
+      const bool here = before + masses[block] > aim;
+      double mass = before;
+      if (here || block + 1 == (int64_t)masses.size())
+        for (int64_t i = block * BLOCK; i < (block + 1) * BLOCK; i++) {
+          if (weights[i] > 0) last = i;
+          if ((mass += weights[i]) > aim) return last;
+        }
+      if (here) return last;
+      before += masses[block];
+    }
+    return last;
+  }
+
+  int64_t cut(const Wish& wish) {
+    const size_t limit = wish.top_k > 0 ? std::min(wish.top_k, size) : size;
+    double whole = total;
+    for (float least = FIRST;; least = least > 1e-30f ? least / 32 : 0) {
+      const double mass = collect(least);
+      const bool full = candidates.size() >= limit;
+      if (full || mass >= wish.top_p * total || least == 0) break;
+    }
+    const auto likelier = [](const Candidate& one, const Candidate& two) {
+      return one.first > two.first || (one.first == two.first && one.second < two.second);
+    };
+    std::sort(candidates.begin(), candidates.end(), likelier);
+    if (candidates.size() > limit) candidates.resize(limit);
+    if (wish.top_k > 0) {
+      whole = 0;
+      for (const auto& [weight, token] : candidates) whole += weight;
+    }
+    double kept = 0;
+    size_t count = 0;
+    do kept += candidates[count++].first;
+    while (count < candidates.size() && kept < wish.top_p * whole);
+    double mass = 0;
+    for (size_t i = 0; i < count; i++)
+      if ((mass += candidates[i].first) > wish.uniform * kept) return candidates[i].second;
+    return candidates[count - 1].second;
+  }
+
+  // Gather the tokens that have at least this share of the largest weight; return their mass.
+  double collect(float least) {
+    candidates.clear();
+    double mass = 0;
+    for (int64_t i = 0; i < size; i++)
+      if (weights[i] > 0 && weights[i] >= least) {
+        candidates.push_back({weights[i], i});
+        mass += weights[i];
+      }
+    return mass;
+  }
+};
