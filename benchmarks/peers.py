@@ -62,7 +62,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(name: str, command: str, log: Path, port: int) -> Iterator[str]:
+def started(command: str, log: Path, port: int) -> Iterator[str]:
     """Run a peer; yield why it did not start, or nothing. It ends with all that it started."""
     words = shlex.split(command)
     program = next(word for word in words if word != "env" and "=" not in word)
@@ -151,7 +151,7 @@ def peers(
         name, _, command = text.partition("=")
         port, log = free_port(), home / f"peer-{i}.log"
         filled = command.format(base=base.path, port=port, adapters=words)
-        if failure := stack.enter_context(started(name, filled, log, port)):
+        if failure := stack.enter_context(started(filled, log, port)):
             print(f"{name} is left out: {failure}")
         else:
             yield Server(name, f"http://127.0.0.1:{port}", adapters)

@@ -116,7 +116,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
         cache,
         Residency(table, stacks, loader),
         ModelRunner(model, cache, table, stacks),
-        Sampler(model.greedy, spec.eos_ids),
+        Sampler(model.greedy, spec.eos_ids, model.sample),
         PrefixCache(cache, blocks),
     )
     grammars = GrammarCompiler(spec.folder, spec.vocab, spec.eos_ids)

@@ -53,7 +53,7 @@ class CompiledModel:
         # The embedding of a tied base is read from the packed head: it is not kept twice.
         self.embedding = None if spec.tied else weights.embedding
         self.layers, self.norm, self.head = weights.layers, weights.norm, weights.head
-        self.greedy = library.greedy
+        self.greedy, self.sample = library.greedy, library.sample
         self.operators = f"C++ ({library.target.name})"
         frequencies = torch.tensor(spec.inverse_frequencies)
         self._angles = rope_angles(frequencies, length, spec.rotary_scale)

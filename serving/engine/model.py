@@ -33,7 +33,7 @@ class Model:
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.length = length  # tokens of one sequence
-        self.greedy = operators.greedy
+        self.greedy, self.sample = operators.greedy, operators.sample
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
         self.cos, self.sin = rope_tables(frequencies, length, self.dtype, spec.rotary_scale)
         self._worn: Worn = ()

@@ -10,7 +10,7 @@ from serving.engine.batch import Batch, Chunk
 from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.lora import packing_key
-from serving.engine.sampler import Greedy
+from serving.engine.sampler import Greedy, Sample
 from serving.engine.sequence import Row, Sequence
 from serving.engine.slots import Slot, SlotTable
 from serving.engine.spec import DecoderSpec
@@ -23,6 +23,7 @@ class Forward(Protocol):
     device: torch.device
     length: int  # tokens of one sequence
     greedy: Greedy  # of its logits
+    sample: Sample
     operators: str  # what computes, for people
 
     @property

@@ -14,6 +14,8 @@ from serving.engine.sequence import Sequence
 
 # scores [rows, vocab] → each row's most likely token, and whether all its scores are finite
 Greedy = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# float32 scores [rows, vocab] → a token drawn for each row
+Sample = Callable[[torch.Tensor, Shape], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,8 @@ class Sampled:
 class Sampler:
     """Chooses one token for each row of logits; no row's result depends on another row."""
 
-    def __init__(self, greedy: Greedy, eos_ids: frozenset[int]) -> None:
-        self.greedy = greedy
+    def __init__(self, greedy: Greedy, eos_ids: frozenset[int], sample: Sample = sample) -> None:
+        self.greedy, self.sample = greedy, sample
         self.eos_ids = sorted(eos_ids)
 
     def choose(
@@ -105,12 +107,14 @@ class Sampler:
                 row.masked_fill_(torch.from_numpy(~allowed[sequence]).to(row.device), -torch.inf)
             elif self._must_go_on(sequence) and self.eos_ids:
                 row[self.eos_ids] = -torch.inf
-        greedy = scores.max(dim=-1).indices
         drawn = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+        if len(drawn) == len(sequences):
+            return self.sample(scores, _shape(sequences, scores.device)).tolist()
+        tokens = scores.max(dim=-1).indices
         if drawn:
             shape = _shape([sequences[i] for i in drawn], scores.device)
-            greedy[drawn] = sample(scores[drawn], shape)
-        return greedy.tolist()
+            tokens[drawn] = self.sample(scores[drawn], shape)
+        return tokens.tolist()
 
     def _allowed(self, sequence: Sequence, constraint: Constraint) -> Allowed:
         """Return what the grammar allows; an unwanted end of text only where all else ends."""

@@ -65,7 +65,7 @@ class TransformersModel:
         self.spec, self.network, self.ops = spec, network, operators
         self.dtype, self.device = network.dtype, network.device
         self.length = length  # tokens of one sequence
-        self.greedy = operators.greedy
+        self.greedy, self.sample = operators.greedy, operators.sample
         self.operators = f"torch (transformers' forward pass of {spec.architecture})"
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:

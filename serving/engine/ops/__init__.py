@@ -13,7 +13,7 @@ from serving.engine.ops.attention import AttentionPlan, Window, attend
 from serving.engine.ops.lora import LoraPlan, Weights, apply_lora
 from serving.engine.ops.norm import rms_norm
 from serving.engine.ops.rope import rope
-from serving.engine.ops.sampling import greedy
+from serving.engine.ops.sampling import Shape, greedy, sample
 
 Tensor = torch.Tensor
 
@@ -28,3 +28,4 @@ class Operators:
     lora: Callable[[Tensor, Tensor, Weights, LoraPlan], None] = apply_lora
     attend: Callable[[Tensor, Tensor, Tensor, AttentionPlan, Window], Tensor] = attend
     greedy: Callable[[Tensor], tuple[Tensor, Tensor]] = greedy
+    sample: Callable[[Tensor, Shape], Tensor] = sample

@@ -3,12 +3,16 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
 
+from registry.home import default_cache
 from serving.engine.boundary import GenerateRequest, RequestFailed, SamplingParams
 from serving.engine.engine import TorchEngine
+from serving.engine.ops.native.library import load_library
+from serving.engine.ops.native.target import TARGETS
 from serving.engine.ops.sampling import Shape, greedy, sample
 from serving.engine.sampler import Sampled, Sampler
 from serving.engine.sequence import Draws, Sequence
@@ -17,22 +21,39 @@ from tests.serving.engine.driving import Folders, base_of, request, run_all
 
 VOCAB = 500
 DRAWS = 4000
+HERE = torch.cpu.get_capabilities()
 
 
-def drawn(scores: torch.Tensor, count: int = DRAWS, **params: float) -> torch.Tensor:
-    """Draw `count` tokens from one row of scores, with evenly spread random numbers."""
+class Drawn(Protocol):
+    def __call__(
+        self, scores: torch.Tensor, count: int = DRAWS, **params: float
+    ) -> torch.Tensor: ...
 
-    def column(name: str, default: float) -> torch.Tensor:
-        return torch.full((count,), params.get(name, default), dtype=torch.float64)
 
-    shape = Shape(
-        temperature=column("temperature", 1.0),
-        top_k=column("top_k", 0).long(),
-        top_p=column("top_p", 1.0),
-        min_p=column("min_p", 0.0),
-        uniform=(torch.arange(count, dtype=torch.float64) + 0.5) / count,
-    )
-    return sample(scores.expand(count, -1), shape)
+@pytest.fixture(
+    params=[None, *(target for target in TARGETS if target.runs_on(HERE))],
+    ids=lambda target: target.name if target else "torch",
+)
+def drawn(request: pytest.FixtureRequest) -> Drawn:
+    """Draws `count` tokens from one row of scores, with evenly spread random numbers."""
+    body = sample
+    if request.param:
+        body = load_library(torch.float32, default_cache() / "operators", request.param).sample
+
+    def draw(scores: torch.Tensor, count: int = DRAWS, **params: float) -> torch.Tensor:
+        def column(name: str, default: float) -> torch.Tensor:
+            return torch.full((count,), params.get(name, default), dtype=torch.float64)
+
+        shape = Shape(
+            temperature=column("temperature", 1.0),
+            top_k=column("top_k", 0).long(),
+            top_p=column("top_p", 1.0),
+            min_p=column("min_p", 0.0),
+            uniform=(torch.arange(count, dtype=torch.float64) + 0.5) / count,
+        )
+        return body(scores.expand(count, -1), shape)
+
+    return draw
 
 
 def scores_of(seed: int) -> torch.Tensor:
@@ -40,7 +61,7 @@ def scores_of(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_evenly_spread_numbers_give_each_token_its_share(temperature: float) -> None:
+def test_evenly_spread_numbers_give_each_token_its_share(drawn: Drawn, temperature: float) -> None:
     scores = scores_of(1)
     probs = torch.softmax(scores.double() / temperature, dim=-1)
     counts = torch.bincount(drawn(scores, temperature=temperature), minlength=VOCAB)
@@ -49,7 +70,7 @@ def test_evenly_spread_numbers_give_each_token_its_share(temperature: float) -> 
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 7, 63, 64, 65, 200, VOCAB, 10_000])
-def test_top_k_keeps_exactly_the_k_most_likely(top_k: int) -> None:
+def test_top_k_keeps_exactly_the_k_most_likely(drawn: Drawn, top_k: int) -> None:
     scores = torch.linspace(0, 3, VOCAB)[torch.randperm(VOCAB)]
     support = set(drawn(scores, count=20 * VOCAB, top_k=top_k).tolist())
     assert support == set(scores.topk(min(top_k, VOCAB)).indices.tolist())
@@ -58,7 +79,7 @@ def test_top_k_keeps_exactly_the_k_most_likely(top_k: int) -> None:
 @pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_top_p_keeps_exactly_the_smallest_set_that_holds_the_mass(
-    top_p: float, scale: float
+    drawn: Drawn, top_p: float, scale: float
 ) -> None:
     """With scale 0 the distribution is nearly flat: the set is far larger than the first look."""
     scores = torch.linspace(0, scale + 0.01, VOCAB)
@@ -74,28 +95,28 @@ def test_top_p_keeps_exactly_the_smallest_set_that_holds_the_mass(
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.2, 1.0])
-def test_min_p_keeps_exactly_what_is_likely_enough(min_p: float) -> None:
+def test_min_p_keeps_exactly_what_is_likely_enough(drawn: Drawn, min_p: float) -> None:
     scores = torch.linspace(0, 6, VOCAB)
     probs = torch.softmax(scores.double(), dim=-1)
     kept = set((probs >= min_p * probs.max()).nonzero()[:, 0].tolist())
     assert set(drawn(scores, count=40 * VOCAB, min_p=min_p).tolist()) == kept
 
 
-def test_top_p_is_taken_of_what_top_k_left() -> None:
+def test_top_p_is_taken_of_what_top_k_left(drawn: Drawn) -> None:
     scores = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]).log()
     scores[4] = -torch.inf
     assert set(drawn(scores, top_k=2, top_p=0.5).tolist()) == {0}  # 4/7 of the two is enough
     assert set(drawn(scores, top_k=2, top_p=0.6).tolist()) == {0, 1}
 
 
-def test_tokens_without_probability_are_never_drawn() -> None:
+def test_tokens_without_probability_are_never_drawn(drawn: Drawn) -> None:
     scores = torch.full((VOCAB,), -torch.inf)
     scores[[3, 400]] = 0.0
     for top_k, top_p in ((0, 1.0), (50, 1.0), (0, 0.99)):
         assert set(drawn(scores, top_k=top_k, top_p=top_p).tolist()) == {3, 400}
 
 
-def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(drawn: Drawn) -> None:
     scores = scores_of(2)
     assert set(drawn(scores, count=50, temperature=1e-30).tolist()) == {int(scores.argmax())}
 

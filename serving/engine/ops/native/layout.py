@@ -1,7 +1,7 @@
 """The structures of forward.h, field by field, and how tensors become them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -69,6 +69,14 @@ class RopeC(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("cos", "sin", "query_norm", "key_norm")),
         ("eps", c_float),
+    )
+
+
+class WishC(Structure):
+    _fields_ = (
+        ("temperature", c_double),
+        ("top_k", c_int64),
+        *((name, c_double) for name in ("top_p", "min_p", "uniform")),
     )
 
 

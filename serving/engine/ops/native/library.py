@@ -23,11 +23,13 @@ from serving.engine.ops.native.layout import (
     StackC,
     Stacks,
     StepC,
+    WishC,
     pointer,
     run_table,
     stack_table,
 )
 from serving.engine.ops.native.target import Target, choose_target
+from serving.engine.ops.sampling import Shape
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "linear": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *(c_int64,) * 5),
@@ -45,6 +47,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_int64, c_void_p, c_int64),
         *(POINTER(GroupC), POINTER(StackC), POINTER(RunC), c_int64, c_int64),
     ),
+    "sample_rows": (c_void_p, c_int64, c_int64, c_int64, POINTER(WishC), c_void_p),
     "greedy_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "forward": (POINTER(ModelC), POINTER(StepC)),
 }
@@ -165,6 +168,19 @@ class Library:
             *(tokens.data_ptr(), finite.data_ptr()),
         )
         return tokens, finite
+
+    def sample(self, scores: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Draw a token for each row of float32 scores; see `ops.sampling.sample`."""
+        assert scores.dtype == torch.float32, scores.dtype
+        scores = scores if scores.stride(1) == 1 else scores.contiguous()
+        columns = (shape.temperature, shape.top_k, shape.top_p, shape.min_p, shape.uniform)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        wishes = (WishC * len(scores))(*(WishC(*row) for row in rows))
+        tokens = torch.empty(len(scores), dtype=torch.int64)
+        self._calls.sample_rows(
+            scores.data_ptr(), scores.stride(0), *scores.shape, wishes, tokens.data_ptr()
+        )
+        return tokens
 
     def forward(self, model: ModelC, step: StepC) -> None:
         """Run a whole step; both must hold addresses of tensors that are still alive."""

@@ -2,6 +2,7 @@
 // pass. One build has one number format. Strides are in numbers; the last dimension is contiguous.
 #include "forward.h"
 #include "greedy.h"
+#include "sample.h"
 
 extern "C" {
 
@@ -51,6 +52,17 @@ void greedy_rows(const Number* scores, int64_t stride, int64_t rows, int64_t siz
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++)
     greedy(scores + row * stride, size, tokens + row, finite + row);
+}
+
+void sample_rows(const float* scores, int64_t stride, int64_t rows, int64_t size,
+                 const Wish* wishes, int64_t* tokens) {
+#pragma omp parallel
+  {
+    Sampling own(size);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < rows; row++)
+      tokens[row] = own.draw(scores + row * stride, wishes[row]);
+  }
 }
 
 void forward(const Model* model, const Step* step) {

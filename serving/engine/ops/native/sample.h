@@ -15,7 +15,9 @@ struct Wish {
 
 class Sampling {
  public:
-  Sampling(int64_t size) : size(size), weights((size + BLOCK - 1) / BLOCK * BLOCK), masses(weights.size() / BLOCK) {}
+  explicit Sampling(int64_t size)
+      : size(size), weights((size + BLOCK - 1) / BLOCK * BLOCK), masses(weights.size() / BLOCK) {}
+
 
   int64_t draw(const float* scores, const Wish& wish) {
     weigh(scores, wish);
@@ -75,21 +77,19 @@ class Sampling {
 
   int64_t cut(const Wish& wish) {
     const size_t limit = wish.top_k > 0 ? std::min(wish.top_k, size) : size;
-    double whole = total;
     for (float least = FIRST;; least = least > 1e-30f ? least / 32 : 0) {
       const double mass = collect(least);
       const bool full = candidates.size() >= limit;
       if (full || mass >= wish.top_p * total || least == 0) break;
     }
+    if (candidates.empty()) return 0;  // scores that are no numbers: their row fails elsewhere
     const auto likelier = [](const Candidate& one, const Candidate& two) {
       return one.first > two.first || (one.first == two.first && one.second < two.second);
     };
     std::sort(candidates.begin(), candidates.end(), likelier);
     if (candidates.size() > limit) candidates.resize(limit);
-    if (wish.top_k > 0) {
-      whole = 0;
-      for (const auto& [weight, token] : candidates) whole += weight;
-    }
+    double whole = wish.top_k > 0 ? 0 : total;
+    for (size_t i = 0; wish.top_k > 0 && i < candidates.size(); i++) whole += candidates[i].first;
     double kept = 0;
     size_t count = 0;
     do kept += candidates[count++].first;
