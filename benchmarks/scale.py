@@ -3,9 +3,10 @@
     python -m benchmarks.scale [--adapters 10000] [--requests 256] [--zipf 1.0] [--home DIR]
 
 Adapter number k is asked for with a probability that falls as 1 / k^zipf. Clients in a closed loop
-send the same requests again and again: to one adapter alone, then with memory for all adapters that
-the requests name, for a half of them, and so on. Before each phase every one of them is touched
-once, the least popular first, so that what is measured is traffic and not a cold start.
+send the same requests to servers with memory for all adapters that the requests name, for half of
+them, and so on; each server gets as many requests to one adapter alone before, as the control.
+Before a phase every adapter of it is touched once, the least popular first, so that what is
+measured is traffic and not a cold start.
 
 Adapters that the requests do not name are registered too, and are made small: nothing reads them.
 `--home` keeps what was made (minutes) for the next time.
@@ -42,8 +43,7 @@ SHARES = (1.0, 0.5, 0.25, 0.125)
 class Phase:
     """What one memory size gave."""
 
-    name: str
-    slots: int  # adapters of the workload's rank that memory holds
+    slots: int  # adapters that memory holds
     distinct: int  # adapters that were asked for
     loads: int  # into slots, while it was measured
     figures: Figures
@@ -107,7 +107,7 @@ class Traffic:
     def __init__(self, pool: Sequence[list[int]], clients: int) -> None:
         self._pool, self._clients = pool, clients
 
-    async def phase(self, url: str, name: str, slots: int, numbers: Sequence[int]) -> Phase:
+    async def phase(self, url: str, slots: int, numbers: Sequence[int]) -> Phase:
         timeout = aiohttp.ClientTimeout(total=600)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
@@ -118,7 +118,7 @@ class Traffic:
             records = await self._send(session, url, numbers, OUTPUT_TOKENS)
             figures = Figures.of(records, time.perf_counter() - began)
             loads = await loads_of(session, url) - loads
-        return Phase(name, slots, len(popular), loads, figures)
+        return Phase(slots, len(popular), loads, figures)
 
     async def _send(
         self, session: aiohttp.ClientSession, url: str, numbers: Sequence[int], tokens: int
@@ -142,16 +142,6 @@ async def loads_of(session: aiohttp.ClientSession, url: str) -> int:
     return next(int(float(x.split()[1])) for x in lines if x.startswith("wardrobe_adapter_loads_t"))
 
 
-async def slot_bytes(url: str) -> int:
-    """Return the bytes that one adapter of the workload takes in its slot."""
-    async with aiohttp.ClientSession() as session:
-        await one_request(session, url, [1, 2, 3], str(name_of(0)), 1)
-        async with session.get(f"{url}/metrics") as answer:
-            lines = (await answer.text()).splitlines()
-    used = "wardrobe_adapter_memory_used_bytes "
-    return next(int(float(line.split()[1])) for line in lines if line.startswith(used))
-
-
 def measure(
     home: Path,
     base: BaseModel,
@@ -159,39 +149,38 @@ def measure(
     traffic: Traffic,
     shares: Sequence[float],
     serve: list[str],
-) -> list[Phase]:
-    """Serve once for each memory size."""
-    phases: list[Phase] = []
+) -> list[tuple[Phase, Phase]]:
+    """Serve once for each memory size: one adapter alone, then all that are asked for."""
+    found: list[tuple[Phase, Phase]] = []
     distinct = len(set(numbers))
     with Progress() as progress:
-        bar = progress.add_task("measuring", total=1 + len(shares))
-        with running_server(home, base.id, ["--no-auth", *serve]) as url:
-            size = asyncio.run(slot_bytes(url))
-            alone = [0] * len(numbers)
-            phases.append(asyncio.run(traffic.phase(url, "one adapter", 1, alone)))
+        bar = progress.add_task("measuring", total=2 * len(shares))
+
+        def phase(url: str, slots: int, wanted: Sequence[int]) -> Phase:
+            done = asyncio.run(traffic.phase(url, slots, wanted))
             progress.advance(bar)
+            return done
+
         for share in shares:
             slots = max(1, round(share * distinct))
-            memory = ["--adapter-memory", f"{slots * size}B"]
-            with running_server(home, base.id, ["--no-auth", *memory, *serve]) as url:
-                name = f"room for {share:.0%}"
-                phases.append(asyncio.run(traffic.phase(url, name, slots, numbers)))
-            progress.advance(bar)
-    return phases
+            options = ["--no-auth", "--adapter-slots", str(slots), *serve]
+            with running_server(home, base.id, options) as url:
+                alone = phase(url, slots, [0] * len(numbers))
+                found.append((alone, phase(url, slots, numbers)))
+    return found
 
 
-def report(phases: Sequence[Phase]) -> str:
-    alone = phases[0].figures.tokens_per_second
+def report(found: Sequence[tuple[Phase, Phase]]) -> str:
     lines = [
-        "| memory | adapters it holds | asked for | loads | tok/s | of one adapter's | TTFT p50 ms "
-        "| p99 | ITL p50 ms | p95 |",
+        "| room for | asked for | loads | tok/s | one adapter's | ratio | TTFT p50 ms | p99 "
+        "| ITL p50 ms | p95 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for phase in phases:
-        f = phase.figures
+    for alone, phase in found:
+        f, one = phase.figures, alone.figures.tokens_per_second
         lines.append(
-            f"| {phase.name} | {phase.slots} | {phase.distinct} | {phase.loads} "
-            f"| {f.tokens_per_second:.0f} | {f.tokens_per_second / alone:.2f} | {f.ttft_p50:.0f} "
+            f"| {phase.slots} | {phase.distinct} | {phase.loads} | {f.tokens_per_second:.0f} "
+            f"| {one:.0f} | {f.tokens_per_second / one:.2f} | {f.ttft_p50:.0f} "
             f"| {f.ttft_p99:.0f} | {f.itl_p50:.1f} | {f.itl_p95:.1f} |"
         )
     return "\n".join(lines)
@@ -221,10 +210,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
         home = args.home or Path(folder)
         fill_registry(home, base, bases, args.adapters, {0, *numbers})
-        phases = measure(home, base, numbers, traffic, args.shares, args.serve)
+        found = measure(home, base, numbers, traffic, args.shares, args.serve)
     print(f"\n{setup_line(base, 1)}")
     print(f"{args.adapters} adapters registered, {args.clients} clients, Zipf {args.zipf}\n")
-    print(report(phases))
+    print(report(found))
 
 
 if __name__ == "__main__":

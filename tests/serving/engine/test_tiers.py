@@ -1,6 +1,8 @@
 """Adapters that come, go and come back through all tiers, in one arena for all ranks."""
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import shutil
 from collections.abc import Callable
@@ -179,17 +181,24 @@ def test_a_broken_adapter_fails_alone_while_others_run(
     asyncio.run(main())
 
 
+def resident_bytes() -> int:
+    """Return what this process has of the machine's memory, without what is free in it."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
 def swap(base: Path, folders: Folders, memory: int, swaps: int) -> list[int]:
-    """Ask for one adapter after the other, none of which is there; return bytes in use by then."""
+    """Ask for one adapter after the other, none of which is there; return bytes by each 20th."""
     settings = replace(SETTINGS, adapter_memory=memory)
-    refs = list(folders.refs.values())
-    process, resident = psutil.Process(), list[int]()
+    refs, resident = list(folders.refs.values()), list[int]()
 
     async def main() -> None:
         engine = TorchEngine.create(base_of(base), folders, settings)
         for number in range(swaps):
             await complete(engine, request([1, 2], refs[number % len(refs)], max_tokens=1))
-            resident.append(process.memory_info().rss)
+            if number % 20 == 19:
+                resident.append(resident_bytes())
         assert (await engine.stats()).adapter_loads == swaps
         await engine.aclose()
 
@@ -200,13 +209,13 @@ def swap(base: Path, folders: Folders, memory: int, swaps: int) -> list[int]:
 def slope(resident: Rows[int]) -> float:
     """Return the bytes that each swap adds, by least squares over the second half."""
     late = np.array(resident[len(resident) // 2 :], float)
-    return float(np.polyfit(np.arange(len(late)), late, 1)[0])
+    return float(np.polyfit(20 * np.arange(len(late)), late, 1)[0])
 
 
 def test_swaps_leave_nothing_behind(tiny_base: Path, ranks: Folders) -> None:
     """Keeping what a swap has read would take ten megabytes a round."""
     resident = swap(tiny_base, ranks, arena(tiny_base, ranks, 32), 120)
-    assert resident[-1] - resident[60] < 8 << 20
+    assert resident[-1] - resident[2] < 8 << 20
 
 
 @pytest.mark.long
@@ -215,12 +224,11 @@ def test_ten_thousand_swaps_take_no_memory(tiny_base: Path, ranks: Folders) -> N
     assert slope(resident) < 1000
 
 
-def test_a_leak_would_show(tiny_base: Path) -> None:
+def test_a_leak_would_show() -> None:
     """The measure can tell: a hundredth of what a swap reads, kept each time."""
     kept: list[bytearray] = []
-    process = psutil.Process()
     resident: list[int] = []
-    for _ in range(2000):
-        kept.append(bytearray(b"x" * 5000))
-        resident.append(process.memory_info().rss)
-    assert slope(resident) > 1000
+    for _ in range(200):
+        kept += [bytearray(b"x" * 5000) for _ in range(20)]
+        resident.append(resident_bytes())
+    assert slope(resident) > 4000
