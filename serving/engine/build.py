@@ -114,7 +114,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
             ridge_tokens(device),
         ),
         cache,
-        Residency(table, stacks, loader),
+        Residency(table, stacks, loader, _copy_bytes(spec, dtype)),
         ModelRunner(model, cache, table, stacks),
         Sampler(model.greedy, spec.eos_ids, model.sample),
         PrefixCache(cache, blocks),
@@ -144,6 +144,15 @@ def _slot_table(
             *(highest, sizes[wanted], budget),
         )
     return SlotTable(budget // lowest, highest, settings.adapter_slots)
+
+
+def _copy_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """Return the bytes that a CPU copies in about the time of a step, which reads all weights.
+
+    Memory that was never written takes five times as long as what is read (docs/benchmarks.md).
+    """
+    linears = sum(group.inputs * sum(group.outputs) for group in spec.groups)
+    return max(1 << 20, spec.layers * linears * dtype.itemsize // 8)
 
 
 def _host_memory(settings: EngineSettings, device: torch.device) -> int:

@@ -11,9 +11,6 @@ from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import Place, SlotTable
 
 MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
-# Copied into slots between two steps at most: running requests wait for it. Memory that was never
-# written takes a CPU about 0.6 ms a megabyte, four times as long as later (docs/benchmarks.md).
-COPY_BYTES = 32 << 20
 
 
 @dataclass(slots=True)
@@ -33,8 +30,12 @@ class Residency:
     first: before those that claimed or began to load in an earlier pass and are asked for later.
     """
 
-    def __init__(self, table: SlotTable, stacks: LoraStacks, loader: AdapterLoader) -> None:
+    def __init__(
+        self, table: SlotTable, stacks: LoraStacks, loader: AdapterLoader, copy_bytes: int
+    ) -> None:
+        """Copy up to `copy_bytes` into slots between two steps: what runs waits for it."""
         self.table, self.stacks, self.loader = table, stacks, loader
+        self.copy_bytes = copy_bytes
         self.loads = 0
         self.evictions = 0
         self.kept: set[str] = set()  # digests that stay in their slots whoever waits
@@ -123,7 +124,7 @@ class Residency:
             raise AdapterLoadFailed(
                 f"{ref.label} cannot be kept: room for one adapter of rank {self.table.highest} "
                 f"must stay free for all others, and {len(self.kept)} are kept. Unload an adapter, "
-                "or start the server with more --adapter-memory."
+                "or start the server with more --adapter-memory or --adapter-slots."
             )
         self.kept = kept
 
@@ -189,7 +190,7 @@ class Residency:
         filling = self._filling.get(digest)
         if filling is None:
             return True
-        started, left = time.monotonic(), COPY_BYTES - self._copied
+        started, left = time.monotonic(), self.copy_bytes - self._copied
         if left <= 0:
             return False
         slot, before = self.table.slot_of(digest), filling.written

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from registry.adapter import AdapterRef
-from serving.engine import residency
 from serving.engine.boundary import Grammar
 from serving.engine.build import assemble, read_model
 from serving.engine.compiled_model import CompiledModel
@@ -68,10 +67,9 @@ def test_a_million_tokens_of_a_hundred_thousand_requests_have_no_wrong_one(
 
 
 def test_memory_for_four_adapters_of_the_highest_rank_gives_no_wrong_token(
-    base: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
+    base: Path, folders: Folders
 ) -> None:
-    """Slots of five ranks come and go in one arena, on pages that others have used, in pieces."""
-    monkeypatch.setattr(residency, "COPY_BYTES", 100_000)
+    """Slots of five ranks come and go in one arena, on pages that others have used."""
     parts = assemble(read_model(base_of(base), SETTINGS), folders, SETTINGS)
     parts.core.residency.loader.close()
     pages = 4 * 64 // 8

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serving.engine import residency
 from serving.engine.boundary import AdapterLoadFailed
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
@@ -59,20 +58,17 @@ def arena(base: Path, folders: Folders, pages: int) -> int:
 
 @pytest.mark.parametrize(("operators", "piece"), [("auto", 1 << 20), ("torch", 300_000)])
 def test_every_rank_computes_what_peft_does_each_time_it_comes_back(
-    tiny_base: Path,
-    ranks: Folders,
-    monkeypatch: pytest.MonkeyPatch,
-    operators: OperatorsName,
-    piece: int,
+    tiny_base: Path, ranks: Folders, operators: OperatorsName, piece: int
 ) -> None:
     """Memory for one adapter of rank 256: each one comes into pages that the others have used."""
-    monkeypatch.setattr(residency, "COPY_BYTES", piece)
     settings = replace(SETTINGS, adapter_memory=arena(tiny_base, ranks, 32), operators=operators)
     order = ("256", "8", "128", "16", "64", "32") * 2
     prompts = [[3 * i, 40 + i, 90] for i in range(len(order))]
 
     async def main() -> None:
-        engine = TorchEngine.create(base_of(tiny_base), ranks, settings)
+        parts = assemble(read_model(base_of(tiny_base), settings), ranks, settings)
+        parts.core.residency.copy_bytes = piece
+        engine = TorchEngine(parts, settings)
         for name, prompt in zip(order, prompts, strict=True):
             asked = request(prompt, ranks.refs[name], max_tokens=6, logprobs=5)
             result = await complete(engine, asked)
@@ -100,12 +96,12 @@ def test_all_ranks_in_one_batch_share_the_arena(tiny_base: Path, ranks: Folders)
 
 
 def test_a_large_adapter_comes_between_steps_in_pieces_and_is_worn_when_it_is_whole(
-    tiny_base: Path, ranks: Folders, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, ranks: Folders
 ) -> None:
     settings = replace(SETTINGS, adapter_host_memory=1 << 30)
     core = assemble(read_model(base_of(tiny_base), settings), ranks, settings).core
     large = core.residency.loader.load(ranks.refs["256"]).result(10)
-    monkeypatch.setattr(residency, "COPY_BYTES", large.size_bytes // 4)
+    core.residency.copy_bytes = large.size_bytes // 4
     running = Sequence(request([1], max_tokens=40))
     waiting = Sequence(request([2], ranks.refs["256"], max_tokens=2))
     given_up = Sequence(request([3], ranks.refs["256"], max_tokens=2))
