@@ -60,11 +60,11 @@ def random_weights(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, linear: MakeLinear[L]
 ) -> ModelWeights[L]:
     """Return the same weights whatever the kind of linear."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def weight(*shape: int) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        return values.to(device, dtype)
+        values = torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5
+        return values.to(dtype)
 
     ones = torch.ones(spec.hidden, dtype=dtype, device=device)
     layers = tuple(
@@ -116,12 +116,14 @@ def load_adapters(
     return refs
 
 
-def decoding(refs: Sequence[AdapterRef], batch: int, adapters: int, context: int) -> list[Row]:
+def decoding(
+    refs: Sequence[AdapterRef], batch: int, adapters: int, context: int, vocab: int
+) -> list[Row]:
     """Return rows that read token number `context` of `batch` sequences."""
     rows = []
     for index in range(batch):
         ref = refs[index % adapters] if adapters else None
-        prompt = tuple((7 * index + j) % 49152 for j in range(context + 1))
+        prompt = tuple((7 * index + j) % vocab for j in range(context + 1))
         request = Request(GenerateRequest(str(index), prompt, SamplingParams(temperature=0), ref))
         request.kv_slot, request.computed = index, context
         rows.append(Row(request, context, 1))
@@ -176,7 +178,7 @@ def main() -> None:
         for batch in options.batch:
             for adapters in options.adapters:
                 if adapters <= batch:
-                    rows = decoding(named[0], batch, adapters, options.context)
+                    rows = decoding(named[0], batch, adapters, options.context, spec.vocab)
                     print(f"{batch:5} {adapters:8} {measure(engines, rows, options.steps)}")
         for tokens in (128, 512):
             for ref in (None, named[0][0]):

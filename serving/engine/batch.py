@@ -1,6 +1,6 @@
 """One step's rows as tensors: what the model reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """First `singles` rows of one token each, of different sequences; then chunks of prompts."""
+    """First `singles` rows of one token each, of different sequences; then chunks of prompts.
+
+    The tensors are on the host: who computes elsewhere brings over what it needs at once.
+    """
 
     ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
@@ -28,3 +31,12 @@ class Batch:
     chunks: tuple[Chunk, ...]
     sampled: torch.Tensor  # rows that the head computes
     worn: tuple[tuple[Slot | None, int], ...]  # adapter and number of rows, in order
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            sampled=self.sampled.to(device),
+        )

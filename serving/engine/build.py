@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from registry.adapter import AdapterRef
 from registry.architectures import LLAMA_FAMILY
 from registry.base import BaseModel
 from registry.home import default_cache
+from registry.tensors import tensor_files
 from serving.engine.adapter_file import read_adapter
 from serving.engine.boundary import EngineStats, EngineUnavailable
 from serving.engine.compiled_model import CompiledModel, check_compilable
@@ -20,9 +22,9 @@ from serving.engine.hardware import choose_device, choose_dtype, ridge_tokens, t
 from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes
 from serving.engine.linear import Linear, PackedLinear
 from serving.engine.loader import AdapterLoader
-from serving.engine.lora import LoraLayout, LoraStacks
+from serving.engine.lora import HostAdapter, LoraLayout, LoraStacks
 from serving.engine.model import Model
-from serving.engine.model_runner import Forward, ModelRunner
+from serving.engine.model_runner import Capturing, Forward, ModelRunner
 from serving.engine.ops import Operators
 from serving.engine.ops.attention import LENGTH_STEP
 from serving.engine.ops.native.compile import NotCompiled
@@ -73,17 +75,29 @@ def _read_own(
 ) -> Forward:
     spec = ModelSpec.read(base.path)
     length = _max_model_len(spec, settings, dtype, device)
-    name = "torch"
-    if device.type == "cpu" and settings.operators == "auto":
+    name, better = "torch", "Triton" if device.type == "cuda" else "C++"
+    if settings.operators == "auto":
         try:
+            if device.type == "cuda":
+                return _triton_model(base, spec, dtype, device, length)
             library = _library(spec, dtype)
             weights = read_weights(base.path, spec, dtype, device, PackedLinear)
             return CompiledModel(spec, weights, library, length)
         except NotCompiled as error:
-            logger.warning("torch computes, several times slower than C++: %s", error)
+            logger.warning("torch computes, several times slower than %s: %s", better, error)
             name = f"torch ({error})"
     weights = read_weights(base.path, spec, dtype, device, Linear)
     return Model(spec, weights, Operators(), length, name)
+
+
+def _triton_model(
+    base: BaseModel, spec: ModelSpec, dtype: torch.dtype, device: torch.device, length: int
+) -> Forward:
+    if find_spec("triton") is None:
+        raise NotCompiled("the package triton is not installed")
+    from serving.engine.triton_model import TritonModel  # it imports triton
+
+    return TritonModel(spec, read_weights(base.path, spec, dtype, device, Linear), length)
 
 
 def _library(spec: ModelSpec, dtype: torch.dtype) -> Library:
@@ -101,9 +115,16 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)
     blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
     highest = min(settings.max_lora_rank, table.highest)
+    if isinstance(model, Capturing):
+        model.capture(cache, stacks, settings.max_running)
+
+    def read(folder: Path, ref: AdapterRef) -> HostAdapter:
+        adapter = read_adapter(folder, ref, layout, dtype, highest)
+        return adapter.pinned() if device.type == "cuda" else adapter
+
     loader = AdapterLoader(
         fetch,
-        lambda folder, ref: read_adapter(folder, ref, layout, dtype, highest),
+        read,
         _host_memory(settings, device),
     )
     core = EngineCore(
@@ -114,7 +135,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
             ridge_tokens(device),
         ),
         cache,
-        Residency(table, stacks, loader, _copy_bytes(spec, dtype)),
+        Residency(table, stacks, loader, _copy_bytes(spec, dtype, device)),
         ModelRunner(model, cache, table, stacks),
         Sampler(model.greedy, spec.eos_ids, model.sample),
         PrefixCache(cache, blocks),
@@ -146,13 +167,15 @@ def _slot_table(
     return SlotTable(budget // lowest, highest, settings.adapter_slots)
 
 
-def _copy_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
-    """Return the bytes that a CPU copies in about the time of a step, which reads all weights.
+def _copy_bytes(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the bytes that are copied in about the time of a step, which reads all weights.
 
-    Memory that was never written takes five times as long as what is read (docs/benchmarks.md).
+    On a CPU memory that was never written takes five times as long as what is read
+    (docs/benchmarks.md). To a GPU it is arithmetic: PCIe 5 over the memory of an H100.
     """
     linears = sum(group.inputs * sum(group.outputs) for group in spec.groups)
-    return max(1 << 20, spec.layers * linears * dtype.itemsize // 8)
+    share = 64 if device.type == "cuda" else 8
+    return max(1 << 20, spec.layers * linears * dtype.itemsize // share)
 
 
 def _host_memory(settings: EngineSettings, device: torch.device) -> int:
@@ -165,7 +188,7 @@ def _max_model_len(
     spec: DecoderSpec, settings: EngineSettings, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Return the tokens of one KV slot: every running sequence must be able to fill its own."""
-    budget = settings.kv_cache_bytes or total_memory(device) // 2
+    budget = settings.kv_cache_bytes or _half_of_memory(spec, device)
     fits = budget // (spec.kv_bytes_per_token(dtype) * settings.kv_slots)
     wanted = settings.max_model_len
     if wanted is None:
@@ -177,6 +200,12 @@ def _max_model_len(
             "Lower max_model_len or max_running, or raise kv_cache_bytes."
         )
     return wanted
+
+
+def _half_of_memory(spec: DecoderSpec, device: torch.device) -> int:
+    """Return half the machine's memory, or half of what the weights will leave of a GPU's."""
+    stored = tensor_files(spec.folder) if device.type == "cuda" else ()
+    return (total_memory(device) - sum(file.stat().st_size for file in stored)) // 2
 
 
 def _prefix_blocks(

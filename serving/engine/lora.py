@@ -12,7 +12,7 @@ steps run, no rank has memory set aside for it, and addresses stay (as CUDA grap
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -36,6 +36,10 @@ class HostAdapter:
     @property
     def size_bytes(self) -> int:
         return self.weights.nbytes
+
+    def pinned(self) -> "HostAdapter":
+        """Return it in memory that a GPU reads by itself, while steps run."""
+        return replace(self, weights=self.weights.pin_memory())
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class LoraStacks:
             if layout.size(bucket) <= len(self._arena)
         }
         self._by_layer = self._views()
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def buckets(self) -> Collection[int]:
@@ -125,13 +130,22 @@ class LoraStacks:
     def load(self, slot: Slot, adapter: HostAdapter, start: int = 0, most: int = 1 << 62) -> int:
         """Overwrite a slot from its number `start` on, `most` bytes of it. Only between steps.
 
-        Returns up to where it is written; whole is `len(adapter.weights)`.
+        Returns up to where it is written; whole is `len(adapter.weights)`. A GPU copies while it
+        computes the steps between, and the step after the last piece waits for that one.
         """
         size = len(adapter.weights)
         stop = min(size, start + most // adapter.weights.itemsize)
-        self._arena[slot.row * size :][start:stop].copy_(
-            adapter.weights[start:stop], non_blocking=True
-        )
+        place, piece = self._arena[slot.row * size :][start:stop], adapter.weights[start:stop]
+        if self._aside is None:
+            place.copy_(piece)
+            return stop
+        steps = torch.cuda.current_stream(place.device)
+        if start == 0:  # a step that reads what is there now may not have ended on the device
+            self._aside.wait_stream(steps)
+        with torch.cuda.stream(self._aside):
+            place.copy_(piece, non_blocking=True)
+        if stop == size:
+            steps.wait_stream(self._aside)
         return stop
 
     def _views(self) -> dict[str, list[dict[int, Halves]]]:

@@ -40,7 +40,8 @@ class Model:
         self._lora: LoraPlan | None = None
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
-        plan = plan_attention(batch, self.spec.windows, cache.length, self.dtype)
+        plan = plan_attention(batch, self.spec.windows, cache.length, self.dtype, self.device)
+        batch = batch.to(self.device)
         step = _Step(
             batch=batch,
             cache=cache,

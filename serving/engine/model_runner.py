@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence as Rows
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -34,6 +34,15 @@ class Forward(Protocol):
 
         Running the same batch again writes the same values to the same positions.
         """
+        ...
+
+
+@runtime_checkable
+class Capturing(Forward, Protocol):
+    """A model that can lay steps down in advance."""
+
+    def capture(self, cache: KVCache, stacks: LoraStacks, rows: int) -> None:
+        """Make ready for steps of up to `rows` single tokens. Once, before the first step."""
         ...
 
 
@@ -96,14 +105,11 @@ class ModelRunner:
             if row.samples:
                 sampled.append(len(ids) - 1)
         return Batch(
-            ids=self._tensor(ids),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
+            ids=torch.tensor(ids),
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
             singles=len(packed) - len(chunks),
             chunks=tuple(chunks),
-            sampled=self._tensor(sampled),
+            sampled=torch.tensor(sampled, dtype=torch.int64),
             worn=tuple((self._slot(row), row.count) for row in packed),
         )
-
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)

@@ -17,7 +17,7 @@ class EngineSettings:
     dtype: DtypeName = "auto"
     """Numbers of the weights; `auto` is bfloat16 where the hardware multiplies it, else float32."""
     operators: OperatorsName = "auto"
-    """On the CPU, `auto` compiles the forward pass on first use; `torch` never does."""
+    """`auto` compiles the forward pass on first use, in C++ or Triton; `torch` never does."""
     max_running: int = 32
     """Sequences that share one step."""
     max_waiting: int = 128
@@ -36,7 +36,8 @@ class EngineSettings:
     """Bytes of converted adapters kept ready for slots; None: an eighth of the host's memory, but
     none on the CPU, where slots are in the same memory and hold all that is kept."""
     kv_cache_bytes: int | None = None
-    """Bytes for keys and values of all sequences; None: half of the device's memory."""
+    """Bytes for keys and values of all sequences; None: half of the machine's memory, or
+    of what the weights leave of a GPU's."""
     prefix_cache_bytes: int | None = None
     """Bytes for what prompts begin with, beside `kv_cache_bytes`; 0: no prefix cache; None: an
     eighth of the device's memory."""

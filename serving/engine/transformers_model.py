@@ -69,7 +69,8 @@ class TransformersModel:
         self.operators = f"torch (transformers' forward pass of {spec.architecture})"
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
-        plan = plan_attention(batch, self.spec.windows, cache.length, self.dtype)
+        plan = plan_attention(batch, self.spec.windows, cache.length, self.dtype, self.device)
+        batch = batch.to(self.device)
         lora = plan_lora(batch.worn, self.device)
         step = _Step(self.ops, batch, cache, stacks, plan, lora)
         return self.network.logits(batch.ids, batch.positions, batch.sampled, step)

@@ -38,10 +38,10 @@ class AttentionPlan:
 
 
 def plan_attention(
-    batch: Batch, windows: Iterable[Window], length: int, dtype: torch.dtype
+    batch: Batch, windows: Iterable[Window], length: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionPlan:
     """Plan a step over slots of `length` positions, for layers with these windows."""
-    kinds, device = frozenset(windows), batch.ids.device
+    kinds = frozenset(windows)
     decode = None
     if batch.singles:
         # CUDA wants the type of the queries; on the CPU float32 is the faster mask.

@@ -103,6 +103,17 @@ def test_eight_different_adapters_and_the_base_in_one_batch_equal_peft_one_at_a_
     check(base, adapters, names, wanted, results)
 
 
+@pytest.mark.gpu
+@every_body
+@pytest.mark.parametrize("slots", [None, 2])
+def test_a_gpu_equals_peft_one_at_a_time(
+    base: Path, adapters: dict[str, Path], operators: OperatorsName, slots: int | None
+) -> None:
+    settings = replace(SETTINGS, device="cuda", operators=operators, adapter_slots=slots)
+    names, wanted, results = mixed(base, adapters, settings)
+    check(base, adapters, names, wanted, results)
+
+
 def test_the_wrong_adapter_and_no_adapter_at_all_exceed_the_bound(
     base: Path, adapters: dict[str, Path]
 ) -> None:

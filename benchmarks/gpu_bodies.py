@@ -1,0 +1,204 @@
+"""Who computes the steps of `benchmarks.gpu`: this engine with Triton, and PEFT."""
+
+import time
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from benchmarks.engine_step import decoding, random_weights
+from benchmarks.gpu import RANKS, Body, most_rows
+from registry.adapter import AdapterRef
+from serving.engine.build import assemble
+from serving.engine.hardware import total_memory
+from serving.engine.linear import Linear
+from serving.engine.lora import HostAdapter, LoraLayout
+from serving.engine.settings import EngineSettings
+from serving.engine.slots import bucket_of
+from serving.engine.spec import ModelSpec
+from serving.engine.triton_model import TritonModel
+
+Step = Callable[[], object]  # ends when its tokens are on the host
+
+
+def _spec(vocab: int, layers: int, hidden: int, heads: int, dim: int, wide: int) -> ModelSpec:
+    return ModelSpec(
+        architecture="llama",
+        vocab=vocab,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads // 4,
+        head_dim=dim,
+        intermediate=wide,
+        eps=1e-5,
+        context=8192,
+        windows=(None,) * layers,
+        inverse_frequencies=tuple(500000.0 ** (-2 * i / dim) for i in range(dim // 2)),
+        head_norm=False,
+        tied=True,  # as small bases are; an untied head is the same bytes a step
+        eos_ids=frozenset({2}),
+    )
+
+
+SPECS = {
+    "tiny": _spec(256, 2, 32, 4, 8, 48),
+    "1b": _spec(128256, 16, 2048, 32, 64, 8192),  # Llama 3.2 1B
+    "8b": _spec(128256, 32, 4096, 32, 128, 14336),  # Llama 3.1 8B
+}
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second that a sum over a large tensor reads."""
+    data = torch.ones((256 << 20) if device.type == "cuda" else (4 << 20), device=device)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        data.sum().item()
+        best = min(best, time.perf_counter() - started)
+    return data.nbytes / best
+
+
+class Steps(Protocol):
+    """A body with weights on the device."""
+
+    def step(self, batch: int, adapters: int, rank: int) -> tuple[Step, int]:
+        """Return a step of this batch, and the bytes that it must read."""
+        ...
+
+
+class Wardrobe:
+    """The engine around a Triton model of random weights."""
+
+    def __init__(self, shape: str, context: int, device: torch.device) -> None:
+        self.spec, self.context, most = SPECS[shape], context, most_rows(shape)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with torch.inference_mode():
+            weights = random_weights(self.spec, self.dtype, device, Linear)
+            model = TritonModel(self.spec, weights, context + 64)
+            settings = EngineSettings(
+                max_running=most,
+                max_lora_rank=max(RANKS),
+                prefix_cache_bytes=0,
+                adapter_memory=_adapter_memory(self.spec, self.dtype, device, most),
+            )
+            self.core = assemble(model, _no_fetch, settings).core
+        self.refs: list[AdapterRef] = []
+        self.rank = 0
+
+    @torch.inference_mode()
+    def step(self, batch: int, adapters: int, rank: int) -> tuple[Step, int]:
+        layout = LoraLayout(self.spec.layers, self.spec.groups)
+        self._wear(adapters, rank, layout)
+        rows = decoding(self.refs, batch, adapters, self.context, self.spec.vocab)
+        runner, sampler = self.core.runner, self.core.sampler
+
+        @torch.inference_mode()
+        def step() -> None:
+            sampler.choose(*runner.run(rows))
+
+        numbers = _parameters(self.spec) + adapters * layout.size(bucket_of(rank or 1))
+        kept = batch * self.context * self.spec.kv_bytes_per_token(self.dtype)
+        return step, numbers * self.dtype.itemsize + kept
+
+    def _wear(self, adapters: int, rank: int, layout: LoraLayout) -> None:
+        """Fill slots with the same random adapter: it is read as often as different ones are."""
+        residency = self.core.residency
+        if rank != self.rank:
+            for ref in self.refs:
+                residency.table.evict(ref.digest)
+            self.refs, self.rank = [], rank
+        if adapters <= len(self.refs):
+            return
+        bucket = bucket_of(rank)
+        if adapters > residency.table.rows(bucket):
+            raise torch.OutOfMemoryError(f"{adapters} adapters of rank {rank} do not fit")
+        weights = torch.randn(layout.size(bucket)).mul(0.02).to(self.dtype)
+        for index in range(len(self.refs), adapters):
+            adapter = HostAdapter(f"{rank:032x}{index:032x}", bucket, weights)
+            slot = residency.table.choices(bucket)[0].slot
+            residency.table.place(adapter.digest, slot)
+            self.refs.append(AdapterRef(adapter.digest, f"random/r{rank}-{index}@v1"))
+            residency.stacks.load(slot, adapter)
+
+
+class Peft:
+    """PEFT over transformers: `adapter_names` for a mixed batch, as its documentation has it."""
+
+    def __init__(self, shape: str, context: int, device: torch.device) -> None:
+        self.spec, self.context, self.device = SPECS[shape], context, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        spec = self.spec
+        config = LlamaConfig(
+            vocab_size=spec.vocab,
+            hidden_size=spec.hidden,
+            num_hidden_layers=spec.layers,
+            num_attention_heads=spec.heads,
+            num_key_value_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            intermediate_size=spec.intermediate,
+            max_position_embeddings=spec.context,
+            tie_word_embeddings=spec.tied,
+        )
+        with device:
+            self.base = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+        self.peft: PeftModel | None = None
+        self.names: list[str] = []
+
+    def step(self, batch: int, adapters: int, rank: int) -> tuple[Step, int]:
+        """Cells without adapters come first: PEFT's wrappers would cost them time, too."""
+        self._wear(adapters, rank)
+        model, more = self.peft or self.base, {}
+        if adapters > 1:
+            more["adapter_names"] = [self.names[i % adapters] for i in range(batch)]
+        cache = DynamicCache()
+        shape = (batch, self.spec.kv_heads, self.context, self.spec.head_dim)
+        for layer in range(self.spec.layers):
+            half = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            cache.update(half, half.clone(), layer)
+        ids = torch.ones(batch, 1, dtype=torch.int64, device=self.device)
+
+        @torch.inference_mode()
+        def step() -> None:
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+            logits[:, -1].argmax(-1).tolist()
+            cache.crop(-1)
+
+        return step, 0
+
+    def _wear(self, adapters: int, rank: int) -> None:
+        for index in range(len(self.names), adapters):
+            config = LoraConfig(
+                r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+            )
+            name = f"a{index}"
+            if self.peft is None:
+                made = get_peft_model(self.base, config, name, autocast_adapter_dtype=False)
+                assert isinstance(made, PeftModel)
+                self.peft = made.eval()
+            else:
+                self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
+            self.names.append(name)
+        if self.peft is not None:
+            self.peft.set_adapter(self.names[0])
+
+
+BODIES: dict[Body, type[Wardrobe] | type[Peft]] = {"wardrobe": Wardrobe, "peft": Peft}
+
+
+def _adapter_memory(spec: ModelSpec, dtype: torch.dtype, device: torch.device, most: int) -> int:
+    """Return the bytes of as many adapters as are worn at once, or of those that fit."""
+    wanted = most * LoraLayout(spec.layers, spec.groups).size(max(RANKS)) * dtype.itemsize
+    return min(wanted, total_memory(device) * 3 // 4)
+
+
+def _parameters(spec: ModelSpec) -> int:
+    """Return the numbers of the weights that a step reads: the head, and all layers' linears."""
+    linears = sum(group.inputs * sum(group.outputs) for group in spec.groups)
+    return spec.vocab * spec.hidden + spec.layers * linears
+
+
+def _no_fetch(ref: AdapterRef) -> NoReturn:
+    raise AssertionError(f"{ref.label} is loaded already")

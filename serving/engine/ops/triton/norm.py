@@ -1,0 +1,56 @@
+"""Root mean square normalisation (arXiv 1910.07467), with the residual sum that feeds it."""
+
+# A kernel is called with numbers and options that its signature, for the compiler, does not say.
+# pyright: reportArgumentType=false
+
+import torch
+import triton
+import triton.language as tl
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x [rows, size] normalised and scaled by weight [size]; x lies dense."""
+    return _launch(x, None, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Add delta to x in place, then return what `rms_norm` does; all [rows, size]."""
+    return _launch(x, delta, weight, eps)
+
+
+def _launch(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    rows, size = x.shape
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(size)
+    _norm[(rows,)](x, delta, weight, out, eps, SIZE=size, BLOCK=block, ADD=delta is not None)
+    return out
+
+
+@triton.jit
+def _norm(
+    x,
+    delta,
+    weight,
+    out,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """One program a row. The sum is rounded before it is normalised, as it is when stored."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    place = tl.program_id(0).to(tl.int64) * SIZE + columns
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)
+        tl.store(x + place, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / SIZE + eps)
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (value * scale * gain).to(out.dtype.element_ty), mask=inside)

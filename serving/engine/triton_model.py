@@ -1,0 +1,91 @@
+"""The forward pass of the Llama family for CUDA: linears by cuBLAS, the rest in ops/triton."""
+
+import torch
+
+from serving.engine.batch import Batch
+from serving.engine.decode_graphs import DecodeGraphs, graph_sizes
+from serving.engine.device_step import DeviceStep
+from serving.engine.kv_cache import KVCache
+from serving.engine.linear import Linear
+from serving.engine.lora import LoraStacks
+from serving.engine.ops.rope import rope_angles
+from serving.engine.ops.sampling import greedy, sample
+from serving.engine.ops.triton.activation import silu_mul
+from serving.engine.ops.triton.attention import chunk_attention, decode_attention
+from serving.engine.ops.triton.lora import AddressBook, apply_lora
+from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
+from serving.engine.ops.triton.rope import rotate_and_store
+from serving.engine.spec import ModelSpec
+from serving.engine.weights import LayerWeights, ModelWeights
+
+
+class TritonModel:
+    """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
+
+    def __init__(self, spec: ModelSpec, weights: ModelWeights[Linear], length: int) -> None:
+        self.spec, self.weights, self.length = spec, weights, length
+        self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
+        self.greedy, self.sample, self.operators = greedy, sample, "Triton"
+        frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
+        self.cos, self.sin = rope_angles(frequencies, length, spec.rotary_scale)
+
+    def capture(self, cache: KVCache, stacks: LoraStacks, rows: int) -> None:
+        """Lay down steps of up to `rows` single tokens. `forward` is of this cache and stacks."""
+        self.book = AddressBook(stacks, self.dtype, self.device)
+
+        def decode(step: DeviceStep) -> torch.Tensor:
+            return self.weights.head(self._hidden(step, cache))
+
+        with torch.inference_mode():
+            self._graphs = DecodeGraphs(decode, graph_sizes(rows), self.device)
+
+    def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:  # noqa: ARG002  # the book has them
+        logits = self._graphs.run(batch)
+        if logits is None:
+            hidden = self._hidden(DeviceStep.of(batch, self.device), cache)
+            logits = self.weights.head(hidden[batch.sampled.to(self.device)])
+        return logits
+
+    def _hidden(self, step: DeviceStep, cache: KVCache) -> torch.Tensor:
+        """Return [rows, hidden], normalised for the head."""
+        layers, eps = self.weights.layers, self.spec.eps
+        following = (*(layer.attention_norm for layer in layers[1:]), self.weights.norm)
+        x = self.weights.embedding[step.ids]
+        h = rms_norm(x, layers[0].attention_norm, eps)
+        for index, (layer, norm) in enumerate(zip(layers, following, strict=True)):
+            attended = self._attention(index, h, step, cache)
+            h = add_rms_norm(x, self._linear("o", index, attended, step), layer.mlp_norm, eps)
+            h = silu_mul(self._linear("gate_up", index, h, step))
+            h = add_rms_norm(x, self._linear("down", index, h, step), norm, eps)
+        return h
+
+    def _linear(self, name: str, index: int, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
+        y = self.weights.layers[index].linears[name](x)
+        if step.lora is not None:
+            apply_lora(y, x, step.lora, self.book, name, index)
+        return y
+
+    def _attention(
+        self, index: int, x: torch.Tensor, step: DeviceStep, cache: KVCache
+    ) -> torch.Tensor:
+        spec, window = self.spec, self.spec.windows[index]
+        keys, values = cache.keys[index], cache.values[index]
+        qkv = self._linear("qkv", index, x, step).view(len(x), -1, spec.head_dim)
+        rotate_and_store(
+            *(qkv, self.cos, self.sin, step.slots, step.positions, keys, values),
+            _head_norms(self.weights.layers[index]),
+            spec.eps,
+        )
+        out = x.new_empty(len(x), spec.heads, spec.head_dim)
+        if step.singles:
+            slots, positions = step.slots[: step.singles], step.positions[: step.singles]
+            decode_attention(qkv, keys, values, slots, positions, window, out)
+        if step.chunks is not None:
+            chunk_attention(qkv, keys, values, step.chunks, window, out)
+        return out.view(len(x), -1)
+
+
+def _head_norms(layer: LayerWeights[Linear]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if layer.query_norm is None or layer.key_norm is None:
+        return None
+    return layer.query_norm, layer.key_norm

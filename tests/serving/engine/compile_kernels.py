@@ -1,0 +1,102 @@
+"""Compile every Triton kernel for a GPU that need not be here, at the shapes of Llama 3.1 8B.
+
+    python -m tests.serving.engine.compile_kernels 90    # compute capability 9.0
+
+Prints each kernel with the shared memory it takes. Triton is asked for machine code, so what its
+interpreter allows and its compiler does not is found on a CPU. Not in a process that interprets.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from serving.engine.lora import LoraLayout, LoraStacks
+from serving.engine.ops.rope import rope_angles
+from serving.engine.ops.triton import attention, lora
+from serving.engine.ops.triton.activation import silu_mul
+from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
+from serving.engine.ops.triton.rope import rotate_and_store
+from serving.engine.spec import LinearGroup
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+ALIGNED = [["tt.divisibility", 16]]
+HEADS, KV_HEADS, DIM, HIDDEN = 32, 8, 128, 4096
+
+
+def compile_launches(capability: int) -> None:
+    """Let every launch from now on compile its kernel, as a launch on that GPU would."""
+
+    def run(
+        kernel: JITFunction[Any], *args: object, grid: object, warmup: bool, **named: object
+    ) -> None:
+        options = {name: named.pop(name) for name in named.keys() & {"num_stages"}}
+        given = inspect.signature(kernel.fn).bind(*args, **named).arguments
+        types, fixed, attributes = {}, {}, {}
+        for index, parameter in enumerate(kernel.params):
+            name, value = parameter.name, given[parameter.name]
+            if parameter.is_constexpr or value is None:
+                types[name], fixed[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                types[name], attributes[(index,)] = POINTERS[value.dtype], ALIGNED
+            elif isinstance(value, int):
+                types[name] = "i32"
+                if value % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(index,)] = ALIGNED
+            else:
+                types[name] = "fp32"
+        source = ASTSource(kernel, types, fixed, attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert made.asm["cubin"]
+        print(kernel.fn.__name__, made.metadata.shared)
+
+    JITFunction.run = run  # type: ignore[method-assign]  # in a process of its own
+
+
+def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
+    x, weight = torch.zeros(4, HIDDEN, dtype=dtype), torch.zeros(HIDDEN, dtype=dtype)
+    numbers, tiles = torch.zeros(4, dtype=torch.int32), torch.zeros(4, 4, dtype=torch.int32)
+    many = torch.zeros(128, dtype=torch.int32)
+    qkv = torch.zeros(128, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
+    keys, out = torch.zeros(4, KV_HEADS, 64, DIM, dtype=dtype), qkv[:, :HEADS].contiguous()
+    angles = rope_angles(torch.ones(DIM // 2), 64)
+    store = (qkv, *angles, numbers, numbers, keys, keys)
+    group = LinearGroup("qkv", ("q", "k", "v"), HIDDEN, (HIDDEN, 1024, 1024))
+    stacks = LoraStacks(LoraLayout(2, (group,)), 1, dtype, torch.device("cpu"))
+    book = lora.AddressBook(stacks, dtype, torch.device("cpu"))
+    y = torch.zeros(4, sum(group.outputs), dtype=dtype)
+
+    def adapt(height: int) -> None:
+        lora.apply_lora(y, x, lora.LoraTiles(tiles, numbers[:1], height), book, "qkv", 1)
+
+    return [
+        lambda: rms_norm(x, weight, 1e-5),
+        lambda: add_rms_norm(x, x.clone(), weight, 1e-5),
+        lambda: silu_mul(torch.zeros(4, 2 * HIDDEN, dtype=dtype)),
+        lambda: rotate_and_store(*store),
+        lambda: rotate_and_store(*store, (weight[:DIM], weight[:DIM]), 1e-6),
+        lambda: attention.decode_attention(qkv, keys, keys, numbers, numbers, None, out),
+        lambda: attention.decode_attention(qkv, keys, keys, many, many, 4096, out),
+        lambda: attention.chunk_attention(qkv, keys, keys, tiles, None, out),
+        lambda: adapt(lora.DECODE_HEIGHT),
+        lambda: adapt(lora.PROMPT_HEIGHT),
+    ]
+
+
+if __name__ == "__main__":
+    compile_launches(int(sys.argv[1]))
+    for kind in sys.argv[2:]:
+        for launch in launches(getattr(torch, kind)):
+            launch()

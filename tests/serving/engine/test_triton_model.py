@@ -1,0 +1,224 @@
+"""The model with Triton operators against PEFT, and captured steps against plain ones."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from registry.adapter import AdapterRef
+from serving.engine import decode_graphs
+from serving.engine.boundary import GenerateRequest
+from serving.engine.build import Parts, assemble, read_model
+from serving.engine.engine import TorchEngine
+from serving.engine.linear import Linear
+from serving.engine.model_runner import ModelRunner
+from serving.engine.sequence import Row
+from serving.engine.sequence import Sequence as Running
+from serving.engine.settings import EngineSettings
+from serving.engine.spec import ModelSpec
+from serving.engine.triton_model import TritonModel
+from serving.engine.weights import read_weights
+from tests import tiny
+from tests.serving.engine.driving import Folders, Oracle, base_of, request, run_all
+from tests.serving.engine.kernels import on_every_device, share_out_to_few
+
+BOUND = 1e-4
+LENGTH = 64
+SETTINGS = EngineSettings(
+    dtype="float32", max_model_len=LENGTH, max_running=4, max_batched_tokens=9
+)
+SMALL: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_out_to_few(monkeypatch)
+
+
+def triton_parts(
+    base: Path, folders: Folders, device: torch.device, settings: EngineSettings = SETTINGS
+) -> Parts:
+    """Return an engine's parts around the Triton model, also where the engine would not take it."""
+    spec = ModelSpec.read(base)
+    with torch.inference_mode():
+        weights = read_weights(base, spec, torch.float32, device, Linear)
+        model = TritonModel(spec, weights, LENGTH)
+        return assemble(model, folders, replace(settings, device=device.type))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_base(tmp_path_factory.mktemp("base"), seed=3, hidden=32, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    folder = tmp_path_factory.mktemp("adapters")
+    return Folders(
+        {
+            "all4": tiny.make_adapter(folder / "all4", base, rank=4, seed=1),
+            "attention24": tiny.make_adapter(
+                folder / "attention24", base, rank=24, seed=2, targets=tiny.ATTENTION
+            ),
+            "other4": tiny.make_adapter(folder / "other4", base, rank=4, seed=3),
+        }
+    )
+
+
+def asked(folders: Folders, names: Sequence[str | None], tokens: int) -> list[GenerateRequest]:
+    return [
+        request(
+            [(7 * i + j) % 256 for j in range(3 + 4 * i)],
+            folders.refs[name] if name else None,
+            max_tokens=tokens,
+            logprobs=3,
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def check_against_peft(base: Path, folders: Folders, device: torch.device) -> None:
+    names = [*folders.refs, None]
+    wanted = asked(folders, names, tokens=3)
+    engine = TorchEngine(triton_parts(base, folders, device), SETTINGS)
+    for name, each, result in zip(names, wanted, run_all(engine, wanted), strict=True):
+        folder = folders.folders[folders.refs[name].digest] if name else None
+        oracle = Oracle(base, folder)
+        assert result.tokens == oracle.greedy(each.prompt_ids, 3), name
+        assert oracle.largest_error(each.prompt_ids, result) < BOUND, name
+        wrong = Oracle(base, None if name else folders.folders[folders.refs["all4"].digest])
+        assert wrong.largest_error(each.prompt_ids, result) > 10 * BOUND, name
+
+
+@on_every_device
+def test_a_mixed_batch_equals_peft_one_request_at_a_time(
+    base: Path, folders: Folders, device: torch.device
+) -> None:
+    """Prompts are read in chunks beside decoding rows, and the batch shrinks as requests end."""
+    check_against_peft(base, folders, device)
+
+
+@pytest.mark.gpu
+def test_the_engine_takes_the_triton_operators_where_there_is_a_gpu(base: Path) -> None:
+    model = read_model(base_of(base), SETTINGS)
+    assert model.device.type == "cuda"
+    assert model.operators == "Triton"
+
+
+@pytest.mark.long
+@on_every_device
+@pytest.mark.parametrize(
+    ("arch", "config"),
+    [
+        ("llama", {"tie_word_embeddings": False, "attention_bias": True, "head_dim": 24}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+        ("qwen3", {}),
+        ("mistral", {"sliding_window": 4}),
+    ],
+)
+def test_every_architecture_equals_peft(
+    tmp_path: Path, arch: str, config: dict[str, Any], device: torch.device
+) -> None:
+    base = tiny.make_base(tmp_path / "base", arch=arch, hidden=32, **(SMALL | config))
+    adapters = {"all4": tiny.make_adapter(tmp_path / "a", base, rank=4, seed=1)}
+    check_against_peft(base, Folders(adapters), device)
+
+
+def single_rows(parts: Parts, folders: Folders, names: Sequence[str | None]) -> list[Row]:
+    """Return rows of first tokens. The second prompt has another token: its row samples nothing."""
+    rows: list[Row] = []
+    for slot, name in enumerate(names):
+        ref = folders.refs[name] if name else None
+        sequence = Running(request([5 + slot] * (2 if slot == 1 else 1), ref))
+        sequence.kv_slot = slot
+        rows.append(Row(sequence, 0, 1))
+        if ref is not None:
+            place(parts, ref)
+    return rows
+
+
+def place(parts: Parts, ref: AdapterRef) -> None:
+    """Put an adapter into a slot, in place of another one where there is no other room."""
+    residency = parts.core.residency
+    residency.loader.load(ref).result()
+    while not residency.ensure(ref):
+        pass
+
+
+def plain(runner: ModelRunner, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Return the logits of a step that is not replayed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_graphs.DecodeGraphs, "run", lambda self, batch: None)
+        return runner.run(rows)[0]
+
+
+@on_every_device
+def test_a_captured_step_gives_what_the_plain_step_gives(
+    base: Path, folders: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows in a step of four: the dead one writes nothing anywhere."""
+    parts = triton_parts(base, folders, device)
+    runner, cache = parts.core.runner, parts.core.cache
+    with torch.inference_mode():
+        for names in ([None, None, None], ["all4", None, "attention24"]):
+            rows = single_rows(parts, folders, names)
+            replayed = runner.run(rows)[0].clone()
+            assert len(replayed) == 2
+            written = [half.clone() for half in (*cache.keys, *cache.values)]
+            close(replayed, plain(runner, rows, monkeypatch))
+            for before, after in zip(written, (*cache.keys, *cache.values), strict=True):
+                close(before, after)
+                assert after[:3, :, 0].all()
+                assert not after[:3, :, 1:].any()
+                assert not after[3:].any()
+
+
+@on_every_device
+def test_a_swap_of_adapters_captures_nothing_again(
+    base: Path, folders: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slot is worn by three adapters in turn, of two ranks, and by the first one again."""
+    parts = triton_parts(base, folders, device, replace(SETTINGS, adapter_slots=1))
+    runner = parts.core.runner
+
+    def capture(*_: object) -> None:
+        raise AssertionError("captured again")
+
+    monkeypatch.setattr(decode_graphs, "_capture", capture)
+    seen: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for name in ("all4", "other4", "attention24", "all4"):
+            rows = single_rows(parts, folders, [name])
+            seen.append(runner.run(rows)[0].clone())
+            close(seen[-1], plain(runner, rows, monkeypatch))
+    first, second, third, again = seen
+    assert torch.equal(first, again)
+    for other in (second, third):
+        assert (first - other).abs().max() > 100 * BOUND
+
+
+def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [
+        (1, [1]),
+        (5, [1, 2, 4, 5]),
+        (8, [1, 2, 4, 8]),
+        (32, [1, 2, 4, 8, 16, 24, 32]),
+        (100, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]),
+    ],
+)
+def test_sizes_of_captured_steps_waste_few_rows(most: int, sizes: list[int]) -> None:
+    assert decode_graphs.graph_sizes(most) == sizes
