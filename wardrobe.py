@@ -1,6 +1,7 @@
 """The command line: the composition root, the only module that may import all three packages."""
 
 import logging
+import os
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -162,6 +163,9 @@ def serve(
     home: Home = None,
 ) -> None:
     """Serve the base and every adapter of the registry over HTTP."""
+    # A thread of torch's that waits for work keeps its core for milliseconds unless it is told
+    # otherwise before torch is imported; the event loop needs that core now.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from serving.api.hosts import AllowedHost
     from serving.api.server import serve as serve_http
     from serving.api.settings import ServerSettings
