@@ -1,5 +1,5 @@
 // y += B(A(x)) with another adapter for each run of neighbouring rows. What lies between A and B
-// stays float. An adapter is read once a step for up to 64 rows that wear it.
+// stays float.
 #pragma once
 #include <vector>
 
