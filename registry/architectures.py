@@ -15,7 +15,12 @@ MAX_CONFIG_BYTES = 1 << 20
 # The engine's own forward pass computes these.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # transformers' own forward pass computes these, over the engine's attention and linears.
-THROUGH_TRANSFORMERS = ("gemma3_text", "gpt2", "opt", "phi3", "smollm3")
+THROUGH_TRANSFORMERS = (
+    *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
+    *("gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "ministral", "mixtral", "olmo"),
+    *("olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss"),
+    *("smollm3", "starcoder2"),
+)
 # These store the weight of a linear as [in, out] (transformers' Conv1D). A and B are as always.
 TRANSPOSED = ("gpt2",)
 

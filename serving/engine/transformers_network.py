@@ -21,7 +21,12 @@ from serving.engine.spec import LinearGroup
 
 ATTENTION = "wardrobe"  # what config._attn_implementation says
 # Arguments of an attention function that say nothing new about a packed, causal batch.
-_SILENT = frozenset({"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"})
+_SILENT = frozenset(
+    {
+        *("dropout", "is_causal", "output_attentions", "output_router_logits", "position_ids"),
+        "use_cache",
+    }
+)
 
 
 class Inside(Protocol):

@@ -52,29 +52,35 @@ def read_weights(
     device: torch.device,
     linear: MakeLinear[L],
 ) -> ModelWeights[L]:
-    """Read, cast and fuse. Raises EngineUnavailable when a tensor is missing or misshapen."""
+    """Read, cast and fuse. Raises EngineUnavailable when a tensor is missing, misshapen or left."""
     with ExitStack() as stack:
         read = _Reader(folder, device, dtype, stack)
         embedding = read("model.embed_tokens.weight", (spec.vocab, spec.hidden))
-        head = embedding if spec.tied else read("lm_head.weight", (spec.vocab, spec.hidden))
-        return ModelWeights(
+        weights = ModelWeights(
             embedding=embedding,
             layers=tuple(
                 _read_layer(read, spec, f"model.layers.{i}.", linear) for i in range(spec.layers)
             ),
             norm=read("model.norm.weight", (spec.hidden,)),
-            head=linear(head, None),
+            head=linear(_read_head(read, spec, embedding), None),
         )
+        if left := sorted(read.unread()):
+            raise EngineUnavailable(
+                f"{folder} has {len(left)} tensors that {spec.architecture} does not compute with, "
+                f"for example {left[0]!r}."
+            )
+        return weights
 
 
 class _Reader:
     """Find each tensor in whichever file holds it."""
 
     def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype | None, stack: ExitStack
+        self, folder: Path, device: torch.device, dtype: torch.dtype, stack: ExitStack
     ) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
         self._files: dict[str, Any] = {}
+        self._read: set[str] = set()
         for path in tensor_files(folder):
             file = stack.enter_context(safe_open(path, framework="pt"))
             self._files.update(dict.fromkeys(file.keys(), file))
@@ -82,15 +88,34 @@ class _Reader:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def __call__(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._files:
             raise EngineUnavailable(f"{self.folder} has no tensor {name!r}; pull the base again.")
         tensor: torch.Tensor = self._files[name].get_tensor(name)
-        if shape is not None and tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != shape:
             raise EngineUnavailable(
                 f"{self.folder}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}."
             )
+        self._read.add(name)
         return tensor.to(self.device, self.dtype)
+
+    def unread(self) -> set[str]:
+        """Return the names that nobody asked for; old Llama files have their angles with them."""
+        left = self._files.keys() - self._read
+        return {name for name in left if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _read_head(read: _Reader, spec: ModelSpec, embedding: torch.Tensor) -> torch.Tensor:
+    shape = (spec.vocab, spec.hidden)
+    if not spec.tied:
+        return read("lm_head.weight", shape)
+    # transformers would take the head of the file, against what the configuration says.
+    if "lm_head.weight" in read and not torch.equal(read("lm_head.weight", shape), embedding):
+        raise EngineUnavailable(
+            f"{read.folder}: config.json ties the head to the embedding, but lm_head.weight "
+            "differs from it. Set tie_word_embeddings to false there."
+        )
+    return embedding
 
 
 def _read_layer(

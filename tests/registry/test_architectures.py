@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,12 @@ def test_linears_of_gpt2_are_read_the_other_way_round_and_named_as_peft_does(
     }
     assert linear_shapes(found, "llama")["h.0.attn.c_attn"] == (8, 24)
     assert module_of("h.0.x.weight", "llama") == "h.0.x"
+
+
+def test_the_page_of_the_engine_names_every_architecture_that_is_served() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \| (own|transformers) \|", page, re.MULTILINE)
+    named: dict[str, set[str]] = {"own": set(), "transformers": set()}
+    for kinds, how in rows:
+        named[how] |= set(re.findall(r"`(\w+)`", kinds))
+    assert named == {"own": set(LLAMA_FAMILY), "transformers": set(THROUGH_TRANSFORMERS)}

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from registry.architectures import LLAMA_FAMILY, THROUGH_TRANSFORMERS
+from registry.base import Bases
+from registry.validate import validate
 from serving.engine.boundary import EngineUnavailable
 from serving.engine.build import read_model
 from serving.engine.engine import TorchEngine
@@ -23,11 +26,21 @@ SETTINGS = EngineSettings(
     device="cpu", dtype="float32", max_model_len=96, max_running=6, max_batched_tokens=11
 )
 
-# The linears of an architecture that are not named as Llama's are.
+# The linears of an architecture that are not named as Llama's are. Experts are no linears.
 LINEARS: dict[str, Sequence[str]] = {
+    "glm": (*tiny.ATTENTION, "gate_up_proj", "down_proj"),
+    "glm4": (*tiny.ATTENTION, "gate_up_proj", "down_proj"),
     "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "gpt_bigcode": ("c_attn", "c_proj", "c_fc"),
+    "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "mixtral": tiny.ATTENTION,
+    "olmoe": tiny.ATTENTION,
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "qwen2_moe": tiny.ATTENTION,
+    "qwen3_moe": tiny.ATTENTION,
+    "starcoder2": (*tiny.ATTENTION, "c_fc", "c_proj"),
 }
 SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -67,7 +80,14 @@ OWN: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"head_dim": 32, "attention_bias": True}),
     ("qwen3", {"tie_word_embeddings": False, **SLIDING, "use_sliding_window": True}),
 ]
+MULTIPLIERS = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+}
 THROUGH: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", SLIDING | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 40}),
     ("gemma3_text", SLIDING),
     ("gemma3_text", SLIDING | {"query_pre_attn_scalar": 40, "final_logit_softcapping": 5.0}),
     ("gpt2", {}),
@@ -76,7 +96,31 @@ THROUGH: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     ("phi3", {}),
     ("phi3", {"sliding_window": 9, "partial_rotary_factor": 0.5}),
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
+]
+ALSO: list[tuple[str, dict[str, Any]]] = [
+    ("cohere", {"use_qk_norm": True}),
+    ("cohere2", SLIDING),
+    ("ernie4_5", {}),
+    ("exaone4", SLIDING),
+    ("gemma", {}),
+    ("glm", {}),
+    ("glm4", {}),
+    ("gpt_bigcode", {}),
+    ("gpt_neox", {}),
+    ("granite", MULTIPLIERS),
+    ("helium", {}),
+    ("ministral", SLIDING),
+    ("mixtral", {"num_local_experts": 4, "sliding_window": 9}),
+    ("olmo", {"clip_qkv": 1.0}),
+    ("olmo2", {}),
+    ("olmo3", SLIDING),
+    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    ("phi", {}),
+    ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    ("seed_oss", {}),
+    ("starcoder2", {"sliding_window": 9}),
 ]
 
 
@@ -88,7 +132,10 @@ def test_a_mixed_batch_of_the_llama_family_equals_peft_one_request_at_a_time(
     hold_to_peft(tmp_path, arch, config, replace(SETTINGS, operators=operators))
 
 
-@pytest.mark.parametrize(("arch", "config"), THROUGH)
+@pytest.mark.parametrize(
+    ("arch", "config"),
+    [*THROUGH, *(pytest.param(*case, marks=pytest.mark.long) for case in ALSO)],
+)
 def test_a_mixed_batch_through_transformers_equals_peft_one_request_at_a_time(
     tmp_path: Path, arch: str, config: dict[str, Any]
 ) -> None:
@@ -113,6 +160,9 @@ def hold_to_peft(folder: Path, arch: str, config: dict[str, Any], settings: Engi
         )
         for name in names
     ]
+    bases = Bases(folder / "bases")
+    tiny.register(base, bases, "tiny")
+    assert validate(adapters["b"], bases).rank == 16
     results = run_all(TorchEngine.create(base_of(base), folders, settings), wanted)
     oracles = {name: Oracle(base, adapters.get(name or "")) for name in ("a", "b", None)}
     others = {"a": "b", "b": None, None: "a"}
@@ -125,7 +175,7 @@ def hold_to_peft(folder: Path, arch: str, config: dict[str, Any], settings: Engi
 
 
 def test_every_architecture_that_is_served_is_held_to_peft() -> None:
-    assert {arch for arch, _ in THROUGH} == set(THROUGH_TRANSFORMERS)
+    assert {arch for arch, _ in (*THROUGH, *ALSO)} == set(THROUGH_TRANSFORMERS)
     assert {arch for arch, _ in OWN} == set(LLAMA_FAMILY)
 
 
@@ -135,6 +185,18 @@ def test_an_unknown_architecture_is_refused_by_name_with_those_that_are_served(
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(EngineUnavailable, match=r"config\.json: model_type='mamba'.*gpt2, llama"):
         read_model(base_of(tmp_path), SETTINGS)
+
+
+def test_an_attention_that_is_given_more_than_is_computed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss adds a learned sink to every row of scores: left out, all its answers change."""
+    base = tiny.make_base(tmp_path / "base", arch="gpt_oss", num_local_experts=4)
+    with pytest.raises(EngineUnavailable, match="model_type='gpt_oss'"):
+        read_model(base_of(base), SETTINGS)
+    monkeypatch.setattr("registry.architectures.THROUGH_TRANSFORMERS", ("gpt_oss",))
+    with pytest.raises(EngineUnavailable, match="GptOssAttention gives its attention s_aux"):
+        read_model(base_of(base), SETTINGS)
 
 
 def test_weights_that_do_not_fill_the_network_are_refused(tmp_path: Path) -> None:
@@ -148,6 +210,26 @@ def test_weights_that_do_not_fill_the_network_are_refused(tmp_path: Path) -> Non
     (three / "config.json").write_text(two_layers)
     with pytest.raises(EngineUnavailable, match="unexpected_keys"):
         read_model(base_of(three), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.0.self_attn.q_norm.weight", "1 tensors that llama does not compute with"),
+        ("lm_head.weight", "Set tie_word_embeddings to false"),
+    ],
+)
+def test_weights_that_the_own_forward_pass_would_leave_out_are_refused(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    base = tiny.make_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors")
+    read_model(base_of(base), SETTINGS)  # a copy of the embedding is what the config says
+    save_file(tensors | {name: 2 * head}, base / "model.safetensors")
+    with pytest.raises(EngineUnavailable, match=words):
+        read_model(base_of(base), SETTINGS)
 
 
 def test_longrope_is_served_up_to_the_length_at_which_its_angles_change(tmp_path: Path) -> None:
