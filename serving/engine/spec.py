@@ -115,10 +115,12 @@ class ModelSpec(DecoderSpec):
 
 
 def check_architecture(folder: Path) -> str:
-    """Return the model_type of config.json. Raises EngineUnavailable when none computes it."""
+    """Return the model_type of config.json. Raises EngineUnavailable when nothing computes it."""
     config = read_base_config(folder)
     if problem := unsupported_architecture(config):
         raise EngineUnavailable(f"{folder}/config.json: {problem}")
+    if config.get("quantization_config"):
+        raise _unsupported(folder, "quantization_config", "set", "plain weights")
     return config["model_type"]
 
 
@@ -148,8 +150,6 @@ def _check(config: Any, folder: Path) -> None:
         raise _unsupported(folder, "model_type", config.model_type, wanted)
     if config.hidden_act != "silu":
         raise _unsupported(folder, "hidden_act", config.hidden_act, "'silu'")
-    if getattr(config, "quantization_config", None):
-        raise _unsupported(folder, "quantization_config", "set", "plain weights")
     if (config.num_attention_heads % (config.num_key_value_heads or 1)) != 0:
         found = f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads"
         raise _unsupported(folder, "num_attention_heads", found, "a multiple of the KV heads")

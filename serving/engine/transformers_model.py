@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +38,8 @@ class TransformersSpec(DecoderSpec):
                 f"KV heads of {sorted(shapes)}; this engine keeps the same for every layer."
             )
         [(kv_heads, head_dim)] = shapes
+        windows = tuple(window for _, (_, window) in sorted(found.layers.items()))
+        _check_windows(config, windows, folder)
         return cls(
             architecture=config.model_type,
             vocab=config.vocab_size,
@@ -44,7 +47,7 @@ class TransformersSpec(DecoderSpec):
             kv_heads=kv_heads,
             head_dim=head_dim,
             context=exact_context(config),
-            windows=tuple(window for _, (_, window) in sorted(found.layers.items())),
+            windows=windows,
             linears=network.linears,
             eos_ids=eos_ids(config, folder),
             folder=folder,
@@ -54,6 +57,18 @@ class TransformersSpec(DecoderSpec):
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         return self.linears
+
+
+def _check_windows(config: Any, windows: tuple[Window, ...], folder: Path) -> None:
+    """Raise where a layer keeps its window to itself: some have it in the mask only."""
+    told = {"full_attention": False, "sliding_attention": True}
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    for layer, (kind, window) in enumerate(zip(kinds, windows, strict=False)):
+        if told.get(kind) is not (window is not None):
+            raise EngineUnavailable(
+                f"{folder}/config.json: layer {layer} is {kind!r} and gives its attention the "
+                f"window {window}; this engine would compute something else."
+            )
 
 
 class TransformersModel:

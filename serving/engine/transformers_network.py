@@ -20,12 +20,9 @@ from serving.engine.ops.attention import Window
 from serving.engine.spec import LinearGroup
 
 ATTENTION = "wardrobe"  # what config._attn_implementation says
-# Arguments of an attention function that say nothing new about a packed, causal batch.
+# Arguments of an attention function that say nothing new about a packed batch.
 _SILENT = frozenset(
-    {
-        *("dropout", "is_causal", "output_attentions", "output_router_logits", "position_ids"),
-        "use_cache",
-    }
+    ("dropout", "output_attentions", "output_router_logits", "position_ids", "use_cache")
 )
 
 
@@ -88,7 +85,7 @@ class Network:
         self, ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, inside: Inside
     ) -> torch.Tensor:
         """Return the logits [sampled, vocab] of rows [tokens]."""
-        self._running.inside = inside
+        self._running.inside = inside  # for the linears; attention gets it as an argument
         out = self._model(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -96,14 +93,13 @@ class Network:
             use_cache=False,
             inside=inside,
         )
-        self._running.inside = None
         return out.logits[0]
 
 
 class _Running:
     """What runs inside now: transformers hands a linear nothing but its input."""
 
-    inside: Inside | None = None
+    inside: Inside
 
 
 class _Opened(nn.Module):
@@ -117,8 +113,7 @@ class _Opened(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = self.linear(rows)
-        if self.running.inside is not None:
-            self.running.inside.adapt(self.group, self.layer, rows, y)
+        self.running.inside.adapt(self.group, self.layer, rows, y)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -133,6 +128,7 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers asks for it: heads [1, heads, tokens, dim] to [1, tokens, heads, dim].
@@ -140,9 +136,13 @@ def _attention(
     Raises EngineUnavailable for an argument that would change the result and is not computed.
     """
     told = sorted(name for name in others.keys() - _SILENT if others[name] is not None)
-    if told or attention_mask is not None:
+    if attention_mask is not None:
+        told.append("a mask")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        told.append("keys that come later")
+    if told:
         raise EngineUnavailable(
-            f"{type(module).__name__} gives its attention {', '.join(told) or 'a mask'}, "
+            f"{type(module).__name__} gives its attention {', '.join(told)}, "
             "which this engine does not compute."
         )
     q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))

@@ -1,5 +1,6 @@
 """Every architecture: a mixed batch gives what PEFT gives one request at a time."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -86,6 +87,7 @@ MULTIPLIERS = {
     "logits_scaling": 2.0,
     "residual_multiplier": 0.5,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 THROUGH: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", SLIDING | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 40}),
     ("gemma3_text", SLIDING),
@@ -96,7 +98,7 @@ THROUGH: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     ("phi3", {}),
     ("phi3", {"sliding_window": 9, "partial_rotary_factor": 0.5}),
-    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    ("qwen3_moe", EXPERTS | {"use_sliding_window": True, "sliding_window": 9}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
 ]
 ALSO: list[tuple[str, dict[str, Any]]] = [
@@ -116,9 +118,9 @@ ALSO: list[tuple[str, dict[str, Any]]] = [
     ("olmo", {"clip_qkv": 1.0}),
     ("olmo2", {}),
     ("olmo3", SLIDING),
-    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    ("olmoe", EXPERTS),
     ("phi", {}),
-    ("qwen2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    ("qwen2_moe", EXPERTS),
     ("seed_oss", {}),
     ("starcoder2", {"sliding_window": 9}),
 ]
@@ -196,6 +198,30 @@ def test_an_attention_that_is_given_more_than_is_computed_is_refused(
         read_model(base_of(base), SETTINGS)
     monkeypatch.setattr("registry.architectures.THROUGH_TRANSFORMERS", ("gpt_oss",))
     with pytest.raises(EngineUnavailable, match="GptOssAttention gives its attention s_aux"):
+        read_model(base_of(base), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "words"),
+    [
+        # The window of these is in transformers' mask only.
+        (
+            "qwen2_moe",
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            "layer 1 is 'sliding_attention' and gives its attention the window None",
+        ),
+        ("gemma3_text", SLIDING | {"use_bidirectional_attention": True}, "keys that come later"),
+        ("phi3", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config='set'"),
+        ("gpt2", {"model_type": "gpt3"}, "model_type='gpt3'"),
+    ],
+)
+def test_a_configuration_that_would_be_computed_wrongly_is_refused_at_start(
+    tmp_path: Path, arch: str, config: dict[str, Any], words: str
+) -> None:
+    base = tiny.make_base(tmp_path / "base", arch=arch)
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(EngineUnavailable, match=words):
         read_model(base_of(base), SETTINGS)
 
 
