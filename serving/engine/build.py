@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,14 +21,14 @@ from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
 from serving.engine.hardware import choose_device, choose_dtype, ridge_tokens, total_memory
 from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes
-from serving.engine.linear import Linear, PackedLinear
+from serving.engine.linear import CompiledLinear, Linear, PackedLinear
 from serving.engine.loader import AdapterLoader
 from serving.engine.lora import HostAdapter, LoraLayout, LoraStacks
 from serving.engine.model import Model
 from serving.engine.model_runner import Capturing, Forward, ModelRunner
 from serving.engine.ops import Operators
 from serving.engine.ops.attention import LENGTH_STEP
-from serving.engine.ops.native.compile import NotCompiled
+from serving.engine.ops.native.compile import NUMBERS, NotCompiled
 from serving.engine.ops.native.library import Library, load_library
 from serving.engine.prefix_cache import PrefixCache
 from serving.engine.residency import Residency
@@ -37,7 +38,7 @@ from serving.engine.settings import EngineSettings
 from serving.engine.slots import BUCKETS, SlotTable, bucket_of
 from serving.engine.spec import DecoderSpec, ModelSpec, check_architecture
 from serving.engine.transformers_model import TransformersModel, TransformersSpec
-from serving.engine.transformers_network import Network
+from serving.engine.transformers_network import MakeProduct, Network
 from serving.engine.weights import read_weights, stored_dtype
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,7 @@ def read_model(base: BaseModel, settings: EngineSettings) -> Forward:
     with torch.inference_mode():
         if kind in LLAMA_FAMILY:
             return _read_own(base, settings, dtype, device)
-        network = Network.read(base.path, dtype, device)
-        spec = TransformersSpec.measure(base.path, network)
-        length = _max_model_len(spec, settings, dtype, device)
-        return TransformersModel(spec, network, Operators(), length)
+        return _read_through_transformers(base, settings, dtype, device)
 
 
 def _read_own(
@@ -80,7 +78,8 @@ def _read_own(
         try:
             if device.type == "cuda":
                 return _triton_model(base, spec, dtype, device, length)
-            library = _library(spec, dtype)
+            check_compilable(spec)
+            library = _library(dtype)
             weights = read_weights(base.path, spec, dtype, device, PackedLinear)
             return CompiledModel(spec, weights, library, length)
         except NotCompiled as error:
@@ -100,9 +99,28 @@ def _triton_model(
     return TritonModel(spec, read_weights(base.path, spec, dtype, device, Linear), length)
 
 
-def _library(spec: ModelSpec, dtype: torch.dtype) -> Library:
-    """Return the compiled operators. Raises NotCompiled when they cannot compute this base."""
-    check_compilable(spec, dtype)
+def _read_through_transformers(
+    base: BaseModel, settings: EngineSettings, dtype: torch.dtype, device: torch.device
+) -> Forward:
+    library, name = None, "torch"
+    make: MakeProduct = Linear
+    if device.type == "cpu" and settings.operators == "auto":
+        try:
+            library = _library(dtype)
+            make, name = partial(CompiledLinear, library), f"C++ ({library.target.name})"
+        except NotCompiled as error:
+            logger.warning("torch computes, several times slower than C++: %s", error)
+            name = f"torch ({error})"
+    network = Network.read(base.path, dtype, device, make)
+    spec = TransformersSpec.measure(base.path, network)
+    length = _max_model_len(spec, settings, dtype, device)
+    return TransformersModel(spec, network, length, library, name)
+
+
+def _library(dtype: torch.dtype) -> Library:
+    """Return the compiled operators. Raises NotCompiled where there are none."""
+    if dtype not in NUMBERS:
+        raise NotCompiled(f"the C++ operators compute float32 and bfloat16, not {dtype}")
     return load_library(dtype, default_cache() / "operators")
 
 

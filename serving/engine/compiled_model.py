@@ -13,7 +13,7 @@ from serving.engine.kv_cache import KVCache
 from serving.engine.linear import PackedLinear
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.lora import merge_runs
-from serving.engine.ops.native.compile import NUMBERS, NotCompiled
+from serving.engine.ops.native.compile import NotCompiled
 from serving.engine.ops.native.layout import (
     LayerC,
     LinearC,
@@ -29,10 +29,8 @@ from serving.engine.spec import ModelSpec
 from serving.engine.weights import LayerWeights, ModelWeights
 
 
-def check_compilable(spec: ModelSpec, dtype: torch.dtype) -> None:
+def check_compilable(spec: ModelSpec) -> None:
     """Raise NotCompiled when the compiled forward pass cannot compute this base."""
-    if dtype not in NUMBERS:
-        raise NotCompiled(f"the C++ operators compute float32 and bfloat16, not {dtype}")
     odd = [n for n in (spec.hidden, spec.intermediate, spec.heads * spec.head_dim) if n % 2]
     if odd:
         raise NotCompiled(f"a linear of the base has {odd[0]} inputs, an odd number")

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
+from serving.engine.boundary import EngineUnavailable
+from serving.engine.ops.native.library import Library
+
 PANEL = 32  # outputs that the compiled operators multiply side by side
 
 
@@ -40,6 +43,22 @@ class PackedLinear:
         step = _step(self.weight)
         panels = self.weight.view(-1, self.inputs // step, PANEL, step).transpose(1, 2)
         return panels.reshape(-1, self.inputs)[: self.outputs]
+
+
+class CompiledLinear(PackedLinear):
+    """A packed linear that is called by itself."""
+
+    def __init__(self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        if weight.shape[1] % _step(weight):
+            raise EngineUnavailable(
+                f"A linear of the base has {weight.shape[1]} inputs, an odd number, which the C++ "
+                "operators do not read in bfloat16. Serve it with operators='torch'."
+            )
+        super().__init__(weight, bias)
+        self.library = library
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.library.linear(x, self.weight, self.bias, self.outputs)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
 from serving.engine.ops import Operators
 from serving.engine.ops.attention import AttentionPlan, Window, attend, plan_attention
-from serving.engine.ops.lora import LoraPlan, plan_lora
+from serving.engine.ops.lora import LoraPlan, Run, apply_lora, merge_runs, plan_lora
+from serving.engine.ops.native.library import Library
 from serving.engine.spec import DecoderSpec, LinearGroup, eos_ids, exact_context, read_config
 from serving.engine.transformers_network import Network
 
@@ -24,6 +25,7 @@ class TransformersSpec(DecoderSpec):
     """A decoder that transformers computes; each of its linears is a group of its own."""
 
     linears: tuple[LinearGroup, ...]
+    softcap: bool  # some layer bends its scores
 
     @classmethod
     def measure(cls, folder: Path, network: Network) -> "TransformersSpec":
@@ -31,14 +33,14 @@ class TransformersSpec(DecoderSpec):
         config, found = read_config(folder), _Measurement()
         row = torch.zeros(1, dtype=torch.int64, device=network.device)
         network.logits(row, row, row, found)
-        shapes = {heads for heads, _ in found.layers.values()}
+        shapes = {heads for heads, _, _ in found.layers.values()}
         if len(shapes) != 1 or len(found.layers) != config.num_hidden_layers:
             raise EngineUnavailable(
                 f"{folder}: {len(found.layers)} of {config.num_hidden_layers} layers attend, with "
                 f"KV heads of {sorted(shapes)}; this engine keeps the same for every layer."
             )
         [(kv_heads, head_dim)] = shapes
-        windows = tuple(window for _, (_, window) in sorted(found.layers.items()))
+        windows = tuple(window for _, (_, window, _) in sorted(found.layers.items()))
         _check_windows(config, windows, folder)
         return cls(
             architecture=config.model_type,
@@ -49,6 +51,7 @@ class TransformersSpec(DecoderSpec):
             context=exact_context(config),
             windows=windows,
             linears=network.linears,
+            softcap=any(softcap for _, _, softcap in found.layers.values()),
             eos_ids=eos_ids(config, folder),
             folder=folder,
             prefix=network.prefix,
@@ -72,22 +75,37 @@ def _check_windows(config: Any, windows: tuple[Window, ...], folder: Path) -> No
 
 
 class TransformersModel:
-    """A network of transformers over the engine's cache; see `model_runner.Forward`."""
+    """A network of transformers over the engine's cache; see `model_runner.Forward`.
+
+    With a library, attention, LoRA and the greedy choice are compiled, as the network's linears
+    must be; without one they are torch's.
+    """
 
     def __init__(
-        self, spec: TransformersSpec, network: Network, operators: Operators, length: int
+        self,
+        spec: TransformersSpec,
+        network: Network,
+        length: int,
+        library: Library | None,
+        name: str,
     ) -> None:
-        self.spec, self.network, self.ops = spec, network, operators
+        self.spec, self.network, self.library = spec, network, library
         self.dtype, self.device = network.dtype, network.device
         self.length = length  # tokens of one sequence
-        self.greedy, self.sample = operators.greedy, operators.sample
-        self.operators = f"torch (transformers' forward pass of {spec.architecture})"
+        bodies = library or Operators()
+        self.greedy, self.sample = bodies.greedy, bodies.sample
+        self.operators = f"{name} in transformers' forward pass of {spec.architecture}"
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
-        plan = plan_attention(batch, self.spec.windows, cache.length, self.dtype, self.device)
+        plan, lora = None, None
+        if self.library is None or self.spec.softcap:
+            windows = self.spec.windows
+            plan = plan_attention(batch, windows, cache.length, self.dtype, self.device)
+        if self.library is None:
+            lora = plan_lora(batch.worn, self.device)
+        runs = merge_runs(batch.worn)
         batch = batch.to(self.device)
-        lora = plan_lora(batch.worn, self.device)
-        step = _Step(self.ops, batch, cache, stacks, plan, lora)
+        step = _Step(batch, cache, stacks, self.library, plan, lora, runs)
         return self.network.logits(batch.ids, batch.positions, batch.sampled, step)
 
 
@@ -95,39 +113,44 @@ class TransformersModel:
 class _Step:
     """What all layers of one step share; see `transformers_network.Inside`."""
 
-    ops: Operators
     batch: Batch
     cache: KVCache
     stacks: LoraStacks
-    attention: AttentionPlan
-    lora: LoraPlan | None
+    library: Library | None
+    plan: AttentionPlan | None  # of torch's attention, which alone bends scores
+    lora: LoraPlan | None  # of torch's LoRA
+    runs: list[Run]
 
     def attend(
         self, layer: int, heads: Heads, scale: float, window: Window, softcap: float | None
     ) -> torch.Tensor:
         q, k, v = heads
+        slots, positions = self.batch.slots, self.batch.positions
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.batch.slots, :, self.batch.positions] = k
-        values[self.batch.slots, :, self.batch.positions] = v
-        # The operator divides by sqrt(dim); a base that scales otherwise has it made up for here.
+        keys[slots, :, positions] = k
+        values[slots, :, positions] = v
+        # The operators divide by sqrt(dim); a base that scales otherwise has it made up for here.
         factor = scale * q.shape[-1] ** 0.5
         q = (q if abs(factor - 1.0) < 1e-6 else q * factor).contiguous()
-        if softcap is not None:
-            return attend(q, keys, values, self.attention, window, softcap)
-        return self.ops.attend(q, keys, values, self.attention, window)
+        if self.library is not None and self.plan is None:
+            return self.library.attention(q, keys, values, slots, positions, window)
+        assert self.plan is not None
+        return attend(q, keys, values, self.plan, window, softcap)
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         if len(x) != len(self.batch.ids):
             raise RuntimeError(f"{group} reads {len(x)} rows of a step of {len(self.batch.ids)}.")
-        if self.lora is not None:
-            self.ops.lora(y, x, self.stacks.weights(group, layer), self.lora)
+        if self.library is not None and self.runs:
+            self.library.lora(y, x, self.stacks.whole(group), layer, self.runs)
+        elif self.lora is not None:
+            apply_lora(y, x, self.stacks.weights(group, layer), self.lora)
 
 
 @dataclass(frozen=True, slots=True)
 class _Measurement:
     """Stands where a step does, and writes down what the attention of each layer is given."""
 
-    layers: dict[int, tuple[tuple[int, int], Window]] = field(default_factory=dict)
+    layers: dict[int, tuple[tuple[int, int], Window, float | None]] = field(default_factory=dict)
 
     def attend(
         self, layer: int, heads: Heads, scale: float, window: Window, softcap: float | None
@@ -139,8 +162,8 @@ class _Measurement:
                 f"Layer {layer} attends with queries, keys and values of {shapes}, which this "
                 "engine's cache cannot hold."
             )
-        self.layers[layer] = (k.shape[1], k.shape[2]), window
-        return q * (softcap or scale)  # of the right shape; nobody reads it
+        self.layers[layer] = (k.shape[1], k.shape[2]), window, softcap
+        return q * scale  # of the right shape; nobody reads it
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         pass

@@ -6,6 +6,7 @@ hands the heads to whoever runs the step; and each linear of a layer is packed, 
 add what the adapter of each row adds.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,9 +16,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from serving.engine.boundary import EngineUnavailable
-from serving.engine.linear import Linear
 from serving.engine.ops.attention import Window
 from serving.engine.spec import LinearGroup
+
+Product = Callable[[torch.Tensor], torch.Tensor]  # rows [tokens, in] to [tokens, out]
+MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]  # of a weight and a bias
 
 ATTENTION = "wardrobe"  # what config._attn_implementation says
 # Arguments of an attention function that say nothing new about a packed batch.
@@ -48,7 +51,7 @@ class Inside(Protocol):
 class Network:
     """The frozen network of one base."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, make: MakeProduct) -> None:
         self.dtype, self.device = model.dtype, model.device
         self._model = model
         self._running = _Running()
@@ -56,11 +59,16 @@ class Network:
         self.linears = _common_linears(layers)
         for index, layer in enumerate(layers):
             for name in (group.name for group in self.linears):
-                linear = _freeze(layer.get_submodule(name))
-                layer.set_submodule(name, _Opened(linear, self._running, name, index))
+                product = _freeze(layer.get_submodule(name), make)
+                layer.set_submodule(name, _Opened(product, self._running, name, index))
+        head = cast("nn.Module", model.get_output_embeddings())
+        [place] = [name for name, module in model.named_modules() if module is head]
+        model.set_submodule(place, _Frozen(_freeze(head, make)))
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Network":
+    def read(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, make: MakeProduct
+    ) -> "Network":
         """Read the weights. Raises EngineUnavailable when they are not those of the network."""
         AttentionInterface.register(ATTENTION, _attention)
         load = cast("Any", AutoModelForCausalLM.from_pretrained)  # the stub has one return type
@@ -79,7 +87,7 @@ class Network:
                     f"{folder}: {type(model).__name__} has {len(told[what])} {what}, for example "
                     f"{min(map(str, told[what]))!r}; pull the base again."
                 )
-        return cls(model.eval().requires_grad_(False).to(device))
+        return cls(model.eval().requires_grad_(False).to(device), make)
 
     def logits(
         self, ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, inside: Inside
@@ -102,19 +110,32 @@ class _Running:
     inside: Inside
 
 
-class _Opened(nn.Module):
-    """A linear of a layer."""
+class _Frozen(nn.Module):
+    """A linear that no adapter changes."""
 
-    def __init__(self, linear: Linear, running: _Running, group: str, layer: int) -> None:
+    def __init__(self, product: Product) -> None:
         super().__init__()
-        self.linear, self.running = linear, running
-        self.group, self.layer = group, layer
+        self.product = product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.linear(rows)
-        self.running.inside.adapt(self.group, self.layer, rows, y)
-        return y.view(*x.shape[:-1], -1)
+        y = self.rows(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x)
+
+
+class _Opened(_Frozen):
+    """A linear of a layer."""
+
+    def __init__(self, product: Product, running: _Running, group: str, layer: int) -> None:
+        super().__init__(product)
+        self.running, self.group, self.layer = running, group, layer
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.product(x)
+        self.running.inside.adapt(self.group, self.layer, x, y)
+        return y
 
 
 def _attention(
@@ -183,9 +204,9 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (into, out) if isinstance(module, Conv1D) else (out, into)
 
 
-def _freeze(module: nn.Module) -> Linear:
+def _freeze(module: nn.Module, make: MakeProduct) -> Product:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
     assert bias is None or isinstance(bias, torch.Tensor)
     # GPT-2 stores its weights the other way round.
-    return Linear(weight.t().contiguous() if isinstance(module, Conv1D) else weight, bias)
+    return make(weight.t().contiguous() if isinstance(module, Conv1D) else weight, bias)
