@@ -1,6 +1,8 @@
 """Keys and values: a slot for each running sequence, and blocks of what may be wanted again."""
 
 import heapq
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 
@@ -37,14 +39,16 @@ class KVCache:
             whole[:, slot, :, :used].zero_()
         heapq.heappush(self._free, slot)
 
-    def block(self, slot: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a view of keys and values of a slot's tokens from `number` · BLOCK on.
+    def blocks(self, slot: int, first: int, count: int) -> list[torch.Tensor]:
+        """Return views of the keys and of the values of a slot's tokens from `first` · BLOCK on.
 
-        Both are [layers, kv_heads, BLOCK, head_dim].
+        Both are [count, layers, kv_heads, BLOCK, head_dim]. Token i of a sequence is at place i.
         """
-        place = slice(number * BLOCK, (number + 1) * BLOCK)
-        keys, values = (whole[:, slot, :, place] for whole in self._all)
-        return keys, values
+        places = slice(first * BLOCK, (first + count) * BLOCK)
+        return [
+            whole[:, slot, :, places].unflatten(2, (count, BLOCK)).permute(2, 0, 1, 3, 4)
+            for whole in self._all
+        ]
 
     def is_finite(self, slot: int, start: int, stop: int) -> bool:
         """Tell whether a slot has neither NaN nor infinity at these positions.
@@ -69,15 +73,25 @@ class KVBlocks:
         self.size_bytes = block_bytes(spec, dtype)  # of one block
         self._all = lazy_zeros(shape, dtype, device) if count else torch.empty(shape)
 
-    def write(self, block: int, cache: KVCache, slot: int, number: int) -> None:
-        """Copy a slot's block number `number` here."""
-        for here, there in zip(self._all[block], cache.block(slot, number), strict=True):
+    def write(self, blocks: Sequence[int], cache: KVCache, slot: int, first: int) -> None:
+        """Copy as many blocks of a slot here, from its block `first` on."""
+        for here, there in self._pairs(blocks, cache, slot, first):
             here.copy_(there)
 
-    def read(self, block: int, cache: KVCache, slot: int, number: int) -> None:
-        """Copy a block into a slot, as its block number `number`."""
-        for here, there in zip(self._all[block], cache.block(slot, number), strict=True):
+    def read(self, blocks: Sequence[int], cache: KVCache, slot: int) -> None:
+        """Copy blocks to the beginning of a slot."""
+        for here, there in self._pairs(blocks, cache, slot, 0):
             there.copy_(here)
+
+    def _pairs(
+        self, blocks: Sequence[int], cache: KVCache, slot: int, first: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield views of blocks and of where they are in a slot; neighbours go in one copy."""
+        for _, run in groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0]):
+            (number, block), *others = run
+            count = 1 + len(others)
+            there = cache.blocks(slot, first + number, count)
+            yield from zip(self._all[block : block + count].unbind(1), there, strict=True)
 
 
 def block_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:

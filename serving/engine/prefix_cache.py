@@ -60,8 +60,7 @@ class PrefixCache:
         At least one token is left to be read: what follows it is not kept.
         """
         known = self._known(sequence)
-        for number, block in enumerate(known):
-            self._blocks.read(block, self._cache, sequence.kv_slot, number)
+        self._blocks.read(known, self._cache, sequence.kv_slot)
         keys = self._keys(sequence)
         self._touch(sequence, keys[: len(known)])
         sequence.computed, sequence.kept = len(known) * BLOCK, len(known)
@@ -109,15 +108,18 @@ class PrefixCache:
         return [own[key] for key in takewhile(own.__contains__, keys)]
 
     def _add(self, sequence: Sequence, keys: list[bytes]) -> None:
+        """Keep what is not there yet; it is at the end, since no block is without those before."""
         tenant, chain = sequence.request.tenant, frozenset(keys)
-        for number, key in enumerate(keys):
-            if key in self._tenants.get(tenant, ()):
-                continue
+        there = self._tenants.get(tenant, OrderedDict[bytes, int]())
+        missing = [key for key in keys if key not in there]
+        added: list[int] = []
+        for key in missing:
             block = self._take(tenant, chain)
             if block is None:
-                return
-            self._blocks.write(block, self._cache, sequence.kv_slot, number)
+                break
             self._tenants.setdefault(tenant, OrderedDict())[key] = block
+            added.append(block)
+        self._blocks.write(added, self._cache, sequence.kv_slot, len(keys) - len(missing))
 
     def _take(self, tenant: str, chain: frozenset[bytes]) -> int | None:
         """Return a block to write; None when only the beginning itself could make room for it."""
