@@ -7,8 +7,9 @@
 
 A peer is any command that serves `/v1/completions` for the model `base`: `{base}` is its folder,
 `{port}` where it has to listen, `{adapters}` are 32 words name=folder, as vLLM takes them. `--peer`
-runs the cells without adapters, `--lora-peer` those with adapters. All servers are up at the same
-time, and every cell goes round them in turn, so that what else the machine does meets all alike.
+runs the cells without adapters, `--lora-peer` those with adapters. All servers are up, and every
+cell goes round them in turn, so that what else the machine does meets all alike; a peer whose turn
+it is not is stopped (SIGSTOP), because some wait by spinning.
 Prints one Markdown table: rates, times, how many times as fast as the peer we are, and our share
 of the floor (benchmarks/floor.py). A peer that is missing, or does not start, is said and left out.
 """
@@ -16,12 +17,14 @@ of the floor (benchmarks/floor.py). A peer that is missing, or does not start, i
 import argparse
 import asyncio
 import contextlib
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,27 +58,48 @@ class Server:
     name: str
     url: str
     adapters: tuple[bool, ...]  # runs cells without adapters, with adapters, or both
+    group: int | None = None  # the processes of a peer
     figures: dict[Cell, list[Figures]] = field(default_factory=dict[Cell, list[Figures]])
 
     def runs(self, cell: Cell) -> bool:
         return (cell.adapters > 0) in self.adapters
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let a peer run for as long as this lasts."""
+        if self.group is None:
+            yield
+            return
+        os.killpg(self.group, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.killpg(self.group, signal.SIGSTOP)
+
 
 @contextlib.contextmanager
-def started(command: str, log: Path, port: int) -> Iterator[str]:
-    """Run a peer; yield why it did not start, or nothing. It ends with all that it started."""
+def started(command: str, log: Path, port: int) -> Iterator[int | str]:
+    """Run a peer; yield its process group, stopped, or why there is none.
+
+    It ends with all that it started.
+    """
     words = shlex.split(command)
     program = next(word for word in words if word != "env" and "=" not in word)
     if shutil.which(program) is None:
         yield f"there is no {program}"
         return
     with log.open("wb") as output:
-        peer = subprocess.Popen(words, stdout=output, stderr=output)  # noqa: S603 - the user's own
+        peer = subprocess.Popen(words, stdout=output, stderr=output, process_group=0)  # noqa: S603 - the user's own
         try:
-            failure = asyncio.run(answers(f"http://127.0.0.1:{port}", peer))
-            yield f"{failure}: {log.read_text(errors='replace')[-800:]}" if failure else ""
+            if failure := asyncio.run(answers(f"http://127.0.0.1:{port}", peer)):
+                yield f"{failure}: {log.read_text(errors='replace')[-800:]}"
+            else:
+                os.killpg(peer.pid, signal.SIGSTOP)
+                yield peer.pid
         finally:
-            peer.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(peer.pid, signal.SIGTERM)
+                os.killpg(peer.pid, signal.SIGCONT)
             peer.wait(60)
 
 
@@ -99,23 +123,32 @@ async def measure(
     servers: list[Server], cells: list[Cell], repeats: int, pool: list[list[int]]
 ) -> None:
     """Run every cell on every server in turn, each time in another order, with fresh prompts."""
-    timeout, fresh = aiohttp.ClientTimeout(total=1800), iter(pool)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        for server in servers:
+    fresh = iter(pool)
+    for server in servers:
+        async with turn(server) as session:
             for i in range(ADAPTERS if True in server.adapters else 1):
-                name = model_name(i, ADAPTERS) if True in server.adapters else "base"
+                name = model_name(i, ADAPTERS if True in server.adapters else 0)
                 await one_request(session, server.url, [1 + i, 2, 3], name, 4)
-        with Progress() as progress:
-            bar = progress.add_task("measuring", total=repeats * len(cells))
-            for repeat in range(repeats):
-                for cell in cells:
-                    texts = [next(fresh) for _ in range(cell.requests)]
-                    here = [server for server in servers if server.runs(cell)]
-                    for server in here if repeat % 2 == 0 else reversed(here):
+    with Progress() as progress:
+        bar = progress.add_task("measuring", total=repeats * len(cells))
+        for repeat in range(repeats):
+            for cell in cells:
+                texts = [next(fresh) for _ in range(cell.requests)]
+                here = [server for server in servers if server.runs(cell)]
+                for server in here if repeat % 2 == 0 else reversed(here):
+                    async with turn(server) as session:
                         figures = await run_cell(session, server.url, cell, texts)
-                        server.figures.setdefault(cell, []).append(figures)
-                    progress.advance(bar)
+                    server.figures.setdefault(cell, []).append(figures)
+                progress.advance(bar)
+
+
+@contextlib.asynccontextmanager
+async def turn(server: Server) -> AsyncIterator[aiohttp.ClientSession]:
+    """Let a server run, with connections of its own: those of an earlier turn may be dead."""
+    timeout, connector = aiohttp.ClientTimeout(total=1800), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        with server.awake():
+            yield session
 
 
 def table(servers: list[Server], cells: list[Cell], floors: dict[Cell, float]) -> str:
@@ -151,10 +184,11 @@ def peers(
         name, _, command = text.partition("=")
         port, log = free_port(), home / f"peer-{i}.log"
         filled = command.format(base=base.path, port=port, adapters=words)
-        if failure := stack.enter_context(started(filled, log, port)):
-            print(f"{name} is left out: {failure}")
+        group = stack.enter_context(started(filled, log, port))
+        if isinstance(group, str):
+            print(f"{name} is left out: {group}")
         else:
-            yield Server(name, f"http://127.0.0.1:{port}", adapters)
+            yield Server(name, f"http://127.0.0.1:{port}", adapters, group)
 
 
 def main() -> None:
