@@ -68,6 +68,8 @@ class Selector:
             return cls(name, number=int(match[1]))
         if match := _DIGEST.fullmatch(tail):
             return cls(name, digest=match[1])
+        if tail.startswith("sha256:"):
+            raise InvalidName(f"{tail[:80]!r} is no digest: write sha256: and 8 to 64 of 0-9 a-f.")
         return cls(name, alias=check_alias(tail))
 
     def __str__(self) -> str:
@@ -150,9 +152,13 @@ def check_tenant(tenant: str) -> str:
 
 
 def check_alias(alias: str) -> str:
-    if not _PART.fullmatch(alias) or _NUMBER.fullmatch(alias):
+    if re.fullmatch(r"v[0-9]+", alias):
         raise InvalidName(
-            f"{alias!r} is not an alias: use 1 to 63 of a-z 0-9 . _ - that do not look like a "
-            "version number, for example production or canary."
+            f"{alias[:80]!r} is no alias but a version number, and those go from v1 to v999999999."
+        )
+    if not _PART.fullmatch(alias):
+        raise InvalidName(
+            f"{alias!r} is not an alias: use 1 to 63 of a-z 0-9 . _ - that start with a letter or "
+            "digit, for example production or canary."
         )
     return alias

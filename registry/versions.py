@@ -145,7 +145,7 @@ def _missing(
             f"{name} has no alias {selector.alias!r}. Set it with: "
             f"wardrobe promote {name}@vN --alias {selector.alias} --reason TEXT"
         )
-    return VersionNotFound(f"{name} has no version {selector}. See: wardrobe show {name}")
+    return VersionNotFound(f"There is no {selector}. See: wardrobe show {name}")
 
 
 def _no_adapter(name: AdapterName) -> AdapterNotFound:

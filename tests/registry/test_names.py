@@ -9,7 +9,7 @@ from registry.blobs import blob_key
 from registry.errors import IntegrityError, InvalidName
 
 PART = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,62}", fullmatch=True)
-ALIAS = PART.filter(lambda text: not re.fullmatch(r"v[1-9][0-9]{0,8}", text))
+ALIAS = PART.filter(lambda text: not re.fullmatch(r"v[0-9]+", text))
 HEX = st.text("0123456789abcdef", min_size=8, max_size=64)
 NAMES = st.builds(AdapterName, PART, PART)
 SELECTORS = st.one_of(
@@ -69,9 +69,16 @@ def test_a_name_alone_means_the_default_namespace_and_production() -> None:
     assert str(selector) == "default/support@production"
 
 
-def test_an_alias_cannot_look_like_a_version() -> None:
+@pytest.mark.parametrize("alias", ["v7", "v0", "v" + "9" * 20])
+def test_an_alias_cannot_look_like_a_version(alias: str) -> None:
     with pytest.raises(InvalidName, match="version number"):
-        check_alias("v7")
+        check_alias(alias)
+
+
+@pytest.mark.parametrize("tail", ["sha256:", "sha256:ab12", "sha256:xyzxyzxyz"])
+def test_what_is_meant_as_a_digest_is_refused_as_one(tail: str) -> None:
+    with pytest.raises(InvalidName, match=r"is no digest: .* 8 to 64"):
+        Selector.parse(f"a/b@{tail}")
 
 
 @given(st.text(max_size=70))
