@@ -81,7 +81,10 @@ def check_name(name: str) -> list[Problem]:
     """Return why a file of this name is not taken; empty when it is one of `ALLOWED`."""
     shown = repr(name[:100])
     if name.lower().endswith(_PICKLED):
-        text = f"{shown}: only safetensors is taken; convert it and remove it."
+        text = (
+            f"{shown}: opening such a file may run code. Take it out; "
+            "weights come as safetensors, which save_pretrained writes."
+        )
         return [("pickle_refused", text)]
     if name not in ALLOWED:
         allowed = ", ".join(ALLOWED)

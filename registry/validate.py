@@ -100,6 +100,7 @@ def _validate_adapter(
     value_problems, warnings = ([], []) if problems else _check_values(tensors)
     if problems := problems + value_problems:
         raise _refusal(problems)
+    warnings += _base_warning(config, model)
     warnings += [*_weights_warning(card, model), *_coverage_warning(config, modules, model)]
     rank = max(config.rank(module) for module in modules)
     return Checked(config.resolved(model.id, modules), card, model, rank, tuple(warnings))
@@ -139,10 +140,13 @@ def base_id(config: AdapterConfig | None, card: dict[str, Any], given: str | Non
         return chosen
     named = config.base_id if config else ""
     if not named or _is_path(named):
-        where = f"base_model_name_or_path is {named!r}" if config else f"{CARD_NAME} has no base.id"
+        where = f"{CARD_NAME} has no base.id"
+        if config:
+            said = f"is the folder {named!r}" if named else "is empty"
+            where = f"base_model_name_or_path in {CONFIG_NAME} {said}"
         text = (
-            f"{where}, which names no base model. "
-            f"Give its id: --base ID, or base.id in {CARD_NAME}."
+            f"{where}, so the base model has no name here. Give the id that `wardrobe base list` "
+            f"shows: --base ID, over HTTP ?base=ID, or base.id in {CARD_NAME}."
         )
         raise refused("base_unnamed", text)
     return named
@@ -180,7 +184,11 @@ def _check_names(tensors: dict[str, Tensor]) -> list[Problem]:
 
 def _check_targets(config: AdapterConfig, modules: set[str]) -> list[Problem]:
     problems = [
-        ("module_not_targeted", f"{module} is not among the config's target_modules.")
+        (
+            "module_not_targeted",
+            f"{module} has tensors, but by the config's target_modules, exclude_modules and "
+            "layers_to_transform it has no adapter.",
+        )
         for module in sorted(modules)
         if not config.targets(module)
     ]
@@ -243,6 +251,15 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[list[Problem], list[Probl
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
         warnings.append(("mixed_dtypes", "The tensors have different dtypes."))
     return problems, warnings
+
+
+def _base_warning(config: AdapterConfig, model: BaseModel) -> list[Problem]:
+    """Say that the caller's word, or the card's, went before what PEFT wrote down."""
+    named = config.base_id
+    if not named or _is_path(named) or named == model.id:
+        return []
+    text = f"{CONFIG_NAME} says that the adapter was made for {named!r}, not for {model.id!r}."
+    return [("base_differs", text)]
 
 
 def _weights_warning(card: dict[str, Any], model: BaseModel) -> list[Problem]:

@@ -130,6 +130,22 @@ def test_other_weights_of_the_same_base_are_a_warning(
     assert warnings_of(adapter(card=card), bases, tmp_path) == ["base_weights_differ"]
 
 
+def test_a_config_that_names_another_base_than_the_pusher_is_a_warning(
+    adapter: Adapter, bases: Bases, tmp_path: Path
+) -> None:
+    folder = adapter(config={"base_model_name_or_path": "acme/other"})
+    [(code, text)] = gate(folder, bases, tmp_path, base=BASE_ID).warnings
+    assert (code, "'acme/other'" in text, repr(BASE_ID) in text) == ("base_differs", True, True)
+
+
+@pytest.mark.parametrize(("named", "said"), [("/models/base", "the folder '/m"), (None, "empty")])
+def test_a_base_without_a_name_here_is_refused_with_where_names_are(
+    adapter: Adapter, bases: Bases, tmp_path: Path, named: str | None, said: str
+) -> None:
+    with pytest.raises(Refused, match=rf"is {said}.*wardrobe base list"):
+        gate(adapter(config={"base_model_name_or_path": named}), bases, tmp_path)
+
+
 def test_an_adapter_that_changes_nothing_is_a_warning(
     adapter: Adapter, bases: Bases, tmp_path: Path
 ) -> None:
