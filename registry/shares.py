@@ -4,14 +4,17 @@ from sqlalchemy import Connection, delete, insert, select
 
 from registry.adapter import AdapterName
 from registry.database import now
+from registry.errors import InvalidName
 from registry.records import Share
 from registry.tables import shares
 from registry.versions import list_versions
 
 
 def share(connection: Connection, name: AdapterName, tenant: str) -> Share:
-    """Let a tenant use an adapter. Idempotent. Raises AdapterNotFound."""
+    """Let a tenant use an adapter. Idempotent. Raises AdapterNotFound, InvalidName for its own."""
     list_versions(connection, name)
+    if tenant == name.namespace:
+        raise InvalidName(f"{name} is {tenant}'s own. Share it with another tenant.")
     known = [found for found in list_shares(connection, name) if found.tenant == tenant]
     if known:
         return known[0]

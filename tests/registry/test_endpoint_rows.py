@@ -87,6 +87,12 @@ def test_another_tenant_s_adapter_takes_a_share(store: Registry) -> None:
     assert store.create_endpoint(name, target, {}, actor="ann").target == target
 
 
+def test_an_adapter_is_not_shared_with_its_own_tenant(store: Registry) -> None:
+    with pytest.raises(InvalidName, match="acme/support is acme's own"):
+        store.share(SUPPORT, "acme")
+    assert store.shares() == []
+
+
 def test_the_beginning_of_a_digest_is_kept_whole(store: Registry) -> None:
     digest = store.versions(SUPPORT)[0].digest
     target = parse_target(f"support@sha256:{digest[:8]}", "acme")
