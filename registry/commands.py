@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from registry.adapter import PRODUCTION, AdapterName, Selector
 from registry.base import Bases
-from registry.errors import InvalidName, Refused, WardrobeError
+from registry.errors import InvalidName, Refused, StoreUnavailable, WardrobeError
 from registry.follow import wait_for_rollouts
 from registry.home import default_cache, default_home
 from registry.records import AliasMove
@@ -22,6 +22,7 @@ from registry.screen import (
     history_table,
     plain,
     print_json,
+    problem_lines,
     rollout_line,
     rollout_table,
     shown,
@@ -30,7 +31,7 @@ from registry.screen import (
     version_lines,
     version_table,
 )
-from registry.store import Registry
+from registry.store import DATABASE_NAME, Registry
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -47,14 +48,23 @@ Wait = Annotated[
 
 @contextmanager
 def clear_errors() -> Generator[None, None, None]:
-    """Print an error that was raised on purpose in red and exit with 2. Also a decorator."""
+    """Print an error that was raised on purpose in red and exit with 2. Also a decorator.
+
+    A file or folder that the system refuses, such as one to write to, is said in the same way.
+    """
     try:
         yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        said = shown(f"{error.filename} cannot be used: {error.strerror}.")
+        Console(stderr=True, soft_wrap=True).print(f"[red]{said}[/]")
+        raise typer.Exit(2) from error
     except WardrobeError as error:
         console = Console(stderr=True, soft_wrap=True)
         if isinstance(error, Refused) and len(error.problems) > 1:
             lines = [f"refused for {len(error.problems)} reasons:"]
-            lines += [f"  {code}: {text}" for code, text in error.problems]
+            lines += [f"  {line}" for line in problem_lines(error.problems)]
         else:
             lines = [error.message]
         console.print(f"[red]{shown(chr(10).join(lines))}[/]")
@@ -85,8 +95,8 @@ def push(
         result = registry.push(folder, AdapterName.parse(name), base=base, actor=actor())
     if as_json:
         return print_json(result)
-    for code, text in result.warnings:
-        console.print(f"[yellow]{code}: {shown(text)}[/]", soft_wrap=True)
+    for line in problem_lines(result.warnings):
+        console.print(f"[yellow]warning: {shown(line)}[/]", soft_wrap=True)
     version = result.version
     said = "pushed" if result.created else "is there already:"
     _say(f"{said} [bold]{version.ref.label}[/] sha256:{version.digest[:12]} for {version.base_id}")
@@ -102,7 +112,11 @@ def list_adapters(home: Home = None, as_json: Json = False) -> None:
     if as_json:
         return print_json(found)
     if not found:
-        return _say("There is no adapter yet. Store one with: wardrobe push FOLDER NAMESPACE/NAME")
+        where = shown(str(home or default_home()))
+        return _say(
+            f"There is no adapter in {where} yet. "
+            "Store one with: wardrobe push FOLDER NAMESPACE/NAME"
+        )
     Console().print(summary_table(found))
     return None
 
@@ -220,6 +234,9 @@ def pull(
 @clear_errors()
 def verify(home: Home = None, as_json: Json = False) -> None:
     """Read every stored byte and compare it with its digest; exit with 1 on a problem."""
+    home = home or default_home()
+    if not (home / DATABASE_NAME).is_file():  # opening would make a new store, and that is sound
+        raise StoreUnavailable(f"There is no store in {home}. Give the folder of one with --home.")
     columns = (
         TextColumn("verifying"),
         BarColumn(),

@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from registry.adapter import AdapterName, Version
+from registry.errors import Problem
 from registry.records import Alias, Event, Rollout
 from registry.store import Registry
 
 _STATES = {"live": "green", "warming": "yellow", "failed": "red"}
+_ALIKE = 3  # problems of one code that are written out: a wrong file is wrong in every layer
 # Columns whose short texts stay on one line; the others fold when the terminal is narrow.
 _WHOLE = ("newest", "version", "digest", "when", "pushed", "moved", "after")
 
@@ -52,6 +54,19 @@ def plain(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in cast("Sequence[object]", value)]
     return value
+
+
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """Write problems a line each; of many with one code the first ones, and how many follow."""
+    alike: dict[str, list[str]] = {}
+    for code, text in problems:
+        alike.setdefault(code, []).append(text)
+    lines: list[str] = []
+    for code, texts in alike.items():
+        lines += [f"{code}: {text}" for text in texts[:_ALIKE]]
+        if len(texts) > _ALIKE:
+            lines.append(f"{code}: and {len(texts) - _ALIKE} more like these")
+    return lines
 
 
 def print_json(value: object) -> None:

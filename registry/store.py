@@ -53,6 +53,8 @@ from registry.validate import Checked, validate
 from registry.verify import Progress, verify
 from registry.whole import companions, refuse_whole
 
+DATABASE_NAME = "registry.sqlite"
+
 
 class Registry:
     """One store. Safe for threads and for several processes at once; close it after use."""
@@ -71,7 +73,7 @@ class Registry:
             blobs = Blobs.in_folder(home / "blobs")
             # Two processes that make the same database at once would disturb each other.
             with FileLock(home / ".open.lock"):
-                database = Database(f"sqlite:///{home / 'registry.sqlite'}", SCHEMA)
+                database = Database(f"sqlite:///{home / DATABASE_NAME}", SCHEMA)
                 database.prepare()
         except OSError as error:
             raise StoreUnavailable(

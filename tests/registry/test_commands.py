@@ -5,14 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from registry.adapter import AdapterName
 from registry.base import Bases
-from registry.commands import app
+from registry.commands import app, clear_errors
 from registry.store import Registry
-from tests.registry.making import BASE_ID
+from tests.registry.making import BASE_ID, adapter_tensors
 
 Adapter = Callable[..., Path]
 Run = Callable[..., Result]
@@ -92,6 +94,22 @@ def test_every_reason_of_a_refusal_is_printed_with_its_code(run: Run, adapter: A
     assert printed.count("config_unsupported: ") == 2
 
 
+def test_reasons_that_are_alike_are_counted_after_the_third(run: Run, adapter: Adapter) -> None:
+    weights = {name: value.astype(np.float64) for name, value in adapter_tensors().items()}
+    spoiled = adapter(tensors={**weights, "a": np.zeros(1), "b": np.zeros(1)})
+    printed = run("push", str(spoiled), "acme/support", status=2).stderr
+    assert "refused for 6 reasons" in printed
+    assert printed.count("is F64") == 3
+    assert "dtype_unsupported: and 1 more like these" in printed
+    assert printed.count("unknown_key: ") == 2
+
+
+def test_what_is_stored_with_a_doubt_says_that_it_is_a_warning(run: Run, adapter: Adapter) -> None:
+    zeros = {n: v * (0 if ".lora_B." in n else 1) for n, v in adapter_tensors().items()}
+    pushed = run("push", str(adapter(tensors=zeros)), "acme/support")
+    assert "warning: noop_adapter: " in pushed.stderr
+
+
 def test_a_reason_is_required_to_move_an_alias(run: Run, adapter: Adapter) -> None:
     run("push", str(adapter()), "acme/support")
     run("promote", "acme/support@v1", status=2)
@@ -105,6 +123,37 @@ def test_verify_exits_with_1_and_names_the_damaged_blob(
     sha256 = version["files"]["adapter_model.safetensors"]
     (registry.home / "blobs" / sha256[:2] / sha256).write_bytes(b"other bytes")
     assert sha256 in run("verify", status=1).stdout
+
+
+def test_a_path_that_the_system_refuses_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "no-folder" / "page"
+
+    @clear_errors()
+    def write() -> None:
+        out.write_text("a page")
+
+    @clear_errors()
+    def hang_up() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(typer.Exit) as ended:
+        write()
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == f"{out} cannot be used: No such file or directory.\n"
+    with pytest.raises(BrokenPipeError):  # no path: nothing that a person can mend
+        hang_up()
+
+
+def test_verify_refuses_a_folder_that_is_no_store_and_makes_none(
+    registry: Registry, tmp_path: Path
+) -> None:
+    nowhere = tmp_path / "mistyped"
+    result = CliRunner().invoke(app, ["verify", "--home", str(nowhere)])
+    assert result.exit_code == 2
+    assert f"There is no store in {nowhere}" in result.stderr.replace("\n", "")
+    assert not nowhere.exists()
 
 
 LONG = "some-company/customer-support-en"
