@@ -31,9 +31,7 @@ System = Annotated[
 ]
 Schema = Annotated[
     Path | None,
-    typer.Option(
-        exists=True, dir_okay=False, help="A JSON schema that answers of a chat must fit."
-    ),
+    typer.Option(metavar="FILE", help="A JSON schema that answers of a chat must fit."),
 ]
 Defaults = Annotated[
     list[str] | None,
@@ -123,6 +121,8 @@ def change(
     """Point an endpoint elsewhere or change what it fills in; running servers follow at once."""
     parsed = AdapterName.parse(name)
     given = _given(system, schema, defaults or [])
+    if model is None and not given and not unset:
+        raise DefaultInvalid("Nothing is changed: name --model, --default, --unset or another one.")
     with open_registry(home) as registry:
         known = registry.endpoint(parsed)
         if strange := [field for field in unset or [] if field not in known.defaults]:
@@ -161,9 +161,18 @@ def _given(system: str | None, schema: Path | None, defaults: list[str]) -> dict
     if system is not None:
         given[SYSTEM_PROMPT] = system
     if schema is not None:
-        wanted = {"name": "answer", "schema": _json(schema.read_text(), str(schema))}
+        wanted = {"name": "answer", "schema": _read_schema(schema)}
         given["response_format"] = {"type": "json_schema", "json_schema": wanted}
     return given
+
+
+def _read_schema(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise DefaultInvalid(f"--schema: {path} cannot be read: {error}.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DefaultInvalid(f"--schema: {path} is no JSON: {error}.") from error
 
 
 def _json(text: str, where: str) -> Any:

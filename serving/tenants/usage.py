@@ -38,9 +38,13 @@ class Span:
     def parse(cls, first: str | None, last: str | None, now: Period) -> "Span":
         """Read what was asked for; by default the last 30 days until now. Raises SpanInvalid."""
         start = Period(now.moment - timedelta(days=DEFAULT_DAYS)).day
-        return cls(
+        span = cls(
             start if first is None else _time(first), now.hour if last is None else _time(last)
         )
+        # To compare what is not written to the same length: 2026-11 includes all of its days.
+        if span.last < span.first[: len(span.last)]:
+            raise SpanInvalid(f"The time from {span.first} to {span.last} ends before it begins.")
+        return span
 
 
 def _time(text: str) -> str:
