@@ -20,7 +20,7 @@ from serving.experiments.codec import no_experiment
 from serving.experiments.design import (
     check_holdout,
     check_policy,
-    check_share,
+    layer_part,
     make_arms,
     make_metrics,
 )
@@ -61,7 +61,7 @@ class NewExperiment(msgspec.Struct, forbid_unknown_fields=True):
     max_units: int | None = None
     prices: tuple[float, float] | None = None
     layer: Text | None = None
-    layer_share: float = 0.5
+    layer_share: float | None = None
 
     @property
     def policy(self) -> Policy:
@@ -79,8 +79,7 @@ class NewExperiment(msgspec.Struct, forbid_unknown_fields=True):
     @property
     def part(self) -> tuple[str, float] | None:
         """Raises DesignInvalid."""
-        share = check_share(self.layer_share, "share of the layer")
-        return (self.layer, share) if self.layer else None
+        return layer_part(self.layer, self.layer_share)
 
 
 class Move(msgspec.Struct, forbid_unknown_fields=True):

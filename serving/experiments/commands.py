@@ -11,7 +11,7 @@ from registry.screen import print_json
 from serving.experiments.design import (
     check_holdout,
     check_policy,
-    check_share,
+    layer_part,
     make_arms,
     make_metrics,
     read_prices,
@@ -71,7 +71,9 @@ def create(
     layer: Annotated[
         str | None, typer.Option(help="Share no unit with its other experiments.")
     ] = None,
-    layer_share: Annotated[float, typer.Option(help="Of the layer's units.")] = 0.5,
+    layer_share: Annotated[
+        float | None, typer.Option(help="Of the layer's units. Default: 0.5.")
+    ] = None,
     home: Home = None,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +89,7 @@ def create(
         max_units=max_units,
         prices=read_prices(prices) if prices else None,
     )
-    part = (layer, check_share(layer_share, "share of the layer")) if layer else None
+    part = layer_part(layer, layer_share)
     with open_registry(home) as registry, open_experiments(home) as store:
         arms = make_arms(registry, adapter, treatments, share)
         check_policy(arms, metrics, adapter, policy)

@@ -17,6 +17,7 @@ from serving.experiments.experiment import (
     Policy,
     Role,
 )
+from serving.experiments.sequential import MIN_UNITS
 
 BASE = "base"
 MAX_ARMS = 8
@@ -138,6 +139,13 @@ def check_policy(
     if costs != (policy.prices is not None):
         raise DesignInvalid("The metric `cost` and the prices of tokens go together.")
     _check_numbers(policy)
+    fewest = min(arm.share for arm in arms)
+    if policy.max_units is not None and policy.max_units * fewest < MIN_UNITS:
+        raise DesignInvalid(
+            f"Of {policy.max_units} units at most, an arm of {100 * fewest:g} % gets fewer than "
+            f"{MIN_UNITS}, and below that none is judged. It takes "
+            f"{math.ceil(MIN_UNITS / fewest)} units or more."
+        )
 
 
 def _check_numbers(policy: Policy) -> None:
@@ -166,6 +174,15 @@ def check_share(share: float, of_what: str) -> float:
     if not 0 < share <= 1:
         raise DesignInvalid(f"The {of_what} is {share}; it is a share above 0, up to 1.")
     return share
+
+
+def layer_part(layer: str | None, share: float | None) -> tuple[str, float] | None:
+    """Return the layer that was asked for and the share of its units, half where none is said."""
+    if layer:
+        return layer, check_share(0.5 if share is None else share, "share of the layer")
+    if share is not None:
+        raise DesignInvalid(f"The share of the layer is {share}, and no layer is named. Name it.")
+    return None
 
 
 def check_holdout(share: float) -> float:
