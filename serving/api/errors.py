@@ -7,12 +7,12 @@ The status decides which exception class the OpenAI clients raise.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
 
 from registry import errors as domain
 from serving.api.record import record_of
@@ -106,6 +106,13 @@ UNFORESEEN = Rule(500, SERVER, "internal_error")
 
 HTTP_CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
+# What is said of an address that leads nowhere, with its method.
+_NOWHERE = {
+    "route_not_found": "There is no {} here. Answers are POST /v1/chat/completions and "
+    "/v1/completions, models GET /v1/models.",
+    "method_not_allowed": "{} is no method of this address.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -164,7 +171,11 @@ def _from_litestar(error: HTTPException) -> Failure:
         code = UNFORESEEN.code
     kind = SERVER if error.status_code >= 500 else INVALID
     headers = _plain_headers(error.headers)
-    return Failure(error.status_code, kind, code, error.detail, None, headers)
+    message = error.detail
+    if isinstance(error, ValidationException) and isinstance(error.extra, list):
+        # Of parameters in the address; litestar's own sentence does not say which one.
+        message = "; ".join(f"`{wrong['key']}`: {wrong['message']}" for wrong in error.extra)
+    return Failure(error.status_code, kind, code, message, None, headers)
 
 
 def _plain_headers(headers: Mapping[str, Any] | None) -> dict[str, str]:
@@ -175,6 +186,9 @@ def respond_with_error(request: Request[Any, Any, Any], error: Exception) -> Res
     """Litestar's exception handler for everything."""
     record = record_of(request.scope)
     failure = failure_of(error)
+    if failure.code in _NOWHERE:
+        where = f"{request.method} {request.scope['path'][:200]!r}"
+        failure = replace(failure, message=_NOWHERE[failure.code].format(where))
     record.outcome = failure.code
     return Response(
         failure.body(record.request_id),

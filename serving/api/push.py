@@ -21,7 +21,7 @@ from serving.api.adapters import own_adapter
 from serving.api.auth import declare
 from serving.api.errors import RequestError
 from serving.api.record import record_of
-from serving.api.services import services_of
+from serving.api.services import parameters_of, services_of
 from serving.tenants.keys import PUSH
 
 MULTIPART = "multipart/form-data"
@@ -35,7 +35,7 @@ async def push_version(
     """Answer 201 with a new version, 200 with the one that has this content already."""
     registry, record = services_of(request.app).registry, record_of(request.scope)
     adapter = own_adapter(request, namespace, name)
-    base = request.query_params.get("base")
+    base = parameters_of(request, {"base"}).get("base")
     with registry.staging() as folder:
         await _receive(request.stream(), _boundary(request), folder)
         pushed = await asyncio.to_thread(

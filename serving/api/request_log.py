@@ -13,13 +13,14 @@ from litestar.params import FromPath, FromQuery, QueryParameter
 from serving.api.auth import declare
 from serving.api.record import RequestRecord
 from serving.api.schemas import ChatRequest, CompletionRequest, Message, SamplingFields
-from serving.api.services import Services, services_of
+from serving.api.services import Services, parameters_of, services_of
 from serving.logs.entry import Entry, Said, Transcript
 from serving.logs.store import Logged, Wanted, ago
 from serving.tenants.keys import LOGS, Principal
 from serving.tokens import Tokens
 
 MAX_PAGE = 1000
+PARAMETERS = {"limit", "before", "adapter", "failed", "contents"}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 AnyRequest = Request[Any, Any, Any]
 
@@ -34,6 +35,7 @@ async def list_logs(
     contents: FromQuery[bool] = False,
 ) -> dict[str, Any]:
     """Return the caller's latest requests, the latest first; `before` the `seq` of the last one."""
+    parameters_of(request, PARAMETERS)
     wanted = Wanted(_tenant(request.user), adapter, failed=failed, with_contents=contents)
     logs = services_of(request.app).logs
     found = await asyncio.to_thread(logs.find, wanted, limit=limit, before=before)

@@ -3,6 +3,7 @@
 Each field is decoded on its own, so that an error names its field. `null` means not given.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
@@ -201,6 +202,7 @@ class RequestDecoder(Generic[T]):
 
 _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 _ANY = msgspec.json.Decoder(Any)
+_NUMBER = re.compile(rb"[-+.0-9eE]{1,30}")  # texts are not repeated: they may be what is private
 
 
 def _decode(decoder: "msgspec.json.Decoder[Any]", data: bytes | Raw, name: str | None) -> Any:
@@ -208,7 +210,8 @@ def _decode(decoder: "msgspec.json.Decoder[Any]", data: bytes | Raw, name: str |
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        raise RequestError(f"{where}{error}", param=name, code="invalid_value") from error
+        sent = f" (sent: {bytes(data).decode()})" if name and _NUMBER.fullmatch(bytes(data)) else ""
+        raise RequestError(f"{where}{error}{sent}", param=name, code="invalid_value") from error
     except msgspec.DecodeError as error:
         raise RequestError(f"{where}{error}", param=name, code="invalid_json") from error
     except UnicodeError as error:

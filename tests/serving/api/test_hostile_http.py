@@ -107,6 +107,29 @@ def test_a_broken_body_is_a_400_in_the_envelope(server: Running, case: str) -> N
         assert error["code"] == code
 
 
+def test_an_address_that_leads_nowhere_is_named_with_what_there_is(server: Running) -> None:
+    with server.client() as client:
+        lost = client.post("/chat/completions", json=CHAT)  # a base_url without /v1
+        assert (lost.status_code, lost.json()["error"]["code"]) == (404, "route_not_found")
+        said = lost.json()["error"]["message"]
+        assert said.startswith("There is no POST '/chat/completions' here.")
+        assert "/v1/chat/completions" in said
+        wrong = client.get("/v1/chat/completions")
+        assert wrong.status_code == 405
+        assert "GET '/v1/chat/completions'" in wrong.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_tokens", "-1"), ("temperature", "2.5"), ("n", "1e9")]
+)
+def test_a_number_out_of_bounds_is_told_with_its_value(
+    server: Running, field: str, value: str
+) -> None:
+    error = error_of(post(server, BODY[:-1] + f',"{field}":{value}}}'.encode()))
+    assert (error["param"], error["code"]) == (field, "invalid_value")
+    assert error["message"].endswith(f"(sent: {value})")
+
+
 def raw_cases(server: Running) -> dict[str, tuple[bytes, set[int]]]:
     te = "Transfer-Encoding: chunked"
     key = f"Authorization: Bearer {server.key}\r\n"

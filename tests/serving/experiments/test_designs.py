@@ -26,9 +26,12 @@ def test_a_design_that_cannot_work_is_refused_with_the_reason(client: httpx.Clie
         ({"prices": [1, 2]}, "prices"),
         ({"least_effect": 0}, "least effect"),
         ({"max_units": 0}, "most units"),
+        ({"max_units": 199}, "takes 200 units or more"),
+        ({"max_units": 900, "share": 0.1}, "takes 1000 units or more"),
         ({"metric": "comment:binary"}, "words"),
         ({"layer": "nowhere"}, "nowhere"),
         ({"layer": "main", "layer_share": 0}, "share of the layer"),
+        ({"layer_share": 0.4}, "no layer is named"),
         ({"tretments": ["@v2"]}, "tretments"),
     ):
         answer = client.post(PATH, json=DESIGN | change)
@@ -60,6 +63,9 @@ def test_the_power_of_a_design_is_known_before_it_starts(client: httpx.Client) -
     assert 4000 < found["units"] < 12000
     assert found["days"] == pytest.approx(1 + (found["units"] - 100) / 1000)
     assert client.get(path, params={"units_per_day": 1000}).status_code == 400
+    refused = client.get(path, params={"units_per_day": "many"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("`units_per_day`: ")
 
 
 @pytest.mark.parametrize(

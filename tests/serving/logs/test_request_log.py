@@ -201,8 +201,10 @@ def test_a_tenant_reads_its_own_log_with_a_key_for_it(
     assert page["data"][0]["contents"]["answers"] == [f"{SAID} acme"]
     before = f"/v1/logs?limit=1&adapter=acme/support&before={page['data'][0]['seq']}"
     assert get(live.key, before).json()["data"] == []
-    for wrong in ("limit=0", "limit=1001", "limit=x", "before=0"):
-        assert get(acme, f"/v1/logs?{wrong}").status_code == 400
+    for wrong in ("limit=0", "limit=1001", "limit=x", "before=0", "last=5"):
+        refused = get(acme, f"/v1/logs?{wrong}")
+        assert refused.status_code == 400
+        assert wrong.partition("=")[0] in refused.json()["error"]["message"]
 
 
 def test_the_log_is_whole_after_the_server_has_stopped(
