@@ -208,7 +208,8 @@ def _sentence(wanted: LogSettings) -> str:
     said = "prompts and answers are not kept"
     if wanted.sample > 0:
         names = ", ".join(["the built-in patterns", *wanted.patterns])
-        said = f"prompts and answers of {100 * wanted.sample:g} % are kept without {names}"
+        share = f"{100 * wanted.sample:g} %"
+        said = f"prompts and answers of {share} are kept; what fits {names} is taken out"
     return f"{wanted.tenant}: {said}; everything is deleted after {wanted.keep_days} days"
 
 
