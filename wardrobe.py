@@ -167,18 +167,11 @@ def serve(
     # otherwise before torch is imported; the event loop needs that core now.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from serving.api.hosts import AllowedHost
-    from serving.api.server import serve as serve_http
+    from serving.api.listener import listen
     from serving.api.settings import ServerSettings
-    from serving.engine.engine import TorchEngine
     from serving.engine.settings import EngineSettings
     from serving.experiments.webhook import Webhook
-    from serving.tenants.keys import ensure_operator_key
-    from serving.tenants.redact import RedactingFormatter
-    from serving.tokens import Tokens
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
     settings = ServerSettings(
         host=host,
         port=port,
@@ -205,19 +198,30 @@ def serve(
         )
     except ValueError as error:  # two options that contradict each other
         raise WardrobeError(str(error)) from error
-    model = find_base(base)
-    with open_registry(home) as registry:
-        if auth and (key := ensure_operator_key(registry)):
-            out.print(f"operator key, shown only now: [bold]{key}[/]", highlight=False)
-        engine = TorchEngine.create(model, registry.fetch, engine_settings)
-        serve_http(
-            settings,
-            registry,
-            engine,
-            model,
-            Tokens(model.path),
-            on_start=lambda url: out.print(f"serving {model.id} at [bold]{url}[/]"),
-        )
+    with listen(settings) as listener:  # before the model: a port that is taken is said at once
+        from serving.api.server import serve as serve_http
+        from serving.engine.engine import TorchEngine
+        from serving.tenants.keys import ensure_operator_key
+        from serving.tenants.redact import RedactingFormatter
+        from serving.tokens import Tokens
+
+        handler = logging.StreamHandler()
+        handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        model = find_base(base)
+        with open_registry(home) as registry:
+            if auth and (key := ensure_operator_key(registry)):
+                out.print(f"operator key, shown only now: [bold]{key}[/]", highlight=False)
+            engine = TorchEngine.create(model, registry.fetch, engine_settings)
+            serve_http(
+                listener,
+                settings,
+                registry,
+                engine,
+                model,
+                Tokens(model.path),
+                on_start=lambda url: out.print(f"serving {model.id} at [bold]{url}[/]"),
+            )
 
 
 def main() -> None:

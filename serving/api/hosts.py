@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from registry.adapter import check_tenant
 from registry.errors import InvalidName, WardrobeError
-from serving.api.errors import RequestError
+from serving.api.request_error import RequestError
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 

@@ -18,7 +18,6 @@ import uvicorn
 from litestar import Litestar
 
 from registry.base import BaseModel
-from registry.errors import WardrobeError
 from registry.store import Registry
 from serving.api.app import create_app
 from serving.api.connection import connection_class
@@ -35,11 +34,8 @@ BACKLOG = 2048
 log = logging.getLogger("wardrobe.server")
 
 
-class PortUnavailable(WardrobeError):
-    code = "port_unavailable"
-
-
 def serve(
+    listener: socket.socket,
     settings: ServerSettings,
     registry: Registry,
     engine: Engine,
@@ -48,11 +44,11 @@ def serve(
     *,
     on_start: Callable[[str], None],
 ) -> None:
-    """Serve until a signal; call `on_start(url)` when the port answers. Closes engine and tokens.
+    """Serve at what `listen` returned until a signal. Closes engine and tokens.
 
-    Raises PortUnavailable.
+    Calls `on_start(url)` when the port answers.
     """
-    with closing(tokens), listen(settings) as listener:
+    with closing(tokens):
         settings = replace(settings, port=listener.getsockname()[1])
         app = create_app(settings, registry, engine, base, tokens)
         server = DrainingServer(app, settings, on_start)
@@ -60,26 +56,6 @@ def serve(
         gc.collect()
         gc.freeze()
         asyncio.run(server.serve(sockets=[listener]))
-
-
-def listen(settings: ServerSettings) -> socket.socket:
-    """Return a bound socket, so that the URL is known before anything else starts.
-
-    Raises PortUnavailable.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # With the protocol named, asyncio turns Nagle's algorithm off; else every answer waits 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        raise PortUnavailable(
-            f"Port {settings.port} of {settings.host} cannot be listened on: {error.strerror}. "
-            "Use another --port, or --port 0 for a free one."
-        ) from error
-    return listener
 
 
 class DrainingServer(uvicorn.Server):

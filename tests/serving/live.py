@@ -16,7 +16,8 @@ from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
 from registry.store import Registry
 from serving.api.app import create_app
-from serving.api.server import DrainingServer, listen
+from serving.api.listener import listen
+from serving.api.server import DrainingServer
 from serving.api.services import Services, services_of
 from serving.api.settings import ServerSettings
 from serving.tenants.keys import rotate_operator_key

@@ -17,13 +17,15 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from serving.api.connection import IDLE_CONNECTIONS
-from serving.api.server import PortUnavailable, listen
+from serving.api.listener import PortUnavailable, listen
 from serving.api.settings import ServerSettings
 from serving.tokens import Tokens
 from tests.serving.live import CHAT, Running, Wardrobe, running
 from tests.serving.scripted import ScriptedEngine
+from wardrobe import app
 
 STREAM = CHAT | {"stream": True, "max_tokens": 400}
 
@@ -277,6 +279,7 @@ import sys
 from pathlib import Path
 from registry.base import Bases
 from registry.store import Registry
+from serving.api.listener import listen
 from serving.api.server import serve
 from serving.api.settings import ServerSettings
 from serving.tokens import Tokens
@@ -289,7 +292,7 @@ with Registry.open(home / "home", bases) as registry:
     tokens = Tokens(tokenizer)
     settings = ServerSettings(port=0, auth=False, drain_timeout=20)
     engine = ScriptedEngine(step_seconds=0.01)
-    serve(settings, registry, engine, bases.get(BASE_ID), tokens,
+    serve(listen(settings), settings, registry, engine, bases.get(BASE_ID), tokens,
           on_start=lambda url: print(url, flush=True))
 assert gc.get_freeze_count() > 10_000
 try:
@@ -357,6 +360,17 @@ def test_a_port_that_is_taken_is_said_in_a_sentence(live: Running) -> None:
     port = live.services.settings.port
     with pytest.raises(PortUnavailable, match=f"Port {port} of 127.0.0.1.*in use"):
         listen(ServerSettings(port=port))
+
+
+def test_a_taken_port_is_refused_before_the_base_is_read_or_a_key_is_made(
+    live: Running, tmp_path: Path
+) -> None:
+    port, home = live.services.settings.port, tmp_path / "new-home"
+    arguments = ["serve", "--base", str(tmp_path / "no-base"), "--port", str(port)]
+    result = CliRunner().invoke(app, [*arguments, "--home", str(home)])
+    assert result.exit_code == 2
+    assert f"Port {port} of 127.0.0.1 cannot be listened on" in result.stderr
+    assert not home.exists()
 
 
 def test_the_per_token_path_is_cheap(live: Running, caplog: pytest.LogCaptureFixture) -> None:
