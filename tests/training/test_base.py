@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from registry.base import BaseModel, Bases
 from tests.training.tiny_gguf import write_gguf
@@ -16,6 +18,7 @@ from training.catalogue import CATALOGUE, Packaged, fetch_packaged_gguf
 from training.errors import BaseUnavailable
 from training.gguf import convert_gguf, sha256_of
 from training.progress import Progress
+from wardrobe import app
 
 NO_HUB = "http://127.0.0.1:9"  # nobody listens on the discard port
 
@@ -42,6 +45,19 @@ def test_a_folder_becomes_a_base_with_only_the_files_a_base_needs(
     again = pull_base(str(source), bases, progress=lambda _: pytest.fail("fetched twice"))
     assert again == pulled
     assert [base.id for base in bases.list()] == ["local/my-model"]
+
+
+def test_the_command_takes_a_folder_by_its_whole_path_and_refuses_what_is_none(
+    tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WARDROBE_CACHE", str(tmp_path / "cache"))
+    run = CliRunner().invoke
+    source = shutil.copytree(tiny_base.path, tmp_path / "my-model")
+    pulled = run(app, ["base", "pull", str(source), "--json"])
+    assert json.loads(pulled.stdout)["id"] == "local/my-model"
+    absent = run(app, ["base", "pull", str(tmp_path / "absent")])
+    assert absent.exit_code == 2
+    assert "is no folder, no .gguf file and no Hub id" in absent.stderr.replace("\n", " ")
 
 
 def test_a_base_that_is_here_is_returned_without_asking_anybody(

@@ -10,7 +10,7 @@ from rich.table import Table
 from registry.architectures import read_base_config, unsupported_architecture
 from registry.base import BaseModel, Bases
 from registry.commands import Json, clear_errors
-from registry.errors import BaseNotFound
+from registry.errors import BaseNotFound, InvalidName
 from registry.home import default_cache
 from registry.screen import print_json
 
@@ -25,10 +25,10 @@ def known_bases() -> Bases:
 
 
 def find_base(spec: str) -> BaseModel:
-    """Return a base by its id; pull it when it is not on this machine yet."""
+    """Return a base by its id; pull it when it is not on this machine yet, or named by a path."""
     try:
         return known_bases().get(spec)
-    except BaseNotFound:
+    except (BaseNotFound, InvalidName):
         return pull(spec)
 
 
