@@ -71,13 +71,14 @@ def data_split(
 ) -> None:
     """Write the sides of a recipe's data, as selected and checked, with a data card."""
     from training.data.difficulty import difficulty_of
-    from training.data.folder import write_folder
+    from training.data.folder import refuse_folder, write_folder
     from training.data.inspection import inspect_data
     from training.data.screen import inspection_lines
     from training.recipe import apply_overrides, load_recipe
     from training.screen import progress_bars
 
     chosen = apply_overrides(load_recipe(recipe), overrides or [])
+    refuse_folder(folder)
     base = find_base(chosen.base)
     with progress_bars() as report:
         difficulty = difficulty_of(base, chosen.task.system, report)

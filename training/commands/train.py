@@ -68,14 +68,17 @@ def train(
 
     Several recipes are trained one after another, or --together.
     """
-    from training.model import check_runnable, detect_hardware
-    from training.processes import is_launched, launch
     from training.recipe import PROMPT_KINDS, apply_overrides, load_recipe
-    from training.results import check_pushable, is_measured_only
 
     if copy_to and (copy_to.exists() or len(recipes) > 1):
         raise WardrobeError(f"--out {copy_to} must be a folder that is not there, of one recipe.")
     chosen = [apply_overrides(load_recipe(recipe), overrides or []) for recipe in recipes]
+
+    # torch comes in with these: what is wrong with a recipe is said before.
+    from training.model import check_runnable, detect_hardware
+    from training.processes import is_launched, launch
+    from training.results import check_pushable, is_measured_only
+
     for recipe in chosen:
         check_runnable(recipe.method, detect_hardware())
         if push or promote:

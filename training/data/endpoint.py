@@ -51,6 +51,8 @@ class Endpoint:
                 "Asking a model for rows needs the package openai: "
                 "pip install 'wardrobe[generate]'."
             ) from error
+        if not self.url.startswith(("http://", "https://")):
+            raise EndpointFailed(f"{self.url!r} is no http:// or https:// URL.")
         client = OpenAI(base_url=self.url, api_key=self.key, max_retries=4, timeout=120)
         with client, ThreadPoolExecutor(len(questions)) as threads:
             try:

@@ -22,12 +22,17 @@ from training.recipe import Recipe
 CARD_FILE = "data.json"
 
 
+def refuse_folder(out: Path) -> None:
+    """Raise DataError when `out` is there already, which is better known before the checks."""
+    if out.exists():
+        raise DataError(f"{out} is there already. Name a folder that is not.")
+
+
 def write_folder(
     out: Path, recipe: Recipe, base: BaseModel, data: Data, inspection: Inspection
 ) -> dict[str, Any]:
     """Write the folder in one rename, and return its card. Raises DataError when it is there."""
-    if out.exists():
-        raise DataError(f"{out} is there already. Name a folder that is not.")
+    refuse_folder(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from registry.base import BaseModel
 from training.data.folder import write_folder
@@ -11,6 +12,7 @@ from training.data.inspection import inspect_data
 from training.data.load import load_data
 from training.errors import DataError
 from training.recipe import Recipe, parse_recipe
+from wardrobe import app
 
 
 def recipe_for(folder: Path, **data: Any) -> Recipe:
@@ -81,3 +83,13 @@ def test_a_folder_that_is_there_is_not_written_over(tmp_path: Path, tiny_base: B
     (tmp_path / "all.csv").write_text("prompt,completion\na one,b\nc two,d\n")
     with pytest.raises(DataError, match="there already"):
         split(recipe_for(tmp_path, path="all.csv"), tiny_base, tmp_path)
+
+
+def test_a_folder_that_is_there_is_refused_before_the_data_is_read(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        'name = "acme/x"\nbase = "local/absent"\n[data]\npath = "absent.csv"\n'
+        '[task]\nsystem = "Answer."\nmetric = "exact"\n[train]\nsteps = 1\n'
+    )
+    done = CliRunner().invoke(app, ["data", "split", str(tmp_path), "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "is there already. Name a folder that is not." in done.stderr.replace("\n", " ")

@@ -215,3 +215,9 @@ def test_a_wrong_template_file_is_named(tmp_path: Path, content: str, words: str
     with pytest.raises(DataError) as refusal:
         load_templates(tmp_path / "t.toml")
     assert words in refusal.value.message
+
+
+def test_an_endpoint_that_is_no_url_is_refused_without_asking() -> None:
+    endpoint = Endpoint("127.0.0.1:8000/v1", "none", "base", 0.8)
+    with pytest.raises(EndpointFailed, match="no http:// or https:// URL"):
+        endpoint.ask([])
