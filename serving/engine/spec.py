@@ -139,9 +139,14 @@ def exact_context(config: Any) -> int:
     the cache keeps the old ones, so a longer sequence would depend on how it was read.
     """
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return rope["original_max_position_embeddings"]
-    return config.max_position_embeddings
+    # Gemma 3 has one for each kind of layer.
+    every = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    lengths = [
+        each["original_max_position_embeddings"]
+        for each in every
+        if each.get("rope_type") == "longrope"
+    ]
+    return min([config.max_position_embeddings, *lengths])
 
 
 def _check(config: Any, folder: Path) -> None:

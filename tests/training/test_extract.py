@@ -14,7 +14,7 @@ from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
 from registry.store import Registry
 from registry.validate import validate
-from tests.tiny import peft_on_new_transformers
+from tests.tiny import make_base, peft_on_new_transformers, register
 from training.errors import RunFailed
 from training.extract import Extraction, FineTune, extract
 from training.model import load_base
@@ -69,6 +69,22 @@ def test_at_full_rank_the_adapter_over_the_base_is_the_fine_tuned_model(
     assert facts(made)["left_out"] == {"share": 0.0, "tensors": 0}
     assert made.card["kind"] == "full"
     assert made.card["gate"]["passed"] is False, "nobody may promote what was not evaluated"
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_weights_that_a_base_stores_the_other_way_round_are_extracted_all_the_same(
+    tmp_path: Path,
+) -> None:
+    bases = Bases(tmp_path / "bases")
+    base = register(make_base(tmp_path / "gpt2", arch="gpt2"), bases, "gpt2")
+    folder = tuned(tmp_path / "tuned", base)
+    made = extracted(folder, base, tmp_path / "runs", rank=256)
+    with peft_on_new_transformers():
+        worn = PeftModel.from_pretrained(load_base(base.path, "float32"), str(made.folder))
+    expected = logits(load_base(folder, "float32"))
+    assert (logits(load_base(base.path, "float32")) - expected).abs().max() > 0.1
+    assert (logits(worn) - expected).abs().max() < 1e-4
+    assert validate(made.folder, bases).rank > 0
 
 
 def test_the_gate_takes_it_and_small_layers_have_a_rank_of_their_own(
