@@ -4,8 +4,8 @@ Decoding, a sequence's keys are shared out to `splits` programs when there are f
 the device has places for; a second kernel puts the shares together (arXiv 2311.01282). Lengths are
 read on the device, so one launch, captured once, serves whatever the sequences have grown to.
 
-Chunks of prompts are cut into tiles of queries. torch's own attention has no fast form for a chunk
-that follows others where query heads share KV heads: it writes all scores to memory.
+Chunks of prompts are cut into tiles of queries. torch's own attention computes shared KV heads fast
+without a mask only, by its documentation, and a chunk that follows others needs one.
 """
 
 # A kernel is called with numbers and options that its signature, for the compiler, does not say.
