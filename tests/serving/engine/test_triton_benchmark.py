@@ -22,6 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
         gpu.main()
 
 
+@pytest.mark.long
 def test_the_benchmark_fills_a_table_and_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
