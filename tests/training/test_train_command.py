@@ -1,10 +1,13 @@
 """What the commands of training say and refuse, with a base that answers at once."""
 
+import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import wardrobe
@@ -13,9 +16,10 @@ from registry.base import BaseModel
 from registry.errors import WardrobeError
 from tests.training.test_train import quiet
 from training.card import write_card
-from training.commands.train import push_trained
+from training.commands.train import push_trained, unwritten_weights
 from training.commands.versions import unjudged_for
 from training.data.examples import Data
+from training.errors import RunFailed
 from training.evaluation.evaluate import Ask
 from training.fewshot.version import make_prompt
 from training.recipe import Recipe, apply_overrides
@@ -109,3 +113,16 @@ def test_a_verdict_is_of_the_recipe_that_was_given_and_of_the_prompt_that_is_ser
     assert unjudged_for(recipe, judged).card["metrics"] == {}
     with pytest.raises(WardrobeError, match="system prompt 'Be brief'"):
         unjudged_for(apply_overrides(recipe, ["task.system=Be brief"]), judged)
+
+
+def test_a_disk_without_room_for_weights_is_a_sentence_and_not_a_traceback(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # of a file; the nearest to a full disk
+    try:
+        with (
+            pytest.raises(RunFailed, match=r"cannot be written.*the same command goes on"),
+            unwritten_weights(tmp_path),
+        ):
+            save_file({"a": np.zeros(1 << 20, np.float32)}, tmp_path / "weights.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

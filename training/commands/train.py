@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ from training.commands.options import Overrides
 from training.errors import RunFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from training.batches import MaskedSample
     from training.data.examples import Data
@@ -101,12 +102,27 @@ def train(
             push_trained(AdapterName.parse(recipe.name), base, trained, home, alias)
 
     runs = (home or default_home()) / "runs"
-    if together:
-        train_group(context, chosen, runs, keep, forgetting)
-    else:
-        for recipe in chosen:
-            train_one(context, recipe, runs, keep, forgetting)
+    with unwritten_weights(runs):
+        if together:
+            train_group(context, chosen, runs, keep, forgetting)
+        else:
+            for recipe in chosen:
+                train_one(context, recipe, runs, keep, forgetting)
     return None
+
+
+@contextmanager
+def unwritten_weights(runs: Path) -> "Generator[None]":
+    """Say a full disk in a sentence: safetensors does not call it an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunFailed(
+            f"Weights cannot be written or read in {runs}: {error}. When there is room again, the "
+            "same command goes on."
+        ) from error
 
 
 def train_one(
