@@ -150,4 +150,4 @@ def from_feedback(
         while given := store.demonstrations(adapter, last):
             file.writelines(msgspec.json.encode(one.row()) + b"\n" for one in given)
             rows, last = rows + len(given), given[-1].seq
-    print(f"{out}: {rows} rows")
+    print(f"{out}: {rows} rows" + ("" if rows else f"; nobody demonstrated an answer of {adapter}"))

@@ -20,6 +20,7 @@ from registry.adapter import AdapterName
 from registry.commands import Home, Json, actor, clear_errors, open_registry
 from registry.home import default_home
 from registry.screen import print_json, shown
+from serving.shadow.comparison import ComparisonInvalid
 from serving.shadow.moves import start
 from serving.shadow.report import describe, summarize
 from serving.shadow.store import Comparisons
@@ -122,12 +123,13 @@ def replay(
 
     Nobody is served. Interrupted, the same command goes on where it was.
     """
-    from serving.shadow.asks import PromptsInvalid, Source
+    if from_logs == (file is not None):
+        raise ComparisonInvalid("Say where the prompts are from: --from-logs or --file.")
+    adapter = AdapterName.parse(name)
+
+    from serving.shadow.asks import Source  # torch comes with it
     from serving.shadow.replay import replay_all
 
-    if from_logs == (file is not None):
-        raise PromptsInvalid("Say where the prompts are from: --from-logs or --file.")
-    adapter = AdapterName.parse(name)
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     with open_registry(home) as registry, open_comparisons(home) as store:
