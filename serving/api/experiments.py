@@ -27,7 +27,7 @@ from serving.experiments.design import (
 from serving.experiments.experiment import REMARKS, Experiment, Policy
 from serving.experiments.feedback import FeedbackInvalid
 from serving.experiments.layers import describe_layer, no_layer
-from serving.experiments.moves import MOVES, move
+from serving.experiments.moves import MAX_REASON, MOVES, move
 from serving.experiments.page import write_page
 from serving.experiments.power import estimate
 from serving.experiments.ramps import MAX_STEPS, read_ramp
@@ -40,7 +40,7 @@ AnyRequest = Request[Any, Any, Any]
 MAX_WORDS = 32_768  # characters of a comment, a demonstration, a message
 MAX_MESSAGES = 64
 Text = Annotated[str, Meta(min_length=1, max_length=300)]
-Reason = Annotated[str, Meta(min_length=1, max_length=2000)]
+Reason = Annotated[str, Meta(min_length=1, max_length=MAX_REASON)]
 
 
 class NewExperiment(msgspec.Struct, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ MOVES: dict[str, tuple[tuple[State, ...], State]] = {
     "pause": (("running",), "paused"),
     "stop": (("draft", "running", "paused"), "stopped"),
 }
+MAX_REASON = 2000
 
 
 def move(
@@ -27,6 +28,10 @@ def move(
 
     A ramp only goes up: units that were exposed stay exposed, and none changes its arm.
     """
+    if not 1 <= len(reason.strip()) <= MAX_REASON:
+        raise DesignInvalid(
+            f"A move of an experiment needs a reason of 1 to {MAX_REASON} characters."
+        )
     states, after = MOVES[action]
     if experiment.state not in states:
         raise Conflict(

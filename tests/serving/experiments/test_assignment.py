@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from registry.errors import Conflict, NotFound
-from serving.experiments.design import make_metrics
+from serving.experiments.design import DesignInvalid, make_metrics
 from serving.experiments.experiment import Experiment, Policy, unit_of
 from serving.experiments.moves import move
 from serving.experiments.store import Experiments
@@ -48,6 +48,14 @@ def test_two_experiments_split_independently(store: Experiments) -> None:
     two = replace(one, salt="another")
     pairs = Counter((one.assign(u), two.assign(u)) for u in units(8000))
     assert all(abs(count - 2000) < 4 * math.sqrt(8000 * 3 / 16) for count in pairs.values())
+
+
+@pytest.mark.parametrize("reason", ["", "  ", "x" * 2001])
+def test_no_experiment_is_moved_without_a_reason(store: Experiments, reason: str) -> None:
+    made = store.create(NAME, ARMS, make_metrics("errors", [], []), Policy(), actor="test")
+    with pytest.raises(DesignInvalid, match="needs a reason"):
+        move(store, made, "start", exposure=0.5, actor="test", reason=reason)
+    assert store.get(made.id).state == "draft"
 
 
 def test_slices_of_a_layer_fit_beside_each_other_and_into_what_was_left(
