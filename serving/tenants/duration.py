@@ -17,6 +17,6 @@ def parse_duration(text: str) -> timedelta:
     match = _SPAN.fullmatch(text)
     if not match:
         raise DurationInvalid(
-            f"{text!r} is no length of time. Write a number and s, m, h or d: 90d."
+            f"{text!r} is no length of time. Write a number from 1 to 999999 and s, m, h or d: 90d."
         )
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
