@@ -72,7 +72,7 @@ def _read_own(
     base: BaseModel, settings: EngineSettings, dtype: torch.dtype, device: torch.device
 ) -> Forward:
     spec = ModelSpec.read(base.path)
-    length = _max_model_len(spec, settings, dtype, device)
+    length = _max_model_len(spec, settings, dtype, device, _unread_bytes(spec, device))
     name, better = "torch", "Triton" if device.type == "cuda" else "C++"
     if settings.operators == "auto":
         try:
@@ -203,10 +203,17 @@ def _host_memory(settings: EngineSettings, device: torch.device) -> int:
 
 
 def _max_model_len(
-    spec: DecoderSpec, settings: EngineSettings, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec,
+    settings: EngineSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    unread: int = 0,
 ) -> int:
-    """Return the tokens of one KV slot: every running sequence must be able to fill its own."""
-    budget = settings.kv_cache_bytes or _half_of_memory(spec, device)
+    """Return the tokens of one KV slot: every running sequence must be able to fill its own.
+
+    `unread` bytes of weights are not on the device yet.
+    """
+    budget = settings.kv_cache_bytes or (total_memory(device) - unread) // 2
     fits = budget // (spec.kv_bytes_per_token(dtype) * settings.kv_slots)
     wanted = settings.max_model_len
     if wanted is None:
@@ -220,10 +227,11 @@ def _max_model_len(
     return wanted
 
 
-def _half_of_memory(spec: DecoderSpec, device: torch.device) -> int:
-    """Return half the machine's memory, or half of what the weights will leave of a GPU's."""
-    stored = tensor_files(spec.folder) if device.type == "cuda" else ()
-    return (total_memory(device) - sum(file.stat().st_size for file in stored)) // 2
+def _unread_bytes(spec: DecoderSpec, device: torch.device) -> int:
+    """Return what the weights will take of a GPU's free memory; a CPU's is counted with them."""
+    if device.type == "cpu":
+        return 0
+    return sum(file.stat().st_size for file in tensor_files(spec.folder))
 
 
 def _prefix_blocks(
