@@ -15,6 +15,7 @@ Check = Callable[[object], str | None]  # of one field: what is wrong with it, N
 MAX_RANK = 256
 MAX_PATTERNS = 4096
 MAX_NAMES = 4096
+MAX_TOKENS = 4096  # with embeddings of their own
 MAX_LAYER_NAMES = 16  # each is looked for in every module, as a regular expression
 MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 # Module names only, perhaps anchored: nothing here can backtrack.
@@ -30,7 +31,7 @@ _SPREADS = "its change has full rank by design"
 _ROUTES = "it mixes several adapters by what it reads"
 _RUNS = "it puts a network of its own beside the layers"
 
-# peft type → why it cannot be worn. Those that can are LORA and those in registry/forms.py.
+# peft type → why it cannot be worn. Those that can are LORA and those in forms.py and vectors.py.
 REFUSED_TYPES = {
     **dict.fromkeys(("OFT", "BOFT", "HRA", "ROAD", "HIRA", "GLORA"), _MULTIPLIES),
     **dict.fromkeys(("PSOFT", "TINYLORA", "ADAMSS", "OSF", "DEFT", "FROD", "PEANUT"), _DERIVES),
@@ -40,32 +41,11 @@ REFUSED_TYPES = {
     "MULTITASK_PROMPT_TUNING": "it learns a prompt for each of several tasks; requests name none",
     "UNILORA": "its indices are not saved but drawn again by torch when it is loaded",
     "PVERA": "it draws its change at random",
-    **dict.fromkeys(
-        (
-            "IA3",
-            "LN_TUNING",
-            "BEFT",
-            "TRAINABLE_TOKENS",
-            "PROMPT_TUNING",
-            "P_TUNING",
-            "PREFIX_TUNING",
-            "CARTRIDGE",
-            "CPT",
-        ),
-        "not servable yet",
-    ),
+    "CPT": "not servable yet",
 }
 
 # field → (values that mean "not used", why any other value is refused)
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_dora": ((False,), "DoRA is not servable yet; train with use_dora=False"),
-    "bias": (("none",), "trained biases are not servable yet; train with bias='none'"),
-    "lora_bias": ((False,), "LoRA biases are not servable yet; train with lora_bias=False"),
-    "modules_to_save": (
-        (None, []),
-        "fully trained modules are not servable yet; train with modules_to_save=None",
-    ),
-    "trainable_token_indices": ((None, [], {}), "trained tokens are not servable yet"),
     "layer_replication": ((None, []), "replicated layers are not servable"),
     "target_parameters": (
         (None, []),
@@ -102,10 +82,10 @@ def check_config(raw: dict[str, Any]) -> list[Problem]:
     ]
     for key, (unused, reason) in UNSUPPORTED.items():
         if key in raw and not any(_same(raw[key], value) for value in unused):
-            problems.append((_code_of(key), f"{key}={_shown(raw[key])}: {reason}."))
+            problems.append((_code_of(key), f"{key}={shown(raw[key])}: {reason}."))
     for key, check in CHECKS.items():
         if key in raw and (fault := check(raw[key])):
-            problems.append((_fault_code(key), f"{key}={_shown(raw[key])}: {fault}."))
+            problems.append((_fault_code(key), f"{key}={shown(raw[key])}: {fault}."))
     problems += [
         ("config_invalid", f"adapter_config.json has no field {key!r}.")
         for key in ("peft_type", "r", "lora_alpha", "target_modules")
@@ -130,16 +110,16 @@ def _check_init(init: object) -> list[Problem]:
         return [
             (
                 "mutates_base",
-                f"init_lora_weights={_shown(init)} changed the base weights before training, so "
+                f"init_lora_weights={shown(init)} changed the base weights before training, so "
                 "these tensors do not fit the unchanged base. Save it as a plain LoRA: "
                 "model.save_pretrained(folder, path_initial_model_for_weight_conversion="
                 "<folder of the adapter saved right after initialisation>).",
             )
         ]
-    return [("config_invalid", f"init_lora_weights={_shown(init)} is not an initialisation.")]
+    return [("config_invalid", f"init_lora_weights={shown(init)} is not an initialisation.")]
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -194,7 +174,7 @@ def plain_key(key: str) -> str:
     return key.replace("\\.", ".")
 
 
-def _names(value: object) -> str | None:
+def module_names(value: object) -> str | None:
     """Accept null, one bounded regular expression (never run here), or a list of module names."""
     if value is None or (isinstance(value, str) and 0 < len(value) <= 4096):
         return None
@@ -202,20 +182,41 @@ def _names(value: object) -> str | None:
         return f"must be a list of 1 to {MAX_NAMES} module names"
     for name in cast("list[object]", value):
         if not isinstance(name, str) or len(name) > 200 or not MODULE.fullmatch(name):
-            return f"{_shown(name)} is not a module name"
+            return f"{shown(name)} is not a module name"
     return None
 
 
-def _targets(value: object) -> str | None:
-    return "must name the modules that were trained" if value is None else _names(value)
+def target_names(value: object) -> str | None:
+    return "must name the modules that were trained" if value is None else module_names(value)
 
 
-def _layer_names(value: object) -> str | None:
+def token_ids(value: object) -> str | None:
+    ids = cast("list[object]", value) if isinstance(value, list) else [None]
+    fits = len(ids) <= MAX_TOKENS and all(type(each) is int and 0 <= each < 1 << 31 for each in ids)
+    return None if fits else f"must be a list of at most {MAX_TOKENS} token ids"
+
+
+def token_indices(value: object) -> str | None:
+    """Accept null, token ids of the embedding, or of the embedding and the head by name."""
+    if not isinstance(value, dict):
+        return None if value is None else token_ids(value)
+    by_name = cast("dict[str, object]", value)
+    if by_name.keys() - {"embed_tokens", "lm_head"}:
+        return "may name embed_tokens and lm_head"
+    return next((fault for ids in by_name.values() if (fault := token_ids(ids))), None)
+
+
+def inert(_: object) -> str | None:
+    """Accept any value of a field that only training reads."""
+    return None
+
+
+def layer_names(value: object) -> str | None:
     names = cast("list[object]", value if isinstance(value, list) else [value])
     if names in ([], [None], [""]):
         return None
     fault = f"must be a list of at most {MAX_LAYER_NAMES} module names"
-    return _names(names) if len(names) <= MAX_LAYER_NAMES else fault
+    return module_names(names) if len(names) <= MAX_LAYER_NAMES else fault
 
 
 def _layers(value: object) -> str | None:
@@ -236,7 +237,7 @@ def one_of(*allowed: object) -> Check:
     return check
 
 
-def _short_text(value: object) -> str | None:
+def short_text(value: object) -> str | None:
     fits = value is None or (isinstance(value, str) and len(value) <= 1024)
     return None if fits else "must be null or a text of at most 1024 characters"
 
@@ -252,22 +253,27 @@ def _peft_type(value: object) -> str | None:
 CHECKS: dict[str, Check] = {
     "peft_type": _peft_type,
     "task_type": one_of(None, "CAUSAL_LM"),
-    "base_model_name_or_path": _short_text,
-    "revision": _short_text,
-    "peft_version": _short_text,
+    "base_model_name_or_path": short_text,
+    "revision": short_text,
+    "peft_version": short_text,
     "inference_mode": one_of(True, False),
     "r": whole(1, MAX_RANK),
     "lora_alpha": positive,
     "lora_dropout": _dropout,
     "use_rslora": one_of(True, False),
-    "target_modules": _targets,
-    "exclude_modules": _names,
+    "use_dora": one_of(True, False),
+    "bias": one_of("none", "all", "lora_only"),
+    "lora_bias": one_of(True, False),
+    "modules_to_save": layer_names,
+    "trainable_token_indices": token_indices,
+    "target_modules": target_names,
+    "exclude_modules": module_names,
     "layers_to_transform": _layers,
-    "layers_pattern": _layer_names,
+    "layers_pattern": layer_names,
     "rank_pattern": _patterns(whole(1, MAX_RANK)),
     "alpha_pattern": _patterns(positive),
     # How the base stores its weights, which peft itself sees; A and B are the same either way.
     "fan_in_fan_out": one_of(True, False),
-    "init_lora_weights": lambda _: None,  # _check_init has its own codes
+    "init_lora_weights": inert,  # _check_init has its own codes
     "qalora_group_size": whole(1, 1 << 20),  # inert while use_qalora is false
 }

@@ -77,6 +77,9 @@ def _parse(raw: dict[str, Any], form: Form) -> AdapterConfig:
         config = AdapterConfig.parse({"lora_alpha": plain.get("r")} | plain | {"peft_type": "LORA"})
     except Refused as error:
         raise Refused.because([*problems, *error.problems]) from error
+    if config.parts != frozenset(("A", "B")):
+        text = f"{form.title} is served without biases, saved modules and trained tokens."
+        problems.append(("config_unsupported", text))
     if problems:
         raise Refused.because(problems)
     return config

@@ -10,18 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from registry.config import Check, one_of, positive, whole
+from registry.config import Check, inert, one_of, positive, whole
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Arrays = Mapping[str, Array]
 Dims = Mapping[str, int]
 Factors = tuple[Array, Array]  # A [rank, in], B [out, rank]
 Options = Mapping[str, Any]  # fields of the adapter_config.json
-
-
-def inert(_: object) -> None:
-    """Accept any value of a field that only training reads."""
-    return
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,12 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+    use_dora: bool = False
+    bias: str = "none"  # or the biases of the base that were trained: all, or lora_only
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()  # trained in full
+    # ids of the tokens with embeddings of their own, or embed_tokens and lm_head → ids
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> "AdapterConfig":
@@ -57,7 +63,40 @@ class AdapterConfig:
             layers_pattern=tuple(n for n in _listed(patterns) if n),
             rank_pattern=_unescaped(raw.get("rank_pattern")),
             alpha_pattern={k: _plain(v) for k, v in _unescaped(raw.get("alpha_pattern")).items()},
+            use_dora=raw.get("use_dora", False),
+            bias=raw.get("bias", "none"),
+            lora_bias=raw.get("lora_bias", False),
+            modules_to_save=tuple(n for n in _listed(raw.get("modules_to_save")) if n),
+            token_indices=_token_indices(raw.get("trainable_token_indices")),
         )
+
+    @property
+    def peft_type(self) -> str:
+        return "LORA"
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Return what the tensors may be, in the words of registry/parts.py."""
+        also = {
+            "magnitude": self.use_dora,
+            "B_bias": self.lora_bias,
+            "bias": self.bias != "none",
+            "norm": bool(self.modules_to_save),
+            "tokens": bool(self.token_indices),
+        }
+        return frozenset(("A", "B", *(part for part, used in also.items() if used)))
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Return what every adapted module must have."""
+        return self.parts & {"A", "B", "B_bias", "magnitude"}
+
+    @property
+    def tokens(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the tokens with embeddings of their own, by the last name of their module."""
+        if isinstance(self.token_indices, tuple):
+            return {"embed_tokens": self.token_indices}
+        return self.token_indices
 
     def rank(self, module: str) -> int:
         """Return the rank of one module, for example `model.layers.0.self_attn.q_proj`."""
@@ -108,7 +147,20 @@ class AdapterConfig:
             "target_modules": list(self.target_modules),
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
-            "bias": "none",
+            "bias": self.bias,
+            **{name: value for name, value in self._beside.items() if value},
+        }
+
+    @property
+    def _beside(self) -> dict[str, Any]:
+        """Return the fields that plain LoRA leaves out: its digests are to stay what they were."""
+        ids = self.token_indices
+        tokens = list(ids) if isinstance(ids, tuple) else dict(ids)
+        return {
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "modules_to_save": list(self.modules_to_save),
+            "trainable_token_indices": tokens,
         }
 
     def _in_layers(self, module: str) -> bool:
@@ -163,6 +215,14 @@ def _endings(module: str) -> set[str]:
 def _plain(number: float) -> float:
     """Write 16.0 as 16, so that equal adapters have equal digests."""
     return int(number) if number == int(number) else number
+
+
+def _token_indices(
+    value: list[int] | dict[str, list[int]] | None,
+) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
+    if isinstance(value, dict):
+        return {name: tuple(ids) for name, ids in sorted(value.items())}
+    return tuple(value or ())
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from registry.adapter import Shot, Version
 from registry.contents import CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
 from registry.jsonfile import canonical
-from registry.lora import AdapterConfig
+from registry.vectors import AnyConfig
 
 _FILE_KEYS = {CONFIG_NAME: "config", WEIGHTS_NAME: "weights", MODEL_NAME: "model"}
 
 
-def config_bytes(config: AdapterConfig) -> bytes:
+def config_bytes(config: AnyConfig) -> bytes:
     """Write the resolved config as it is stored: the order of its patterns matters and is kept."""
     return (json.dumps(config.to_json(), indent=2, allow_nan=False) + "\n").encode("utf-8")
 

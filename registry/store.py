@@ -30,7 +30,6 @@ from registry.database import Database, now
 from registry.errors import StoreUnavailable, VersionNotFound, refused
 from registry.jsonfile import canonical
 from registry.leftovers import sweep
-from registry.lora import AdapterConfig
 from registry.manifest import config_bytes, digest_of
 from registry.materialize import export, materialize, sha256_of
 from registry.migrations import SCHEMA
@@ -50,6 +49,7 @@ from registry.records import (
 )
 from registry.upload import UploadedFile, copy_upload
 from registry.validate import Checked, validate
+from registry.vectors import AnyConfig
 from registry.verify import Progress, verify
 from registry.whole import companions, refuse_whole
 
@@ -439,7 +439,7 @@ class Registry:
         return Push(known, False, warnings)
 
 
-def _write_config(staging: Path, config: AdapterConfig) -> UploadedFile:
+def _write_config(staging: Path, config: AnyConfig) -> UploadedFile:
     """Replace the maker's config by the resolved one: logical base id, never a path."""
     path = staging / CONFIG_NAME
     path.write_bytes(config_bytes(config))

@@ -25,9 +25,11 @@ from registry.contents import (
 )
 from registry.errors import BaseMismatch, Problem, Refused, refused
 from registry.jsonfile import read_object
-from registry.lora import TENSOR_NAME, AdapterConfig, lora_modules
+from registry.lora import AdapterConfig
+from registry.parts import Parts, check_parts, sort_parts
 from registry.tensors import ADAPTER_BOUNDS, Tensor, largest_magnitude, read_header
 from registry.upload import ALLOWED
+from registry.vectors import AnyConfig, VectorConfig, parse_config
 from registry.whole import check_whole
 
 T = TypeVar("T")
@@ -39,7 +41,7 @@ _SUSPICIOUS = 1e4  # an absolute weight above this is no trained LoRA weight
 class Checked:
     """A folder that passed the gate."""
 
-    config: AdapterConfig | None  # resolved: logical base id, plain names; None without an adapter
+    config: AnyConfig | None  # resolved: logical base id, plain names; None without an adapter
     card: dict[str, Any]
     base: BaseModel
     rank: int  # highest of any module, 0 without an adapter
@@ -91,17 +93,24 @@ def _validate_adapter(
     if card is None or config is None or tensors is None:
         raise _refusal(problems)
     model = bases.get(base_id(config, card, base))
-    modules = {module for module, halves in lora_modules(tensors).items() if len(halves) == 2}
+    parts = sort_parts(tensors)
     problems += _check_structure(card, model)
-    problems += _check_targets(config, modules)
-    for module in sorted(modules):
-        problems += _check_shapes(module, config, tensors, model)
+    problems += _check_allowed(config, parts)
+    problems += check_parts(_allowed(config, parts), config.tokens, config.peft_type, model)
+    modules = {module for module, own in parts.items() if own.keys() >= {"A", "B"}}
+    if isinstance(config, AdapterConfig):
+        problems += _check_targets(config, modules)
+        for module in sorted(modules):
+            problems += _check_shapes(module, config, tensors, model)
     # Values are read last: only a file whose every size is right is worth a pass over its bytes.
     value_problems, warnings = ([], []) if problems else _check_values(tensors)
     if problems := problems + value_problems:
         raise _refusal(problems)
     warnings += _base_warning(config, model)
-    warnings += [*_weights_warning(card, model), *_coverage_warning(config, modules, model)]
+    warnings += _weights_warning(card, model)
+    if isinstance(config, VectorConfig):
+        return Checked(config.resolved(model.id, parts), card, model, 0, tuple(warnings))
+    warnings += _coverage_warning(config, modules, model)
     rank = max(config.rank(module) for module in modules)
     return Checked(config.resolved(model.id, modules), card, model, rank, tuple(warnings))
 
@@ -126,11 +135,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     return check_card(read_object(path, MAX_CARD_BYTES)) if path.exists() else {}
 
 
-def _read_config(folder: Path) -> AdapterConfig:
-    return AdapterConfig.parse(read_object(folder / CONFIG_NAME, ALLOWED[CONFIG_NAME]))
+def _read_config(folder: Path) -> AnyConfig:
+    return parse_config(read_object(folder / CONFIG_NAME, ALLOWED[CONFIG_NAME]))
 
 
-def base_id(config: AdapterConfig | None, card: dict[str, Any], given: str | None) -> str:
+def base_id(config: AnyConfig | None, card: dict[str, Any], given: str | None) -> str:
     """Decide the logical base id: the caller's, else the card's, else the config's."""
     recorded = cast("str", card.get("base", {}).get("id", ""))
     if given and recorded and given != recorded:
@@ -169,17 +178,44 @@ def _check_structure(card: dict[str, Any], model: BaseModel) -> list[Problem]:
 
 def _check_names(tensors: dict[str, Tensor]) -> list[Problem]:
     problems = [
-        ("unknown_key", f"{name[:120]!r} is not base_model.model.<module>.lora_A/B.weight.")
+        ("unknown_key", f"{name[:120]!r} is no tensor that peft saves for an adapter.")
         for name in tensors
-        if len(name) > 300 or not TENSOR_NAME.fullmatch(name)
-    ]
-    modules = lora_modules(tensors)
-    problems += [
-        ("orphan", f"{module} has lora_{next(iter(halves))} without its other half.")
-        for module, halves in sorted(modules.items())
-        if len(halves) == 1
+        if not sort_parts({name: None})
     ]
     return problems if tensors else [("no_tensors", f"{WEIGHTS_NAME} holds no tensor.")]
+
+
+def _check_allowed(config: AnyConfig, parts: Parts[Tensor]) -> list[Problem]:
+    """Compare what the tensors are with what the config says was trained."""
+    problems = [
+        ("unknown_key", f"{tensor.name}: the config says nothing of such a tensor.")
+        for own in parts.values()
+        for part, tensor in own.items()
+        if part not in config.parts
+    ]
+    found = {part for own in parts.values() for part in own}
+    problems += [
+        ("tensor_missing", f"The config names {what}, and no tensor belongs to them.")
+        for part, what in (("norm", "modules that were saved"), ("tokens", "tokens"))
+        if part in config.parts and part not in found
+    ]
+    if isinstance(config, AdapterConfig):
+        problems += [
+            (
+                "orphan",
+                f"{module} has {', '.join(sorted(own))} without {', '.join(sorted(missing))}.",
+            )
+            for module, own in sorted(parts.items())
+            if own.keys() & config.needed and (missing := config.needed - own.keys())
+        ]
+    return problems
+
+
+def _allowed(config: AnyConfig, parts: Parts[Tensor]) -> Parts[Tensor]:
+    return {
+        module: {part: tensor for part, tensor in own.items() if part in config.parts}
+        for module, own in parts.items()
+    }
 
 
 def _check_targets(config: AdapterConfig, modules: set[str]) -> list[Problem]:
@@ -245,7 +281,7 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[list[Problem], list[Probl
         elif largest > _SUSPICIOUS:
             text = f"{tensor.name} holds the value ±{largest:.3g}, large for a LoRA weight."
             warnings.append(("suspicious_scale", text))
-        any_b = any_b or (largest != 0 and ".lora_B." in tensor.name)
+        any_b = any_b or (largest != 0 and ".lora_A." not in tensor.name)
     if not any_b:
         warnings.append(("noop_adapter", "Every lora_B is zero: the adapter changes nothing."))
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
@@ -253,7 +289,7 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[list[Problem], list[Probl
     return problems, warnings
 
 
-def _base_warning(config: AdapterConfig, model: BaseModel) -> list[Problem]:
+def _base_warning(config: AnyConfig, model: BaseModel) -> list[Problem]:
     """Say that the caller's word, or the card's, went before what PEFT wrote down."""
     named = config.base_id
     if not named or _is_path(named) or named == model.id:

@@ -78,6 +78,129 @@ LORA = [
     ),
 ]
 
+BESIDE = [
+    Case(
+        '`bias="all"`',
+        "worn",
+        "the difference to the base's bias is added",
+        lora(bias="all"),
+    ),
+    Case('`bias="lora_only"`', "worn", "the same", lora(bias="lora_only")),
+    Case("`lora_bias`", "worn", "scale · the bias of B is added", lora(lora_bias=True)),
+    Case(
+        "DoRA",
+        "worn",
+        "outputs are scaled by m / ‖W + BA‖, computed in float32 when it is loaded",
+        lora(use_dora=True, target_modules="all-linear"),
+    ),
+    Case(
+        'DoRA with rsLoRA, patterns and `bias="all"`',
+        "worn",
+        "all of it together",
+        lora(use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2}, bias="all"),
+    ),
+    Case(
+        "`modules_to_save` of norms",
+        "worn",
+        "each row has its own norms",
+        lora(modules_to_save=["input_layernorm", "post_attention_layernorm", "norm"]),
+    ),
+    Case(
+        "`modules_to_save` of some norms",
+        "worn",
+        "",
+        lora(modules_to_save=["layers.1.input_layernorm"]),
+    ),
+    Case(
+        "`trainable_token_indices`",
+        "worn",
+        "rows of the embedding, and of the head where it is the embedding",
+        lora(trainable_token_indices=[200, 3, 65, *range(90, 120)]),
+        noise=0.2,
+    ),
+    Case(
+        "`trainable_token_indices` of embedding and head",
+        "worn",
+        "each its own",
+        lora(trainable_token_indices={"embed_tokens": [*range(80)], "lm_head": [5, 7, 250]}),
+        noise=0.2,
+    ),
+    Case(
+        "IA3",
+        "worn",
+        "outputs are scaled; the input of `down_proj` by scaling what `up_proj` gives",
+        other(
+            "IA3Config",
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+        ),
+        noise=0.3,
+    ),
+    Case(
+        "IA3 of other outputs",
+        "worn",
+        "outputs are scaled",
+        other("IA3Config", target_modules=["q_proj", "o_proj"], feedforward_modules=[]),
+        noise=0.3,
+    ),
+    Case(
+        "BEFT", "worn", "a bias is added", other("BeftConfig", target_modules=["v_proj"]), noise=0.3
+    ),
+    Case(
+        "LN tuning",
+        "worn",
+        "each row has its own norms",
+        other("LNTuningConfig", target_modules=["input_layernorm", "norm"]),
+    ),
+    Case(
+        "Trainable tokens",
+        "worn",
+        "as `trainable_token_indices`",
+        other("TrainableTokensConfig", token_indices=[9, 8, *range(100, 180)]),
+        noise=0.2,
+    ),
+    Case(
+        "Prompt tuning",
+        "worn",
+        "embeddings before the prompt, which are read as tokens are",
+        other("PromptTuningConfig", num_virtual_tokens=5),
+        noise=0.5,
+    ),
+    Case(
+        "P-tuning",
+        "worn",
+        "the same: PEFT saves what its encoder gives",
+        other("PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=16),
+        noise=0.5,
+    ),
+    Case(
+        "Prefix tuning",
+        "worn",
+        "keys and values of positions before the prompt are copied into the cache",
+        other("PrefixTuningConfig", num_virtual_tokens=6),
+        noise=0.5,
+    ),
+    Case(
+        "Prefix tuning, `prefix_projection`",
+        "worn",
+        "the same: PEFT saves what the projection gives",
+        other(
+            "PrefixTuningConfig",
+            num_virtual_tokens=3,
+            prefix_projection=True,
+            encoder_hidden_size=16,
+        ),
+        noise=0.5,
+    ),
+    Case(
+        "Cartridges",
+        "worn",
+        "as prefix tuning",
+        other("CartridgeConfig", num_virtual_tokens=4, num_frozen_tokens=1),
+        noise=0.5,
+    ),
+]
+
 CONVERTED = [
     Case("LoHa", "converted", "Khatri-Rao products, rank r²", low_rank("LoHaConfig", r=3, alpha=5)),
     Case(
@@ -137,9 +260,51 @@ REFUSED = [
         low_rank("LoHaConfig", r=17),
         says="rank 289",
     ),
+    Case(
+        "IA3 of the inputs of other modules",
+        "refused",
+        "no scale of an output says it",
+        other("IA3Config", target_modules=["q_proj"], feedforward_modules=["q_proj"]),
+        says="scaled inputs are served for mlp.down_proj only",
+    ),
+    Case(
+        "`modules_to_save` of embeddings, the head or other matrices",
+        "refused",
+        "a whole matrix for one adapter; `trainable_token_indices` trains single tokens",
+        lora(modules_to_save=["lm_head"]),
+        says="A whole matrix is as large as the base's",
+    ),
+    Case(
+        "LoRA on embeddings or the head",
+        "refused",
+        "not served yet",
+        lora(target_modules=["q_proj", "embed_tokens"]),
+        says="embed_tokens",
+    ),
+    Case(
+        "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA as trained",
+        "refused",
+        "they change the base; saved with `path_initial_model_for_weight_conversion` it is a LoRA",
+        lora(init_lora_weights="pissa"),
+        says="path_initial_model_for_weight_conversion",
+    ),
+    Case(
+        "aLoRA",
+        "refused",
+        "the adapter begins in the middle of a prompt",
+        lora(alora_invocation_tokens=[1, 2]),
+        says="alora_invocation_tokens",
+    ),
+    Case(
+        "`layer_replication`",
+        "refused",
+        "the base would have other layers",
+        lora(layer_replication=[(0, 2), (1, 2)]),
+        says="layer_replication",
+    ),
 ]
 
-CASES = [*LORA, *CONVERTED, *REFUSED]
+CASES = [*LORA, *BESIDE, *CONVERTED, *REFUSED]
 START, END = "<!-- table: make docs -->\n", "<!-- end of table -->\n"
 WORDS = {"worn": "worn", "converted": "worn, stored as LoRA", "refused": "refused"}
 

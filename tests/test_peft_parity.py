@@ -16,9 +16,10 @@ from registry.config import REFUSED_TYPES
 from registry.errors import Refused
 from registry.forms import FORMS
 from registry.store import Registry
+from registry.vectors import VECTOR_TYPES
 from serving.engine.boundary import GenerateRequest
 from serving.engine.engine import TorchEngine
-from serving.engine.settings import EngineSettings, OperatorsName
+from serving.engine.settings import EngineSettings
 from tests import tiny
 from tests.peft_cases import BASE_ID, CASES, END, START, Case, make, table
 from tests.serving.engine.driving import Oracle, Result, request, run_all
@@ -71,11 +72,17 @@ def prompt_of(title: str) -> list[int]:
     return [rng.randrange(256) for _ in range(rng.randint(5, 30))]
 
 
-@pytest.fixture(scope="module", params=["auto", "torch"])
+FEW = {"adapter_slots": 3, "max_running": 7, "max_batched_tokens": 17}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"operators": "torch"}, FEW, FEW | {"operators": "torch"}],
+    ids=["C++", "torch", "C++ few slots and chunks", "torch few slots and chunks"],
+)
 def results(wardrobe: Wardrobe, request: pytest.FixtureRequest) -> dict[str, Result]:
     """Run one request for every adapter, and as many for the base, in one batch."""
-    operators: OperatorsName = request.param
-    settings = replace(SETTINGS, operators=operators)
+    settings = replace(SETTINGS, **request.param)
     engine = TorchEngine.create(wardrobe.base, wardrobe.registry.fetch, settings)
     titles = [*wardrobe.refs, *(f"base {title}" for title in wardrobe.refs)]
     random.Random(5).shuffle(titles)
@@ -131,7 +138,7 @@ def test_a_type_that_nothing_can_wear_is_refused_by_its_name(
 
 
 def test_every_type_that_peft_has_is_worn_or_refused_by_its_name() -> None:
-    answered = {"LORA", *FORMS, *REFUSED_TYPES}
+    answered = {"LORA", *FORMS, *VECTOR_TYPES, *REFUSED_TYPES}
     assert answered == {kind.value for kind in PeftType}
 
 

@@ -11,7 +11,7 @@ from training.errors import RecipeError
 from training.recipe import Method, Recipe
 from training.whole import write_whole
 
-NOT_LOW_RANK = ("ia3", "prompt-tuning", "prefix-tuning")  # kinds that no LoRA can stand for
+NOT_LOW_RANK = ("ia3", "prompt-tuning", "prefix-tuning")  # kept as PEFT saves them
 
 
 def is_measured_only(recipe: Recipe) -> bool:
@@ -31,12 +31,6 @@ def check_pushable(recipe: Recipe, promote: bool) -> None:
             'fewshot.choose = "nearest" takes other examples for every request, and a version is '
             "one fixed prompt. Measure it without --push; for a version use another "
             'fewshot.choose, for example "class-covering".'
-        )
-    if recipe.method.kind in NOT_LOW_RANK:
-        raise RecipeError(
-            f"method.kind = {recipe.method.kind!r} makes no low-rank adapter, and the serving "
-            "engine wears no other yet. Train it without --push: it is judged all the same, and "
-            "PEFT loads the folder. To serve, use method.kind = 'lora'."
         )
 
 

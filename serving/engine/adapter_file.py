@@ -10,11 +10,14 @@ from safetensors.torch import load
 from registry.adapter import AdapterRef
 from registry.errors import WardrobeError
 from registry.jsonfile import read_object
-from registry.lora import AdapterConfig, lora_modules
+from registry.lora import AdapterConfig
+from registry.parts import Parts, sort_parts
+from registry.vectors import AnyConfig, parse_config
 from serving.engine.boundary import AdapterLoadFailed
-from serving.engine.lora import HostAdapter, LoraLayout, write_modules
+from serving.engine.lora import HostAdapter, LoraLayout, Unfit, write_modules
 from serving.engine.slots import bucket_of
 from serving.engine.spec import LinearGroup
+from serving.engine.vector_file import BaseLayers, read_vectors
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -22,44 +25,51 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # A and B as the file has them
 
 
 def read_adapter(
-    folder: Path, ref: AdapterRef, layout: LoraLayout, dtype: torch.dtype, max_rank: int
-) -> HostAdapter:
-    """Read and convert one adapter. Raises AdapterLoadFailed, and nothing else for bad files."""
-    try:
-        config = AdapterConfig.parse(read_object(folder / "adapter_config.json", MAX_CONFIG_BYTES))
-        tensors = load((folder / "adapter_model.safetensors").read_bytes())
-    except (WardrobeError, SafetensorError, OSError) as error:
-        raise AdapterLoadFailed(f"{ref.label} cannot be loaded: {error}") from error
-    try:
-        return _convert(config, tensors, ref, layout, dtype, max_rank)
-    except _Unfit as fault:
-        raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
-
-
-class _Unfit(Exception):
-    """Why this adapter does not fit this model."""
-
-
-def _convert(
-    config: AdapterConfig,
-    tensors: dict[str, torch.Tensor],
+    folder: Path,
     ref: AdapterRef,
     layout: LoraLayout,
     dtype: torch.dtype,
     max_rank: int,
+    base: BaseLayers | None = None,
 ) -> HostAdapter:
-    modules = _modules(tensors)
-    rank = max(tensors[_key(module, "A")].shape[0] for module in modules)
+    """Read and convert one adapter. Raises AdapterLoadFailed, and nothing else for bad files.
+
+    Without `base` it may be nothing but LoRA.
+    """
+    try:
+        config = parse_config(read_object(folder / "adapter_config.json", MAX_CONFIG_BYTES))
+        tensors = load((folder / "adapter_model.safetensors").read_bytes())
+    except (WardrobeError, SafetensorError, OSError) as error:
+        raise AdapterLoadFailed(f"{ref.label} cannot be loaded: {error}") from error
+    try:
+        parts = _sorted(tensors)
+        weights, bucket = _low_rank(config, parts, layout, dtype, max_rank)
+        vectors = read_vectors(config, parts, layout, base, dtype)
+    except Unfit as fault:
+        raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
+    return HostAdapter(ref.digest, bucket, weights, vectors)
+
+
+def _low_rank(
+    config: AnyConfig,
+    parts: Parts[torch.Tensor],
+    layout: LoraLayout,
+    dtype: torch.dtype,
+    max_rank: int,
+) -> tuple[torch.Tensor, int]:
+    """Return A and B of all modules in one piece, zero for vectors only, and their bucket."""
+    pairs = {module: (own["A"], own["B"]) for module, own in parts.items() if "A" in own}
+    rank = max((a.shape[0] for a, _ in pairs.values()), default=1)
     if rank > max_rank:
-        raise _Unfit(f"its rank is {rank}, the engine's highest is {max_rank}.")
+        raise Unfit(f"its rank is {rank}, the engine's highest is {max_rank}.")
     bucket = bucket_of(rank)
     weights = torch.zeros(layout.size(bucket), dtype=dtype)
     stacks = layout.stacks(weights, bucket)
     groups = {name: tuple(half[:, 0] for half in halves) for name, halves in stacks.items()}
     alike: dict[tuple[str, int, int, float], list[tuple[int, Pair]]] = defaultdict(list)
-    for module in modules:
-        group, part, layer = _place(module, layout)
-        pair = tensors[_key(module, "A")], tensors[_key(module, "B")]
+    for module, pair in sorted(pairs.items()):
+        assert isinstance(config, AdapterConfig)  # no other has A and B
+        group, part, layer = layout.place(module)
         rank = config.rank(module)
         _check_shapes(module, *pair, rank, group, part)
         alike[group.name, part, rank, config.scale(module)].append((layer, pair))
@@ -70,34 +80,21 @@ def _convert(
     if not weights.sum().isfinite():  # or only the sum is too large, which the next look tells
         for name, halves in groups.items():
             if not all(tensor.isfinite().all() for tensor in halves):
-                raise _Unfit(f"a weight of {name} is not a finite number in {dtype}.")
-    return HostAdapter(ref.digest, bucket, weights)
+                raise Unfit(f"a weight of {name} is not a finite number in {dtype}.")
+    return weights, bucket
 
 
-def _modules(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Return the modules, each of which must have A and B and nothing else."""
-    modules = lora_modules(tensors)
-    known = {_key(module, half) for module, halves in modules.items() for half in halves}
-    if strange := sorted(tensors.keys() - known):
-        raise _Unfit(f"the tensor {strange[0]!r} is not LoRA A or B of a module.")
-    if halved := sorted(module for module, halves in modules.items() if len(halves) != 2):
-        raise _Unfit(f"{halved[0]} has only one of lora_A and lora_B.")
-    if not modules:
-        raise _Unfit("adapter_model.safetensors holds no LoRA tensors.")
-    return sorted(modules)
-
-
-def _key(module: str, half: str) -> str:
-    return f"base_model.model.{module}.lora_{half}.weight"
-
-
-def _place(module: str, layout: LoraLayout) -> tuple[LinearGroup, int, int]:
-    """Return group, place in it and layer of `model.layers.N.MODULE`, or as the base names it."""
-    head, _, rest = module.removeprefix(layout.prefix).partition(".")
-    found = layout.find(rest) if head.isdecimal() and int(head) < layout.layers else None
-    if found is None or module != f"{layout.prefix}{head}.{rest}":
-        raise _Unfit(f"{module} is not a linear layer that this base model can adapt.")
-    return *found, int(head)
+def _sorted(tensors: dict[str, torch.Tensor]) -> Parts[torch.Tensor]:
+    """Return module → part → tensor; a module that has one of A and B must have both."""
+    parts = sort_parts(tensors)
+    known = {id(tensor) for own in parts.values() for tensor in own.values()}
+    if strange := sorted(name for name, tensor in tensors.items() if id(tensor) not in known):
+        raise Unfit(f"the tensor {strange[0]!r} is nothing that an adapter has.")
+    if halved := sorted(m for m, own in parts.items() if ("A" in own) != ("B" in own)):
+        raise Unfit(f"{halved[0]} has only one of lora_A and lora_B.")
+    if not parts:
+        raise Unfit("adapter_model.safetensors holds no tensors.")
+    return parts
 
 
 def _check_shapes(
@@ -106,6 +103,6 @@ def _check_shapes(
     wanted = ((rank, group.inputs), (group.outputs[part], rank))
     found = (tuple(a.shape), tuple(b.shape))
     if found != wanted:
-        raise _Unfit(f"{module}: A and B have shapes {found}, the base and config want {wanted}.")
+        raise Unfit(f"{module}: A and B have shapes {found}, the base and config want {wanted}.")
     if not (a.is_floating_point() and b.is_floating_point()):
-        raise _Unfit(f"{module}: {a.dtype} and {b.dtype} are not floating point.")
+        raise Unfit(f"{module}: {a.dtype} and {b.dtype} are not floating point.")

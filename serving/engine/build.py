@@ -132,12 +132,12 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     stacks = LoraStacks(layout, table.pages, dtype, device)
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)
     blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
-    highest = min(settings.max_lora_rank, table.highest)
+    highest, base = min(settings.max_lora_rank, table.highest), model.base_layers
     if isinstance(model, Capturing):
         model.capture(cache, stacks, settings.max_running)
 
     def read(folder: Path, ref: AdapterRef) -> HostAdapter:
-        adapter = read_adapter(folder, ref, layout, dtype, highest)
+        adapter = read_adapter(folder, ref, layout, dtype, highest, base)
         return adapter.pinned() if device.type == "cuda" else adapter
 
     loader = AdapterLoader(

@@ -19,13 +19,17 @@ from serving.engine.ops.native.layout import (
     LinearC,
     ModelC,
     StepC,
+    embedded_table,
     pointer,
     run_table,
     stack_table,
+    vectors_table,
 )
 from serving.engine.ops.native.library import Library
 from serving.engine.ops.rope import rope_angles
 from serving.engine.spec import ModelSpec
+from serving.engine.vector_file import BaseLayers
+from serving.engine.vectors import dress_logits, dressed_rows, sampled_of
 from serving.engine.weights import LayerWeights, ModelWeights
 
 
@@ -58,6 +62,10 @@ class CompiledModel:
         self._model = self._describe()
         self._stacks: LoraStacks | None = None
 
+    @property
+    def base_layers(self) -> BaseLayers:
+        return BaseLayers.of(self.spec, self.layers, self.norm)
+
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         spec, rows, sampled = self.spec, len(batch.ids), len(batch.sampled)
         logits = torch.empty(sampled, spec.vocab, dtype=self.dtype)
@@ -79,7 +87,15 @@ class CompiledModel:
         if runs := merge_runs(batch.worn):
             step.runs, step.run = len(runs), run_table(runs, stacks.buckets)
             step.stacks[:] = self._stack_tables(stacks)
+        dressed = dressed_rows(batch.worn, stacks.vectors)
+        if dressed:
+            embedded = embedded_table(batch.ids, dressed)
+            step.embedded = embedded.data_ptr()
+            step.vectors = vectors_table(dressed, [group.name for group in spec.groups], rows)
         self.library.forward(self._model, step)
+        if dressed:
+            normalised = space[1][: sampled * spec.hidden].view(sampled, spec.hidden)
+            dress_logits(logits, normalised, sampled_of(dressed, batch.sampled))
         return logits
 
     def _stack_tables(self, stacks: LoraStacks) -> list[Any]:

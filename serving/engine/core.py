@@ -15,6 +15,7 @@ from serving.engine.boundary import (
     EngineStats,
     FinishReason,
     RequestFailed,
+    RequestRefused,
     TokenDelta,
 )
 from serving.engine.kv_cache import KVCache
@@ -182,20 +183,34 @@ class EngineCore:
 
         A request whose next tokens are being read for another one waits for them.
         """
-        if self.prefixes.awaited(sequence):
-            return False
         if sequence.adapter is None:
-            return True
+            return not self.prefixes.awaited(sequence)
         try:
             # A low request must not drain an adapter that normal ones wear.
             claim = sequence.request.priority == "normal"
             yielding = partial(self._yielding, sequence)
-            return self.residency.ensure(sequence.adapter, claim=claim, yielding=yielding)
-        except AdapterLoadFailed as error:
+            if not self.residency.ensure(sequence.adapter, claim=claim, yielding=yielding):
+                return False
+            self._lead(sequence, sequence.adapter)
+        except (AdapterLoadFailed, RequestRefused) as error:
             self._release(sequence)
             self.counters.failed += 1
             events.append((sequence, error))
             return False
+        return not self.prefixes.awaited(sequence)
+
+    def _lead(self, sequence: Sequence, adapter: AdapterRef) -> None:
+        """Put the adapter's virtual tokens before the prompt. Raises RequestRefused."""
+        vectors = self.residency.vectors(adapter)
+        if vectors is None or sequence.virtual == vectors.virtual:
+            return
+        wanted = len(sequence.tokens) + sequence.sampling.max_tokens
+        if vectors.virtual + wanted > self.cache.length:
+            raise RequestRefused(
+                f"The prompt and max_tokens make {wanted} tokens, {adapter.label} has "
+                f"{vectors.virtual} positions before them, this model takes {self.cache.length}."
+            )
+        sequence.lead(vectors.virtual)
 
     def _yielding(self, to: Sequence) -> set[str]:
         """Return the adapters whose wearers all give way to a waiting request."""
@@ -221,9 +236,17 @@ class EngineCore:
         if sequence.kv_slot < 0:
             sequence.kv_slot = self.cache.take()
             self.prefixes.load(sequence)
+            self._write_prefix(sequence)
         if sequence.adapter is not None:
             self.residency.table.pin(sequence.adapter.digest)
         self._stirred = True
+
+    def _write_prefix(self, sequence: Sequence) -> None:
+        """Put learned keys and values into a new slot, unless they came from the prefix cache."""
+        vectors = self.residency.vectors(sequence.adapter) if sequence.adapter else None
+        if vectors is not None and vectors.prefix is not None:
+            self.cache.write(sequence.kv_slot, *vectors.prefix)
+            sequence.computed = max(sequence.computed, vectors.virtual)
 
     def _pause(self, sequence: Sequence, dropped: Sequence | None) -> None:
         self._leave(sequence)
@@ -276,12 +299,14 @@ class EngineCore:
     def _delta(self, sequence: Sequence, sampled: Sampled) -> TokenDelta:
         params, constraint = sequence.sampling, sequence.constraint
         if sampled.token_id in self.sampler.eos_ids and (constraint or not params.ignore_eos):
-            return TokenDelta((), (), "stop", sequence.produced, sequence.cached)
+            return TokenDelta((), (), "stop", sequence.produced, sequence.cached_prompt)
         reason: FinishReason | None = "length" if sequence.produced >= params.max_tokens else None
         if constraint is not None and constraint.advance(sampled.token_id):
             reason = "stop"
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        return TokenDelta((sampled.token_id,), logprobs, reason, sequence.produced, sequence.cached)
+        return TokenDelta(
+            (sampled.token_id,), logprobs, reason, sequence.produced, sequence.cached_prompt
+        )
 
     def _release(self, sequence: Sequence) -> None:
         """End a request and free what it holds: a running one all, a paused one perhaps KV."""

@@ -39,6 +39,11 @@ class KVCache:
             whole[:, slot, :, :used].zero_()
         heapq.heappush(self._free, slot)
 
+    def write(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values [layers, kv_heads, n, head_dim] into a slot's first positions."""
+        for whole, own in zip(self._all, (keys, values), strict=True):
+            whole[:, slot, :, : own.shape[2]] = own
+
     def blocks(self, slot: int, first: int, count: int) -> list[torch.Tensor]:
         """Return views of the keys and of the values of a slot's tokens from `first` · BLOCK on.
 

@@ -21,8 +21,13 @@ from serving.engine.hardware import lazy_zeros
 from serving.engine.ops.lora import Weights
 from serving.engine.slots import BUCKETS, Slot
 from serving.engine.spec import LinearGroup
+from serving.engine.vectors import Vectors
 
 Halves = tuple[torch.Tensor, ...]  # A of the group, then B of each of its parts
+
+
+class Unfit(Exception):
+    """Why an adapter does not fit this model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +37,11 @@ class HostAdapter:
     digest: str
     bucket: int
     weights: torch.Tensor  # [LoraLayout.size(bucket)]
+    vectors: Vectors | None = None
 
     @property
     def size_bytes(self) -> int:
-        return self.weights.nbytes
+        return self.weights.nbytes + (self.vectors.size_bytes if self.vectors else 0)
 
     def pinned(self) -> "HostAdapter":
         """Return it in memory that a GPU reads by itself, while steps run."""
@@ -81,6 +87,14 @@ class LoraLayout:
                 return group, group.modules.index(module)
         return None
 
+    def place(self, module: str) -> tuple[LinearGroup, int, int]:
+        """Return group, place in it and layer of a whole name. Raises Unfit."""
+        head, _, rest = module.removeprefix(self.prefix).partition(".")
+        found = self.find(rest) if head.isdecimal() and int(head) < self.layers else None
+        if found is None or module != f"{self.prefix}{head}.{rest}":
+            raise Unfit(f"{module} is not a linear layer that this base model can adapt.")
+        return *found, int(head)
+
     def _shapes(self, group: LinearGroup, bucket: int) -> Sequence[tuple[int, int]]:
         return (
             (len(group.modules) * bucket, group.inputs),
@@ -114,6 +128,7 @@ class LoraStacks:
         }
         self._by_layer = self._views()
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.vectors: dict[Slot, Vectors] = {}
 
     @property
     def buckets(self) -> Collection[int]:
@@ -134,6 +149,8 @@ class LoraStacks:
         computes the steps between, and the step after the last piece waits for that one.
         """
         size = len(adapter.weights)
+        if start == 0:
+            self._load_vectors(slot, adapter)
         stop = min(size, start + most // adapter.weights.itemsize)
         place, piece = self._arena[slot.row * size :][start:stop], adapter.weights[start:stop]
         if self._aside is None:
@@ -147,6 +164,13 @@ class LoraStacks:
         if stop == size:
             steps.wait_stream(self._aside)
         return stop
+
+    def _load_vectors(self, slot: Slot, adapter: HostAdapter) -> None:
+        """Nothing is left of what lay on these pages."""
+        for gone in [each for each in self.vectors if each.overlaps(slot)]:
+            del self.vectors[gone]
+        if adapter.vectors is not None:
+            self.vectors[slot] = adapter.vectors.to(self._arena.device)
 
     def _views(self) -> dict[str, list[dict[int, Halves]]]:
         return {

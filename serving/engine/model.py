@@ -13,6 +13,16 @@ from serving.engine.ops.attention import AttentionPlan, plan_attention
 from serving.engine.ops.lora import LoraPlan, Worn, plan_lora
 from serving.engine.ops.rope import rope_tables
 from serving.engine.spec import ModelSpec
+from serving.engine.vector_file import BaseLayers
+from serving.engine.vectors import (
+    Dressed,
+    dress_embeddings,
+    dress_logits,
+    dress_norm,
+    dress_outputs,
+    dressed_rows,
+    sampled_of,
+)
 from serving.engine.weights import ModelWeights
 
 
@@ -48,17 +58,33 @@ class Model:
             stacks=stacks,
             attention=plan,
             lora=self._lora_plan(batch.worn),
+            dressed=dressed_rows(batch.worn, stacks.vectors),
             rotation=(self.cos[batch.positions], self.sin[batch.positions]),
         )
         x = self.weights.embedding[batch.ids]
+        dress_embeddings(x, batch.ids, step.dressed)
         for index, layer in enumerate(self.weights.layers):
-            h = self.ops.rms_norm(x, layer.attention_norm, self.spec.eps)
+            h = self._norm(x, layer.attention_norm, 2 * index, step.dressed)
             x = x.add_(self._linear("o", index, self._attention(index, h, step), step))
-            h = self.ops.rms_norm(x, layer.mlp_norm, self.spec.eps)
+            h = self._norm(x, layer.mlp_norm, 2 * index + 1, step.dressed)
             h = self.ops.silu_mul(self._linear("gate_up", index, h, step))
             x = x.add_(self._linear("down", index, h, step))
-        x = self.ops.rms_norm(x[batch.sampled], self.weights.norm, self.spec.eps)
-        return self.weights.head(x)
+        dressed = sampled_of(step.dressed, batch.sampled)
+        h = self._norm(x[batch.sampled], self.weights.norm, 2 * self.spec.layers, dressed)
+        logits = self.weights.head(h)
+        dress_logits(logits, h, dressed)
+        return logits
+
+    @property
+    def base_layers(self) -> BaseLayers:
+        return BaseLayers.of(self.spec, self.weights.layers, self.weights.norm)
+
+    def _norm(
+        self, x: torch.Tensor, weight: torch.Tensor, number: int, dressed: Dressed
+    ) -> torch.Tensor:
+        h = self.ops.rms_norm(x, weight, self.spec.eps)
+        dress_norm(h, x, self.ops.rms_norm, self.spec.eps, number, dressed)
+        return h
 
     def _lora_plan(self, worn: Worn) -> LoraPlan | None:
         """Plan the adapters of this step; a decode step is mostly packed like the one before."""
@@ -70,6 +96,7 @@ class Model:
         y = self.weights.layers[index].linears[name](x)
         if step.lora is not None:
             self.ops.lora(y, x, step.stacks.weights(name, index), step.lora)
+        dress_outputs(y, name, index, step.dressed)
         return y
 
     def _attention(self, index: int, x: torch.Tensor, step: "_Step") -> torch.Tensor:
@@ -98,4 +125,5 @@ class _Step:
     stacks: LoraStacks
     attention: AttentionPlan
     lora: LoraPlan | None
+    dressed: Dressed
     rotation: tuple[torch.Tensor, torch.Tensor]  # cos and sin of each row's position

@@ -14,6 +14,7 @@ from serving.engine.sampler import Greedy, Sample
 from serving.engine.sequence import Row, Sequence
 from serving.engine.slots import Slot, SlotTable
 from serving.engine.spec import DecoderSpec
+from serving.engine.vector_file import BaseLayers
 
 
 class Forward(Protocol):
@@ -28,6 +29,11 @@ class Forward(Protocol):
 
     @property
     def spec(self) -> DecoderSpec: ...
+
+    @property
+    def base_layers(self) -> BaseLayers | None:
+        """What vectors of an adapter are relative to; None: rows wear LoRA only."""
+        ...
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         """Write the batch's keys and values, return logits [sampled, vocab].

@@ -9,6 +9,7 @@ from serving.engine.boundary import AdapterLoadFailed, LoadStage, ResidentAdapte
 from serving.engine.loader import AdapterLoader, Load
 from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import Place, SlotTable
+from serving.engine.vectors import Vectors
 
 MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
 
@@ -90,6 +91,10 @@ class Residency:
             return False
         self._place(ref, adapter, place)
         return self._fill(ref.digest)
+
+    def vectors(self, ref: AdapterRef) -> Vectors | None:
+        """Return what a resident adapter has beside LoRA."""
+        return self.stacks.vectors.get(self.table.slot_of(ref.digest))
 
     def begin(self, ref: AdapterRef, ahead: int) -> Load | None:
         """Start a load for `prefetch` while a step still runs. The only method for any thread.

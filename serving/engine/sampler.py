@@ -167,7 +167,7 @@ def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
     """
     params = sequence.sampling
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        seen = torch.tensor(sorted(set(sequence.tokens[sequence.virtual :])), device=row.device)
         scores, penalty = row[seen], params.repetition_penalty
         row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
     if (params.presence_penalty or params.frequency_penalty) and sequence.produced:

@@ -42,6 +42,7 @@ class Sequence:
         self.constraint = constraint  # where the output is in its grammar
         self.tokens: list[int] = list(request.prompt_ids)
         self.prompt_length = len(request.prompt_ids)
+        self.virtual = 0  # of the prompt, tokens that are the adapter's; their ids are below 0
         self.computed = 0  # tokens whose keys and values are in the cache
         self.read = 0  # tokens ever computed: more than `computed` after a pause
         self.kv_slot = -1  # -1 until admitted
@@ -62,6 +63,17 @@ class Sequence:
     @property
     def produced(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def cached_prompt(self) -> int:
+        """Tokens of the request's own prompt that were in the prefix cache."""
+        return max(0, self.cached - self.virtual)
+
+    def lead(self, count: int) -> None:
+        """Put virtual tokens before the prompt, before anything of it was read."""
+        self.tokens[:0] = range(-count, 0)
+        self.virtual = count
+        self.prompt_length += count
 
     @property
     def remaining(self) -> int:

@@ -92,6 +92,7 @@ class TransformersModel:
         self.spec, self.network, self.library = spec, network, library
         self.dtype, self.device = network.dtype, network.device
         self.length = length  # tokens of one sequence
+        self.base_layers = None
         bodies = library or Operators()
         self.greedy, self.sample = bodies.greedy, bodies.sample
         self.operators = f"{name} in transformers' forward pass of {spec.architecture}"

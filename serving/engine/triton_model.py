@@ -25,6 +25,7 @@ class TritonModel:
     def __init__(self, spec: ModelSpec, weights: ModelWeights[Linear], length: int) -> None:
         self.spec, self.weights, self.length = spec, weights, length
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
+        self.base_layers = None  # rows wear LoRA only
         self.greedy, self.sample, self.operators = greedy, sample, "Triton"
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
         self.cos, self.sin = rope_angles(frequencies, length, spec.rotary_scale)

@@ -35,7 +35,7 @@ def test_a_file_that_is_wrong_in_very_many_places_is_refused_in_a_short_answer(
 
 def test_all_problems_are_told_at_once(adapter: Adapter, bases: Bases, tmp_path: Path) -> None:
     folder = adapter(
-        config={"use_dora": True, "r": 0, "from_the_future": 1},
+        config={"use_qalora": True, "r": 0, "from_the_future": 1},
         tensors=adapter_tensors() | {"stray": np.ones(1, F32)},
         card={"weights": "elsewhere"},
     )

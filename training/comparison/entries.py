@@ -30,7 +30,6 @@ from training.fewshot.hint import hint_of
 from training.fewshot.measure import choose, measure
 from training.fewshot.shots import shots_of, usable
 from training.recipe import Recipe, apply_overrides
-from training.results import NOT_LOW_RANK
 
 Curve = Literal["examples", "rank"]
 
@@ -50,10 +49,7 @@ class Entry:
     @property
     def hot_swaps(self) -> bool:
         """Tell whether one request of a mixed batch can wear it."""
-        return not self.cells or (
-            not (self.cells[0].adapter / MODEL_NAME).is_file()
-            and self.cells[0].recipe.method.kind not in NOT_LOW_RANK
-        )
+        return not self.cells or not (self.cells[0].adapter / MODEL_NAME).is_file()
 
 
 @dataclass(frozen=True, slots=True)

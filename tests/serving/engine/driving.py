@@ -150,7 +150,8 @@ class Oracle:
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> torch.Tensor:
         """Return log-probabilities [len(ids), vocab] of what follows each position."""
-        logits = self.model(torch.tensor([list(ids)])).logits[0]
+        # Some adapters have positions before the prompt.
+        logits = self.model(torch.tensor([list(ids)])).logits[0, -len(ids) :]
         return torch.log_softmax(logits.float(), dim=-1)
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:

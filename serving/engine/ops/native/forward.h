@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "lora.h"
+#include "vectors.h"
 
 struct Linear {
   const Number *weight, *bias;  // packed; [outputs] or null
@@ -33,6 +34,8 @@ struct Step {
   int64_t runs;
   const Run* run;
   const Stack* stacks[4];  // of qkv, o, gate_up, down; read when there are runs
+  const Vectors* const* vectors;   // [rows], null where a row wears none; null when none does
+  const Number* const* embedded;   // [rows] the input where it is not the token's; may be null
   // Space for rows × hidden, hidden, (heads + 2 kv_heads) · dim, heads · dim, 2 · intermediate and
   // intermediate numbers.
   Number *x, *h, *qkv, *attended, *gate_up, *activated;
@@ -59,7 +62,8 @@ class Forward {
     for (int64_t i = 0; i < m.layers; i++) layer(i);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < s.sampled; i++)
-      normalise(s.x + s.sampled_rows[i] * m.hidden, m.norm, s.h + i * m.hidden, m.hidden, m.eps);
+      normalise(s.x + s.sampled_rows[i] * m.hidden, norm(s.sampled_rows[i], 2 * m.layers, m.norm),
+                s.h + i * m.hidden, m.hidden, m.eps);
     multiply(m.layers * 4, s.h, s.logits, s.sampled, false);
   }
 
@@ -87,14 +91,14 @@ class Forward {
     const Cache cache{s.keys + kv, s.values + kv, m.kv_heads, s.cache_length, m.dim};
     const Rope rope{m.cos, m.sin, own.query_norm, own.key_norm, m.eps};
     const int64_t width = queries + 2 * keys;
-    normalise_all(own.attention_norm);
+    normalise_all(2 * i, own.attention_norm);
     linear(i, 0, s.h, s.qkv, false);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < s.rows; row++)
       rope.row(s.qkv + row * width, m.heads, s.slots[row], s.positions[row], cache);
     attentions[i]->run(s.qkv, width, cache, s.attended);
     linear(i, 1, s.attended, s.x, true);
-    normalise_all(own.mlp_norm);
+    normalise_all(2 * i + 1, own.mlp_norm);
     linear(i, 2, s.h, s.gate_up, false);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < s.rows; row++)
@@ -107,23 +111,52 @@ class Forward {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < s.rows; row++) {
       Number* to = s.x + row * m.hidden;
-      if (m.embedding)
+      if (s.embedded && s.embedded[row])
+        memcpy(to, s.embedded[row], m.hidden * sizeof(Number));
+      else if (m.embedding)
         memcpy(to, m.embedding + s.ids[row] * m.hidden, m.hidden * sizeof(Number));
       else
         unpack(m.head.weight, s.ids[row], m.hidden, to);
     }
   }
 
-  void normalise_all(const Number* weight) {
+  void normalise_all(int64_t number, const Number* weight) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < s.rows; row++)
-      normalise(s.x + row * m.hidden, weight, s.h + row * m.hidden, m.hidden, m.eps);
+      normalise(s.x + row * m.hidden, norm(row, number, weight), s.h + row * m.hidden, m.hidden,
+                m.eps);
+  }
+
+  const Number* norm(int64_t row, int64_t number, const Number* weight) const {
+    const Vectors* own = s.vectors ? s.vectors[row] : nullptr;
+    return own && own->norms ? own->norms + number * m.hidden : weight;
+  }
+
+  // Where what a linear and its LoRA give is to be scaled, what y holds waits in h.
+  void set_aside(int group, Number* y) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++)
+      if (s.vectors[row] && s.vectors[row]->scale[group]) {
+        memcpy(s.h + row * m.hidden, y + row * m.hidden, m.hidden * sizeof(Number));
+        memset(y + row * m.hidden, 0, m.hidden * sizeof(Number));
+      }
+  }
+
+  void dress_all(int64_t layer, int group, Number* y, bool add) {
+    const int64_t width = groups[group].width();
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++)
+      if (const Vectors* own = s.vectors[row]; own && own->scale[group])
+        dress(y + row * width, own->scale[group] + layer * width, own->shift[group] + layer * width,
+              add ? s.h + row * width : nullptr, width);
   }
 
   // y = or += linear(x) and, for rows that wear an adapter, what it adds.
   void linear(int64_t layer, int group, const Number* x, Number* y, bool add) {
+    if (s.vectors && add) set_aside(group, y);
     multiply(layer * 4 + group, x, y, s.rows, add);
     if (!loras.empty()) loras[group].run(layer, x, groups[group].inputs, y, groups[group].width());
+    if (s.vectors) dress_all(layer, group, y, add);
   }
 
   // Of the linears in the order in which they run, 4 of each layer and the head, number n.

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
+from ctypes import pointer as ctypes_pointer
 from typing import Any
 
 import torch
 
 from serving.engine.ops.lora import Run
+from serving.engine.vectors import Dressed
 
 MOST_PARTS = 3  # linears fused in one group
 
@@ -53,6 +55,10 @@ class StackC(Structure):
     _fields_ = (("rank", c_int64), ("a", HalfC), ("b", HalfC * MOST_PARTS))
 
 
+class VectorsC(Structure):
+    _fields_ = (("scale", c_void_p * 4), ("shift", c_void_p * 4), ("norms", c_void_p))
+
+
 class GroupC(Structure):
     _fields_ = (("inputs", c_int64), ("parts", c_int64), ("outputs", c_int64 * MOST_PARTS))
 
@@ -92,6 +98,8 @@ class StepC(Structure):
         ("runs", c_int64),
         ("run", POINTER(RunC)),
         ("stacks", POINTER(StackC) * 4),
+        ("vectors", POINTER(POINTER(VectorsC))),
+        ("embedded", c_void_p),
         *(
             (name, c_void_p)
             for name in ("x", "h", "qkv", "attended", "gate_up", "activated", "logits")
@@ -126,3 +134,27 @@ def run_table(runs: Sequence[Run], ranks: Iterable[int]) -> Any:
     return (RunC * len(runs))(
         *(RunC(run.start, run.stop, place[run.slot.bucket], run.slot.row) for run in runs)
     )
+
+
+def vectors_table(dressed: Dressed, groups: Sequence[str], rows: int) -> Any:
+    """Return for each row what it wears, null for nothing; the structures live with the array."""
+    table = (POINTER(VectorsC) * rows)()
+    for worn, vectors in dressed:
+        entry = VectorsC(norms=pointer(vectors.norms))
+        for number, group in enumerate(groups):
+            if group in vectors.outputs:
+                scale, shift = vectors.outputs[group]
+                entry.scale[number], entry.shift[number] = scale.data_ptr(), shift.data_ptr()
+        table[worn.start : worn.stop] = [ctypes_pointer(entry)] * (worn.stop - worn.start)
+    return table
+
+
+def embedded_table(ids: torch.Tensor, dressed: Dressed) -> torch.Tensor:
+    """Return for each row the address of its input, 0 where that is the token's own embedding."""
+    table = torch.zeros_like(ids)
+    for rows, vectors in dressed:
+        if vectors.embedding is not None:
+            here, place = vectors.embedding.find(ids[rows])
+            own = vectors.embedding.rows
+            table[rows][here] = own.data_ptr() + place * own.stride(0) * own.element_size()
+    return table

@@ -1,0 +1,163 @@
+"""The tensors of an adapter: which module each belongs to, what it does there, and its shape.
+
+Beside the A and B of LoRA an adapter may have vectors: for the outputs of a linear, in the place of
+a norm's weight, for the embeddings of some tokens, or for positions before the prompt.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from registry.architectures import LLAMA_FAMILY, read_base_config
+from registry.base import BaseModel
+from registry.errors import Problem
+from registry.tensors import Tensor, read_folder
+
+T = TypeVar("T")
+Parts = Mapping[str, Mapping[str, T]]  # module → part → tensor; module "": the whole adapter
+
+# part → how the names of its tensors end
+ENDINGS = {
+    "A": r"lora_A\.weight",
+    "B": r"lora_B\.weight",
+    "B_bias": r"lora_B\.bias",
+    "magnitude": r"lora_magnitude_vector",
+    # peft wraps the modules that it adapts, and only those
+    "bias": r"(?:base_layer\.)?bias",
+    "scale": r"ia3_l",
+    "shift": r"beft_bias",
+    "norm": r"(?:ln_tuning_layers\.)?weight",
+    "tokens": r"(?:token_adapter\.)?trainable_tokens_delta",
+}
+PROMPT = "prompt_embeddings"
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+MAX_VIRTUAL = 1024  # positions before a prompt
+
+_NAME = re.compile(
+    r"base_model\.model\.([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+){0,30}?)\.(?:"
+    + "|".join(f"(?P<{part}>{ending})" for part, ending in ENDINGS.items())
+    + ")"
+)
+
+
+def sort_parts(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Return module → part → tensor; tensors of other names are left out."""
+    parts: dict[str, dict[str, T]] = {}
+    for name, tensor in tensors.items():
+        if name == PROMPT:
+            parts[""] = {"prompt": tensor}
+        elif len(name) <= 300 and (match := _NAME.fullmatch(name)):
+            parts.setdefault(match[1], {})[str(match.lastgroup)] = tensor
+    return parts
+
+
+def check_parts(
+    parts: Parts[Tensor], tokens: Mapping[str, tuple[int, ...]], kind: str, model: BaseModel
+) -> list[Problem]:
+    """Return what is wrong with everything but A and B.
+
+    `tokens` are the ids of the tokens with embeddings, by the last name of their module; `kind` is
+    the peft type.
+    """
+    vectors = {
+        (module, part): tensor
+        for module, own in parts.items()
+        for part, tensor in own.items()
+        if part not in "AB"
+    }
+    if not vectors:
+        return []
+    base = read_folder(model.path)
+    kind_of_base = read_base_config(model.path).get("model_type")
+    problems: list[Problem] = []
+    for (module, part), tensor in sorted(vectors.items()):
+        last = module.rpartition(".")[2]
+        if kind_of_base not in LLAMA_FAMILY:
+            text = (
+                f"{tensor.name}: bases of {', '.join(LLAMA_FAMILY)} wear it, on one of "
+                f"{kind_of_base!r} only LoRA is served."
+            )
+            problems.append(("part_unsupported", text))
+        elif part in ("B_bias", "magnitude", "bias", "scale", "shift"):
+            problems += _check_outputs(module, part, tensor, base, model)
+        elif part == "norm":
+            problems += _check_norm(module, tensor, base)
+        elif part == "tokens":
+            problems += _check_tokens(tensor, tokens.get(last), base)
+        else:
+            problems += _check_prompt(tensor, kind, model, base)
+    return problems
+
+
+def _check_outputs(
+    module: str,
+    part: str,
+    tensor: Tensor,
+    base: Mapping[str, Tensor],
+    model: BaseModel,
+) -> list[Problem]:
+    if module not in model.linears:
+        return [("module_not_in_base", f"{module} is no linear layer of {model.id}.")]
+    out, into = model.linears[module]
+    if module.rpartition(".")[2] == "lm_head":
+        text = f"{tensor.name}: vectors of the output head are not servable."
+        return [("part_unsupported", text)]
+    if part == "bias" and f"{module}.bias" not in base:
+        text = f"{tensor.name}: {model.id} has no bias there."
+        return [("module_not_in_base", text)]
+    if part == "scale" and tensor.shape == (1, into):
+        if module.endswith(".mlp.down_proj"):
+            return []
+        text = f"{tensor.name}: scaled inputs are served for mlp.down_proj only."
+        return [("part_unsupported", text)]
+    wanted = {"scale": (out, 1), "shift": (1, out)}.get(part, (out,))
+    return _check_shape(tensor, wanted)
+
+
+def _check_norm(module: str, tensor: Tensor, base: Mapping[str, Tensor]) -> list[Problem]:
+    found, last = base.get(f"{module}.weight"), module.rpartition(".")[2]
+    if found is None and last != "lm_head":  # the head of a tied base is its embedding
+        return [("module_not_in_base", f"{tensor.name}: the base has no {module}.")]
+    if found is None or last not in NORMS:
+        reason = (
+            "only norms of whole layers are served as trained in full. A whole matrix is as large "
+            "as the base's; train LoRA on linear layers, trainable_token_indices on embeddings"
+        )
+        return [("part_unsupported", f"{tensor.name}: {reason}.")]
+    return _check_shape(tensor, found.shape)
+
+
+def _check_tokens(
+    tensor: Tensor, ids: tuple[int, ...] | None, base: Mapping[str, Tensor]
+) -> list[Problem]:
+    vocab, hidden = base["model.embed_tokens.weight"].shape
+    if ids is None:
+        return [("unknown_key", f"{tensor.name}: the config names no tokens for it.")]
+    if len(set(ids)) != len(ids) or not all(0 <= each < vocab for each in ids):
+        text = f"The token ids of {tensor.name} must be different, and below {vocab}."
+        return [("config_invalid", text)]
+    return _check_shape(tensor, (len(ids), hidden))
+
+
+def _check_prompt(
+    tensor: Tensor, kind: str, model: BaseModel, base: Mapping[str, Tensor]
+) -> list[Problem]:
+    width = base["model.embed_tokens.weight"].shape[1]
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        cached = (".k_proj", ".v_proj")
+        width = sum(out for module, (out, _) in model.linears.items() if module.endswith(cached))
+    if len(tensor.shape) == 2 and not 0 < tensor.shape[0] <= MAX_VIRTUAL:
+        text = f"{tensor.name} has {tensor.shape[0]} positions, the limit is {MAX_VIRTUAL}."
+        return [("too_large", text)]
+    return _check_shape(tensor, (tensor.shape[0] if tensor.shape else 0, width))
+
+
+def _check_shape(tensor: Tensor, wanted: tuple[int, ...]) -> list[Problem]:
+    problems: list[Problem] = []
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        text = f"{tensor.name} is {tensor.dtype}; save it as F32, F16 or BF16."
+        problems.append(("dtype_unsupported", text))
+    if tensor.shape != wanted:
+        text = f"{tensor.name}: has the shape {list(tensor.shape)}, {list(wanted)} is wanted."
+        problems.append(("shape_mismatch", text))
+    return problems

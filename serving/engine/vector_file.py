@@ -1,0 +1,174 @@
+"""Vectors in PEFT files → Vectors as the model reads them, with what of the base they need."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from registry.lora import AdapterConfig
+from registry.parts import Parts
+from registry.vectors import AnyConfig
+from serving.engine.lora import LoraLayout, Unfit
+from serving.engine.spec import ModelSpec
+from serving.engine.vectors import TokenRows, Vectors
+from serving.engine.weights import LayerWeights
+
+FLOAT = torch.float32
+
+
+class Dense(Protocol):
+    """A frozen linear; see linear.py."""
+
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+
+    def dense(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BaseLayers:
+    """What of a base the vectors of an adapter replace or are relative to."""
+
+    layers: Sequence[LayerWeights[Dense]]
+    norm: torch.Tensor
+    kv_heads: int
+    head_dim: int
+    tied: bool  # the head is the embedding
+
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, layers: Sequence[LayerWeights[Any]], norm: torch.Tensor
+    ) -> "BaseLayers":
+        return cls(layers, norm, spec.kv_heads, spec.head_dim, spec.tied)
+
+
+def read_vectors(
+    config: AnyConfig,
+    parts: Parts[torch.Tensor],
+    layout: LoraLayout,
+    base: BaseLayers | None,
+    dtype: torch.dtype,
+) -> Vectors | None:
+    """Return everything but A and B; None when that is all there is. Raises Unfit."""
+    if all(own.keys() <= {"A", "B"} for own in parts.values()):
+        return None
+    if base is None:
+        raise Unfit(
+            "it is more than LoRA, and these operators wear LoRA only (--operators torch wears it)."
+        )
+    outputs = _Outputs(layout, base)
+    for module, own in parts.items():
+        outputs.add(module, own, config)
+    tokens = {
+        module.rpartition(".")[2]: _token_rows(own["tokens"], config, module, dtype)
+        for module, own in parts.items()
+        if "tokens" in own
+    }
+    prompt = parts.get("", {}).get("prompt")
+    prefix = None
+    embedding = tokens.get("embed_tokens")
+    if prompt is not None and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        prefix = _prefix(prompt, layout, base, dtype)
+    elif prompt is not None:
+        embedding = TokenRows(virtual_ids(len(prompt)), prompt.to(dtype))
+    head = tokens.get("lm_head", tokens.get("embed_tokens") if base.tied else None)
+    found = Vectors(
+        outputs.tables(),
+        _norms(parts, layout, base),
+        embedding,
+        head,
+        prefix,
+        0 if prompt is None else len(prompt),
+    )
+    if not all(tensor.isfinite().all() for tensor in found.tensors()):
+        raise Unfit(f"a vector of it is not finite in {dtype}.")
+    return found
+
+
+def virtual_ids(count: int) -> torch.Tensor:
+    """Return the ids of the tokens before a prompt."""
+    return torch.arange(-count, 0)
+
+
+class _Outputs:
+    """Scales and shifts of the linears, in the places where the fused groups have them."""
+
+    def __init__(self, layout: LoraLayout, base: BaseLayers) -> None:
+        self.layout, self.base = layout, base
+        self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tables(self) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        return self._tables
+
+    def add(self, module: str, own: Mapping[str, torch.Tensor], config: AnyConfig) -> None:
+        """Put what the tensors of one module make of its outputs in place."""
+        if not own.keys() & {"magnitude", "B_bias", "bias", "scale", "shift"}:
+            return
+        scale = own.get("scale")
+        if scale is not None and scale.shape[0] == 1:
+            # The input of down is the product of what gate and up give: scaling up scales it.
+            module = module.replace("down_proj", "up_proj")
+        group, part, layer = self.layout.place(module)
+        linear = self.base.layers[layer].linears[group.name]
+        columns = slice(sum(group.outputs[:part]), sum(group.outputs[: part + 1]))
+        scales, shifts = self._table(group.name, sum(group.outputs))
+        if scale is not None:
+            scales[layer, columns] *= scale.to(FLOAT).flatten()
+        if "magnitude" in own:
+            assert isinstance(config, AdapterConfig)
+            weight = linear.dense()[columns].to("cpu", FLOAT)
+            change = config.scale(module) * (own["B"].to(FLOAT) @ own["A"].to(FLOAT))
+            length = torch.linalg.norm(weight + change, dim=1)
+            scales[layer, columns] = own["magnitude"].to(FLOAT) / length
+        bias = None if linear.bias is None else linear.bias[columns].to("cpu", FLOAT)
+        shift = shifts[layer, columns]
+        if "magnitude" in own and bias is not None:
+            shift += bias - scales[layer, columns] * bias  # DoRA scales the product, not the bias
+        if "bias" in own:
+            assert bias is not None
+            shift += own["bias"].to(FLOAT) - bias
+        if "B_bias" in own:
+            assert isinstance(config, AdapterConfig)
+            shift += config.scale(module) * own["B_bias"].to(FLOAT)
+        if "shift" in own:
+            shift += own["shift"].to(FLOAT).flatten()
+
+    def _table(self, group: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if group not in self._tables:
+            shape = (self.layout.layers, width)
+            self._tables[group] = torch.ones(shape, dtype=FLOAT), torch.zeros(shape, dtype=FLOAT)
+        return self._tables[group]
+
+
+def _norms(parts: Parts[torch.Tensor], layout: LoraLayout, base: BaseLayers) -> torch.Tensor | None:
+    own = {module: found["norm"] for module, found in parts.items() if "norm" in found}
+    if not own:
+        return None
+    table = {name: norm.to("cpu") for name, norm in _named_norms(layout, base)}
+    if strange := sorted(own.keys() - table.keys()):
+        raise Unfit(f"{strange[0]} is no norm of this base that an adapter can have.")
+    return torch.stack([own.get(name, norm).to(norm.dtype) for name, norm in table.items()])
+
+
+def _named_norms(layout: LoraLayout, base: BaseLayers) -> Iterator[tuple[str, torch.Tensor]]:
+    for number, layer in enumerate(base.layers):
+        yield f"{layout.prefix}{number}.input_layernorm", layer.attention_norm
+        yield f"{layout.prefix}{number}.post_attention_layernorm", layer.mlp_norm
+    yield "model.norm", base.norm
+
+
+def _token_rows(
+    rows: torch.Tensor, config: AnyConfig, module: str, dtype: torch.dtype
+) -> TokenRows:
+    ids, order = torch.tensor(config.tokens[module.rpartition(".")[2]]).sort()
+    return TokenRows(ids, rows[order].to(dtype))
+
+
+def _prefix(
+    prompt: torch.Tensor, layout: LoraLayout, base: BaseLayers, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay [positions, layers · (key, value) · heads · dim] out as the cache has it."""
+    shape = (len(prompt), layout.layers, 2, base.kv_heads, base.head_dim)
+    keys, values = prompt.to(dtype).view(shape).permute(2, 1, 3, 0, 4).contiguous()
+    return keys, values

@@ -1,0 +1,130 @@
+"""What an adapter does to its rows beside B(A(x)): vectors, and positions before the prompt.
+
+A vector costs what it is long; which rows wear one is known once a step (`dressed_rows`), and a
+step in which nobody wears any runs as if there were none.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from serving.engine.ops.lora import Worn, merge_runs
+from serving.engine.slots import Slot
+
+Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows in the place of the embedding's or the head's, for some tokens.
+
+    Virtual tokens, which stand before a prompt, have ids below 0.
+    """
+
+    ids: torch.Tensor  # [k], ascending
+    rows: torch.Tensor  # [k, hidden]
+
+    def to(self, device: torch.device) -> "TokenRows":
+        return TokenRows(self.ids.to(device), self.rows.to(device))
+
+    def find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where in `ids` tokens of these are, and which row each of them has."""
+        place = torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
+        here = (self.ids[place] == ids).nonzero().flatten()
+        return here, place[here]
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """The vectors of one adapter; what it does not change is None or not there."""
+
+    # group → scale and shift, float32 [layers, outputs]: y = scale · y + shift, after LoRA
+    outputs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    norms: torch.Tensor | None  # [2 · layers + 1, hidden]: attention and MLP by turns, the last one
+    embedding: TokenRows | None
+    head: TokenRows | None
+    # keys and values of the positions before the prompt, [layers, kv_heads, virtual, dim]
+    prefix: tuple[torch.Tensor, torch.Tensor] | None
+    virtual: int  # positions before the prompt, those of `prefix` or of `embedding`
+
+    def tensors(self) -> list[torch.Tensor]:
+        found = [tensor for pair in self.outputs.values() for tensor in pair]
+        found += [tensor for tensor in (self.norms, *(self.prefix or ())) if tensor is not None]
+        for tokens in (self.embedding, self.head):
+            found += [] if tokens is None else [tokens.ids, tokens.rows]
+        return found
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def to(self, device: torch.device) -> "Vectors":
+        """Return them on a device; themselves when they are there."""
+        prefix = self.prefix and (self.prefix[0].to(device), self.prefix[1].to(device))
+        return Vectors(
+            outputs={name: (s.to(device), b.to(device)) for name, (s, b) in self.outputs.items()},
+            norms=None if self.norms is None else self.norms.to(device),
+            embedding=None if self.embedding is None else self.embedding.to(device),
+            head=None if self.head is None else self.head.to(device),
+            prefix=prefix,
+            virtual=self.virtual,
+        )
+
+
+Dressed = Sequence[tuple[slice, Vectors]]  # rows of a step, and what they wear
+
+
+def dressed_rows(worn: Worn, vectors: Mapping[Slot, Vectors]) -> Dressed:
+    """Return the rows that wear vectors; mostly there are none, and it costs nothing."""
+    if not vectors:
+        return ()
+    return tuple(
+        (slice(run.start, run.stop), vectors[run.slot])
+        for run in merge_runs(worn)
+        if run.slot in vectors
+    )
+
+
+def dress_embeddings(x: torch.Tensor, ids: torch.Tensor, dressed: Dressed) -> None:
+    """Put the rows of changed and virtual tokens into x [rows, hidden]."""
+    for rows, vectors in dressed:
+        if vectors.embedding is not None:
+            here, place = vectors.embedding.find(ids[rows])
+            x[rows][here] = vectors.embedding.rows[place]
+
+
+def dress_outputs(y: torch.Tensor, group: str, layer: int, dressed: Dressed) -> None:
+    """Scale and shift what a linear and its LoRA gave, y [rows, outputs]."""
+    for rows, vectors in dressed:
+        if group in vectors.outputs:
+            scale, shift = (each[layer] for each in vectors.outputs[group])
+            y[rows] = y[rows] * scale + shift
+
+
+def dress_norm(
+    h: torch.Tensor, x: torch.Tensor, norm: Norm, eps: float, index: int, dressed: Dressed
+) -> None:
+    """Compute h = norm(x) again where the weight of norm number `index` is another."""
+    for rows, vectors in dressed:
+        if vectors.norms is not None:
+            h[rows] = norm(x[rows], vectors.norms[index], eps)
+
+
+def dress_logits(logits: torch.Tensor, h: torch.Tensor, dressed: Dressed) -> None:
+    """Compute the logits of changed tokens, for logits [rows, vocab] of h [rows, hidden]."""
+    for rows, vectors in dressed:
+        if vectors.head is not None:
+            logits[rows, vectors.head.ids] = h[rows] @ vectors.head.rows.t()
+
+
+def sampled_of(dressed: Dressed, sampled: torch.Tensor) -> Dressed:
+    """Return which of the sampled rows wear what; `sampled` is ascending."""
+    if not dressed:
+        return dressed
+    order = sampled.tolist()
+    return tuple(
+        (slice(bisect_left(order, rows.start), bisect_left(order, rows.stop)), vectors)
+        for rows, vectors in dressed
+    )

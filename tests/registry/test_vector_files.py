@@ -1,0 +1,120 @@
+"""The gate for what adapters have beside LoRA: every vector fits its place, or it is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from registry.base import Bases
+from registry.errors import Refused
+from registry.validate import validate
+from tests import tiny
+from tests.peft_cases import BASE_ID, CASES, make
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LAYER = "base_model.model.model.layers.0"
+Tensors = dict[str, torch.Tensor]
+Spoil = Callable[[Tensors, dict[str, Any]], object]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    folder = tmp_path_factory.mktemp("bases")
+    bases = Bases(folder / "bases")
+    tiny.register(tiny.make_base(folder / "tiny"), bases, BASE_ID)
+    return bases
+
+
+def spoiled(title: str, spoil: Spoil, bases: Bases, folder: Path) -> Path:
+    [case] = [case for case in CASES if case.title == title]
+    make(case, bases.get(BASE_ID).path, folder)
+    tensors = load_file(folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": BASE_ID}
+    (folder / CONFIG).write_text(json.dumps(config))
+    validate(folder, bases)  # it was good
+    spoil(tensors, config)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def put(name: str, *shape: int) -> Spoil:
+    return lambda tensors, _: tensors.__setitem__(name, torch.ones(shape))
+
+
+def field(name: str, value: object) -> Spoil:
+    return lambda _, config: config.__setitem__(name, value)
+
+
+DORA, IA3, NORMS = "DoRA", "IA3", "`modules_to_save` of norms"
+TOKENS, PROMPT, PREFIX = "`trainable_token_indices`", "Prompt tuning", "Prefix tuning"
+Q = f"{LAYER}.self_attn.q_proj"
+DELTA = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("title", "spoil", "code"),
+    [
+        (DORA, lambda t, _: t.pop(f"{Q}.lora_magnitude_vector"), "orphan"),
+        (DORA, put(f"{Q}.lora_magnitude_vector", 63), "shape_mismatch"),
+        (DORA, field("use_dora", False), "unknown_key"),
+        (DORA, put(f"{Q}.lora_B.bias", 64), "unknown_key"),
+        (DORA, put("base_model.model.lm_head.lora_magnitude_vector", 258), "orphan"),
+        ("`lora_bias`", lambda t, _: t.pop(f"{Q}.lora_B.bias"), "orphan"),
+        ('`bias="all"`', put(f"{Q}.base_layer.bias", 64), "module_not_in_base"),
+        (NORMS, put(f"{LAYER}.input_layernorm.weight", 32), "shape_mismatch"),
+        (NORMS, put(f"{LAYER}.surprise.weight", 64), "module_not_in_base"),
+        (NORMS, put("base_model.model.model.embed_tokens.weight", 258, 64), "part_unsupported"),
+        (NORMS, field("modules_to_save", None), "unknown_key"),
+        (TOKENS, put(DELTA, 2, 64), "shape_mismatch"),
+        (TOKENS, put(DELTA, 33, 32), "shape_mismatch"),
+        (TOKENS, field("trainable_token_indices", [0, 258]), "config_invalid"),
+        (TOKENS, field("trainable_token_indices", [1, 1]), "config_invalid"),
+        (TOKENS, field("trainable_token_indices", {"lm_head": [1]}), "unknown_key"),
+        (TOKENS, field("trainable_token_indices", {"other": [1]}), "config_invalid"),
+        (TOKENS, field("trainable_token_indices", [True]), "config_invalid"),
+        (IA3, put(f"{LAYER}.self_attn.k_proj.ia3_l", 64, 1), "shape_mismatch"),
+        (IA3, put(f"{LAYER}.self_attn.k_proj.ia3_l", 1, 64), "part_unsupported"),
+        (IA3, put(f"{LAYER}.self_attn.z_proj.ia3_l", 64, 1), "module_not_in_base"),
+        (IA3, put(f"{Q}.lora_A.weight", 4, 64), "unknown_key"),
+        (IA3, field("surprise", 1), "config_unknown_field"),
+        (IA3, field("auto_mapping", {"parent_library": "os"}), "config_invalid"),
+        ("BEFT", put(f"{LAYER}.self_attn.v_proj.beft_bias", 32), "shape_mismatch"),
+        (PROMPT, put("prompt_embeddings", 5, 63), "shape_mismatch"),
+        (PROMPT, put("prompt_embeddings", 64), "shape_mismatch"),
+        (PROMPT, put("prompt_embeddings", 1025, 64), "too_large"),
+        (PROMPT, put("prompt_embeddings", 0, 64), "too_large"),
+        (PROMPT, put("prompt_embedding", 1, 64), "unknown_key"),
+        (PROMPT, field("num_transformer_submodules", 2), "config_invalid"),
+        (PREFIX, put("prompt_embeddings", 6, 64), "shape_mismatch"),
+        (PREFIX, lambda t, _: t["prompt_embeddings"].fill_(torch.nan), "non_finite"),
+        (PREFIX, field("peft_type", "PROMPT_TUNING"), "config_unknown_field"),
+    ],
+)
+def test_a_vector_that_does_not_fit_is_refused(
+    title: str, spoil: Spoil, code: str, bases: Bases, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused) as refusal:
+        validate(spoiled(title, spoil, bases, tmp_path), bases)
+    assert code in {found for found, _ in refusal.value.problems}
+
+
+@pytest.mark.parametrize("title", [DORA, PROMPT, NORMS])
+def test_a_base_that_transformers_computes_wears_lora_only(title: str, tmp_path: Path) -> None:
+    bases = Bases(tmp_path / "bases")
+    tiny.register(tiny.make_base(tmp_path / "tiny", arch="phi3"), bases, BASE_ID)
+    [case] = [case for case in CASES if case.title == title]
+    folder = tmp_path / "adapter"
+    make(case, bases.get(BASE_ID).path, folder)
+    with pytest.raises(Refused) as refusal:
+        validate(folder, bases, base=BASE_ID)
+    assert "part_unsupported" in {code for code, _ in refusal.value.problems}

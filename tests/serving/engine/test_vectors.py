@@ -1,0 +1,155 @@
+"""Adapters that are more than LoRA, through the life of slots and sequences."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from serving.engine.boundary import GenerateRequest, RequestRefused, TokenDelta
+from serving.engine.build import assemble, read_model
+from serving.engine.core import EngineCore
+from serving.engine.engine import TorchEngine
+from serving.engine.sequence import Sequence as Request
+from serving.engine.settings import EngineSettings
+from tests import tiny
+from tests.peft_cases import CASES, make
+from tests.serving.engine.driving import Folders, Oracle, base_of, complete, request, run_all
+
+SETTINGS = EngineSettings(
+    device="cpu",
+    dtype="float32",
+    max_running=4,
+    max_model_len=128,
+    max_batched_tokens=24,
+    adapter_host_memory=1 << 30,  # what a test has loaded is there
+)
+TITLES = (
+    "LoRA",
+    "DoRA",
+    "Prompt tuning",
+    "Prefix tuning",
+    "`trainable_token_indices`",
+    "LN tuning",
+)
+PROMPT = [7, 50, 90] * 9
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_base(tmp_path_factory.mktemp("base"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    folder = tmp_path_factory.mktemp("adapters")
+    cases = {case.title: case for case in CASES if case.title in TITLES}
+    return Folders(
+        {title: make(cases[title], base, folder / str(i)) for i, title in enumerate(TITLES)}
+    )
+
+
+def new_core(base: Path, folders: Folders, settings: EngineSettings = SETTINGS) -> EngineCore:
+    core = assemble(read_model(base_of(base), settings), folders, settings).core
+    with torch.inference_mode():
+        for ref in folders.refs.values():
+            core.residency.loader.load(ref).result(10)
+    return core
+
+
+def tokens(
+    core: EngineCore, wanted: Sequence[GenerateRequest], late: Sequence[GenerateRequest] = ()
+) -> list[list[int]]:
+    """Run the requests to their ends; the late ones come after eight steps."""
+    got: dict[object, list[int]] = {}
+
+    def take() -> None:
+        for ticket, delta in core.step():
+            assert isinstance(delta, TokenDelta), delta
+            got.setdefault(ticket, []).extend(delta.token_ids)
+
+    sequences = [Request(each) for each in wanted]
+    with torch.inference_mode():
+        for sequence in sequences:
+            core.add(sequence)
+        for _ in range(8):
+            take()
+        for each in late:
+            core.add(Request(each))
+        while core.scheduler.running or core.scheduler.waiting:
+            take()
+    return [got[sequence] for sequence in sequences]
+
+
+def test_a_slot_keeps_nothing_of_what_was_worn_in_it(base: Path, folders: Folders) -> None:
+    """With one slot every adapter follows another one, and plain LoRA follows each of them."""
+    order = [title for title in TITLES for title in (title, "LoRA")]
+    core = new_core(base, folders, replace(SETTINGS, adapter_slots=1))
+    oracles = {title: Oracle(base, folders.folders[folders.refs[title].digest]) for title in TITLES}
+    for title in order:
+        [found] = tokens(core, [request(PROMPT, folders.refs[title], max_tokens=5)])
+        assert found == oracles[title].greedy(PROMPT, 5), title
+    assert len(core.residency.stacks.vectors) <= 1
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_paused_and_forgotten_request_goes_on_with_the_same_tokens(
+    base: Path, folders: Folders, title: str
+) -> None:
+    wanted = [
+        replace(request([i, *PROMPT], folders.refs[title], max_tokens=30), priority="low")
+        for i in range(4)
+    ]
+    alone = [tokens(new_core(base, folders), [each])[0] for each in wanted]
+    core = new_core(base, folders)
+    late = [request([3] * 20, max_tokens=9) for _ in range(3)]
+    assert tokens(core, wanted, late) == alone
+    assert core.counters.paused >= 3
+    assert all(not layer.any() for layer in (*core.cache.keys, *core.cache.values))
+
+
+@pytest.mark.parametrize("title", ["Prompt tuning", "Prefix tuning"])
+def test_positions_before_the_prompt_count_against_the_length_of_the_model(
+    base: Path, folders: Folders, title: str
+) -> None:
+    wanted = request([1] * 100, folders.refs[title], max_tokens=28)  # 128 without them
+
+    async def main() -> None:
+        engine = TorchEngine.create(base_of(base), folders, SETTINGS)
+        try:
+            await complete(engine, replace(wanted, adapter=None))
+            with pytest.raises(RequestRefused, match="positions before them, this model takes 128"):
+                await complete(engine, wanted)
+            shorter = replace(wanted, prompt_ids=wanted.prompt_ids[:90])
+            assert len((await complete(engine, shorter)).tokens) == 28
+        finally:
+            await engine.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("title", ["Prompt tuning", "Prefix tuning"])
+def test_what_a_prompt_begins_with_is_found_again_behind_the_positions(
+    base: Path, folders: Folders, title: str
+) -> None:
+    core = new_core(base, folders)
+    wanted = request(PROMPT, folders.refs[title], max_tokens=6)
+    first, again = tokens(core, [wanted]), tokens(core, [wanted])
+    assert first == again
+    assert core.prefixes.found >= 16
+    other = replace(wanted, adapter=folders.refs["LoRA"])
+    oracle = Oracle(base, folders.folders[folders.refs["LoRA"].digest])
+    assert tokens(core, [other]) == [oracle.greedy(PROMPT, 6)]
+
+
+def test_penalties_leave_virtual_tokens_out(base: Path, folders: Folders) -> None:
+    wanted = request(PROMPT, folders.refs["Prompt tuning"], repetition_penalty=1.7, max_tokens=8)
+    engine = TorchEngine.create(base_of(base), folders, SETTINGS)
+    assert len(run_all(engine, [wanted])[0].tokens) == 8
