@@ -174,20 +174,6 @@ class AdapterConfig:
         return False
 
 
-def lora_modules(keys: Collection[str]) -> dict[str, set[str]]:
-    """Return module → {"A", "B"} for the tensor names of a LoRA file; other names are left out."""
-    modules: dict[str, set[str]] = {}
-    for key in keys:
-        if match := TENSOR_NAME.fullmatch(key):
-            modules.setdefault(match[1], set()).add(match[2])
-    return modules
-
-
-TENSOR_NAME = re.compile(
-    r"base_model\.model\.([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+){0,30})\.lora_([AB])\.weight"
-)
-
-
 def first_match(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
     """Return the value of the first pattern that is the module or an ending of it at a dot.
 

@@ -18,7 +18,8 @@ from registry.adapter import AdapterName, Selector
 from registry.base import Bases
 from registry.config import UNSUPPORTED
 from registry.errors import Refused
-from registry.lora import AdapterConfig, first_match, lora_modules
+from registry.lora import AdapterConfig, first_match
+from registry.parts import sort_parts
 from registry.store import Registry
 from tests.tiny import make_base
 
@@ -118,7 +119,7 @@ def test_rank_and_scale_of_every_module_are_those_peft_uses(
         for name, layer in model.named_modules()
         if hasattr(layer, "lora_A")
     }
-    modules = lora_modules(load_file(tmp_path / "adapter_model.safetensors"))
+    modules = sort_parts(load_file(tmp_path / "adapter_model.safetensors"))
     assert set(found) == set(modules)
     for module, (rank, scale) in found.items():
         assert config.rank(module) == rank
