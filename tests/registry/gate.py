@@ -29,7 +29,7 @@ def gate(folder: Path, bases: Bases, tmp_path: Path, base: str | None = None) ->
 
 
 def config_of(checked: Checked) -> AdapterConfig:
-    assert checked.config is not None
+    assert isinstance(checked.config, AdapterConfig)
     return checked.config
 
 
