@@ -82,13 +82,13 @@ def test_people_get_tables_and_sentences(run: Run, adapter: Adapter, tmp_path: P
 def test_an_error_is_one_sentence_and_exit_code_2(run: Run, adapter: Adapter) -> None:
     assert "There is no adapter acme/nobody" in run("show", "acme/nobody", status=2).stderr
     assert "NAMESPACE/NAME@vN" in run("promote", "acme/x", "--reason", "r", status=2).stderr
-    refused = run("push", str(adapter(config={"r": 5, "bias": "all"})), "a/b", status=2)
-    assert "bias" in refused.stderr
+    refused = run("push", str(adapter(config={"r": 5})), "a/b", status=2)
+    assert "the config says rank 5" in refused.stderr
     assert refused.stdout == ""
 
 
 def test_every_reason_of_a_refusal_is_printed_with_its_code(run: Run, adapter: Adapter) -> None:
-    spoiled = adapter(config={"use_dora": True, "bias": "all"})
+    spoiled = adapter(config={"use_qalora": True, "layer_replication": [[0, 1]]})
     printed = run("push", str(spoiled), "acme/support", status=2).stderr
     assert "refused for 2 reasons" in printed
     assert printed.count("config_unsupported: ") == 2
