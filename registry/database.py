@@ -91,19 +91,10 @@ class Database:
         self.engine.dispose()
 
 
-class Store:
-    """What keeps a database of its own in the home: another one's writes never wait for it.
+class Closing:
+    """What has a database; at the end of a `with` it is closed."""
 
-    Safe for threads and for several processes at once; close it after use.
-    """
-
-    def __init__(self, home: Path, name: str, schema: Schema, *, synchronous: str = "FULL") -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        self.path = home / f"{name}.sqlite"
-        # Two processes that make the same database at once would disturb each other.
-        with FileLock(home / f".{name}.lock"):
-            self._database = Database(f"sqlite:///{self.path}", schema, synchronous=synchronous)
-            self._database.prepare()
+    _database: Database
 
     def close(self) -> None:
         self._database.close()
@@ -118,6 +109,21 @@ class Store:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Store(Closing):
+    """What keeps a database of its own in the home: another one's writes never wait for it.
+
+    Safe for threads and for several processes at once; close it after use.
+    """
+
+    def __init__(self, home: Path, name: str, schema: Schema, *, synchronous: str = "FULL") -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.path = home / f"{name}.sqlite"
+        # Two processes that make the same database at once would disturb each other.
+        with FileLock(home / f".{name}.lock"):
+            self._database = Database(f"sqlite:///{self.path}", schema, synchronous=synchronous)
+            self._database.prepare()
 
 
 def now() -> str:

@@ -6,8 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock
 
@@ -26,7 +25,7 @@ from registry.blobs import Blobs
 from registry.card import CARD_NAME, kind_of, system_prompt
 from registry.contents import COMPANIONS, CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
 from registry.convert import convert
-from registry.database import Database, now
+from registry.database import Closing, Database, now
 from registry.errors import StoreUnavailable, VersionNotFound, refused
 from registry.jsonfile import canonical
 from registry.leftovers import sweep
@@ -56,7 +55,7 @@ from registry.whole import companions, refuse_whole
 DATABASE_NAME = "registry.sqlite"
 
 
-class Registry:
+class Registry(Closing):
     """One store. Safe for threads and for several processes at once; close it after use."""
 
     def __init__(self, home: Path, bases: Bases, database: Database, blobs: Blobs) -> None:
@@ -82,20 +81,6 @@ class Registry:
         # Of pushes and fetches that died.
         sweep([*home.glob("staging/*"), *home.glob("versions/.tmp-*"), *blobs.unfinished()])
         return cls(home, bases, database, blobs)
-
-    def close(self) -> None:
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # Versions
 
