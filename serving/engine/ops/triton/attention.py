@@ -126,6 +126,17 @@ def _splits(programs: int) -> int:
 
 
 @triton.jit
+def _take_in(most, weight, mean, scores, v):
+    """Return the running maximum, sum and weighted values with one more block of keys (softmax)."""
+    higher = tl.maximum(most, tl.max(scores, axis=1))
+    chances = tl.exp(scores - higher[:, None])
+    fade = tl.exp(most - higher)
+    weight = weight * fade + tl.sum(chances, axis=1)
+    mean = mean * fade[:, None] + tl.dot(chances.to(v.dtype), v, input_precision="ieee")
+    return higher, weight, mean
+
+
+@triton.jit
 def _attend(
     qkv,
     keys,
@@ -180,12 +191,7 @@ def _attend(
         v = tl.load(values + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * temperature
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, axis=1))
-        chances = tl.exp(scores - higher[:, None])
-        fade = tl.exp(most - higher)
-        weight = weight * fade + tl.sum(chances, axis=1)
-        mean = mean * fade[:, None] + tl.dot(chances.to(v.dtype), v, input_precision="ieee")
-        most = higher
+        most, weight, mean = _take_in(most, weight, mean, scores, v)
 
     mean = mean / tl.maximum(weight, LEAST)[:, None]
     place = (row.to(tl.int64) * HEADS + head) * SPLITS + split
@@ -266,12 +272,7 @@ def _attend_chunk(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * temperature
         seen = (place[None, :] <= own[:, None]) & (place[None, :] > own[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores, axis=1))
-        chances = tl.exp(scores - higher[:, None])
-        fade = tl.exp(most - higher)
-        weight = weight * fade + tl.sum(chances, axis=1)
-        mean = mean * fade[:, None] + tl.dot(chances.to(v.dtype), v, input_precision="ieee")
-        most = higher
+        most, weight, mean = _take_in(most, weight, mean, scores, v)
 
     mean = mean / tl.maximum(weight, LEAST)[:, None]
     o_place = ((row + query[:, None]) * HEADS + head) * DIM + columns[None, :]

@@ -143,6 +143,15 @@ def apply_lora(
 
 
 @triton.jit
+def _tile(tiles, t, book, ENTRY: tl.constexpr, HEIGHT: tl.constexpr):
+    """Return a tile's entry in the book, its row of the stack, its rows, and which of them live."""
+    start, alive = tl.load(tiles + 4 * t), tl.load(tiles + 4 * t + 1)
+    entry, slot = book + tl.load(tiles + 4 * t + 2) * ENTRY, tl.load(tiles + 4 * t + 3)
+    tall = tl.arange(0, HEIGHT)
+    return entry, slot, (start + tall).to(tl.int64), tall < alive
+
+
+@triton.jit
 def _half(entry, place, layer, slot, kind: tl.constexpr, ALIGNMENT: tl.constexpr):
     """Return the pointer to one layer's A or B of one slot, from its entry in the book."""
     half = entry + place
@@ -172,12 +181,9 @@ def _shrink(
     """shrunk[split, row] = A · (the split's inputs of x), for this program's tiles and ranks."""
     split, splits = tl.program_id(2), tl.num_programs(2)
     for t in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
-        start, alive = tl.load(tiles + 4 * t), tl.load(tiles + 4 * t + 1)
-        entry, slot = book + tl.load(tiles + 4 * t + 2) * ENTRY, tl.load(tiles + 4 * t + 3)
+        entry, slot, row, live = _tile(tiles, t, book, ENTRY, HEIGHT)
         all_ranks = tl.load(entry) * PARTS
         a = _half(entry, FIRST, layer, slot, x.dtype.element_ty, ALIGNMENT)
-        tall = tl.arange(0, HEIGHT)
-        row, live = (start + tall).to(tl.int64), tall < alive
         for low in range(tl.program_id(1) * RANKS, all_ranks, tl.num_programs(1) * RANKS):
             narrow = low + tl.arange(0, RANKS)
             ranked = narrow < all_ranks
@@ -239,12 +245,9 @@ def _expand(
     column = first + tl.arange(0, BLOCK)
     inside = column < wide
     for t in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
-        start, alive = tl.load(tiles + 4 * t), tl.load(tiles + 4 * t + 1)
-        entry, slot = book + tl.load(tiles + 4 * t + 2) * ENTRY, tl.load(tiles + 4 * t + 3)
+        entry, slot, row, live = _tile(tiles, t, book, ENTRY, HEIGHT)
         rank = tl.load(entry)
         b = _half(entry, FIRST + 3 * (1 + part), layer, slot, y.dtype.element_ty, ALIGNMENT)
-        tall = tl.arange(0, HEIGHT)
-        row, live = (start + tall).to(tl.int64), tall < alive
         found = tl.zeros((HEIGHT, BLOCK), tl.float32)
         for low in range(0, rank, RANKS):
             narrow = low + tl.arange(0, RANKS)
