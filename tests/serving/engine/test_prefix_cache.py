@@ -25,7 +25,6 @@ from serving.engine.boundary import (
 from serving.engine.build import assemble, read_model
 from serving.engine.core import EngineCore
 from serving.engine.kv_cache import BLOCK
-from serving.engine.memory import parse_memory
 from serving.engine.model_runner import Forward
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
@@ -444,19 +443,6 @@ def test_a_bound_that_holds_no_block_or_more_than_there_is_is_refused(
             EngineUnavailable, match=rf"={wrong}: 16 tokens take {TINY_BLOCK} bytes"
         ):
             new(tiny_base, tiny_folders, replace(SETTINGS, prefix_cache_bytes=wrong))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("0", 0), ("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("7B", 7)]
-)
-def test_an_amount_of_memory_is_read_as_people_write_it(text: str, size: int) -> None:
-    assert parse_memory(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "512", "-1GiB", "1GB", "GiB", "1e9", "١GiB", "1.GiB"])
-def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="512MiB"):
-        parse_memory(text)
 
 
 # All of it at once
