@@ -32,12 +32,14 @@ from serving.engine.boundary import (
 
 MAX_SOURCE_CHARACTERS = 65_536
 MAX_DEPTH = 64  # of brackets in a schema
+MAX_INTEGER = 2**53 - 1  # llguidance reads a larger one as a float64: another number (RFC 8259 §6)
 KEPT = 64  # compiled grammars, the last used ones; refusals count
 MAX_REASON_CHARACTERS = 600
 TRIAL_SECONDS = 30  # on the clock, for a machine that is busy; the trial's own CPU time is shorter
 
 # A string that does not end takes the rest: looking for its end from each quote would be quadratic.
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_NUMBERS = re.compile(r'"(?:[^"\\]|\\.)*+"?|-?\d++[-+.eE\d]*+', re.DOTALL)
 # How a trial ends by what it tries: out of time, out of memory, out of stack.
 _FAULTS = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
 
@@ -175,8 +177,15 @@ def _check_bounds(grammar: Grammar) -> None:
         raise GrammarRefused(
             f"The grammar has {length} characters; it may have {MAX_SOURCE_CHARACTERS}."
         )
-    if grammar.kind != "regex" and (depth := _depth(grammar.source)) > MAX_DEPTH:
+    if grammar.kind == "regex":
+        return
+    if (depth := _depth(grammar.source)) > MAX_DEPTH:
         raise GrammarRefused(f"The schema is nested {depth} deep; it may be {MAX_DEPTH}.")
+    if large := next(filter(_is_too_large, _NUMBERS.findall(grammar.source)), None):
+        raise GrammarRefused(
+            f"The schema has the integer {large[:40]}; it may have those from -{MAX_INTEGER} to "
+            f"{MAX_INTEGER}. Send a larger one as a string."
+        )
 
 
 def _depth(source: str) -> int:
@@ -189,6 +198,12 @@ def _depth(source: str) -> int:
         elif bracket in "]}":
             depth -= 1
     return deepest
+
+
+def _is_too_large(token: str) -> bool:
+    digits = token.removeprefix("-")
+    longer = len(digits) > len(str(MAX_INTEGER))  # Python reads no integer of 5,000 digits
+    return digits.isdecimal() and (longer or int(digits) > MAX_INTEGER)
 
 
 def _translate(grammar: Grammar) -> str:

@@ -48,6 +48,9 @@ def compiler(base: Path) -> GrammarCompiler:
         (schema({"$ref": "#"}), "grammar"),
         (schema({"allOf": [{"type": "string"}, {"type": "null"}]}), "Unsatisfiable"),
         (Grammar("json", '{"items":' * 65 + "{}" + "}" * 65), str(MAX_DEPTH)),
+        (schema({"enum": [1, 2**53]}), "9007199254740992"),
+        (schema({"type": "integer", "minimum": -(2**53)}), "-9007199254740992"),
+        (Grammar("json", '{"const": ' + "9" * 5000 + "}"), "9" * 40 + ";"),
         (Grammar("regex", "x" * (MAX_SOURCE_CHARACTERS + 1)), str(MAX_SOURCE_CHARACTERS)),
         (Grammar("regex", "foo(?=x)"), "look-around"),
         (Grammar("regex", r"(a)\1"), "backreference"),
@@ -98,10 +101,11 @@ def test_other_requests_go_on_while_a_grammar_is_compiled(tiny_base: Path) -> No
     asyncio.run(main())
 
 
-def test_brackets_inside_strings_are_no_depth(tiny_base: Path) -> None:
+def test_brackets_and_digits_inside_strings_are_no_depth_and_no_numbers(tiny_base: Path) -> None:
     async def main() -> None:
         grammars = compiler(tiny_base)
-        await grammars.start(schema({"enum": ['"' + "[" * 100, "{\\" * 100]}))
+        await grammars.start(schema({"enum": ['"' + "[" * 100, "{\\" * 100, "9" * 20]}))
+        await grammars.start(schema({"enum": [0.12345678901234567, 1e300, 2**53 - 1]}))
         grammars.close()
 
     asyncio.run(main())

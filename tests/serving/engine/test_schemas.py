@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.engine.engine import TorchEngine
+from serving.engine.grammar import MAX_INTEGER
 from serving.engine.settings import EngineSettings
 from tests.serving.engine.driving import Folders, base_of, request, run_all, schema, text
 
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_running=32, max_model_len=400)
 ENDS: list[dict[str, Any]] = [{}, {"ignore_eos": False}]
-
+INTEGERS = st.integers(-MAX_INTEGER, MAX_INTEGER)
 
 SCALARS: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({"type": "boolean"}),
@@ -31,7 +32,7 @@ SCALARS: st.SearchStrategy[dict[str, Any]] = st.one_of(
         st.integers(0, 3),
         st.integers(0, 4),
     ),
-    st.lists(st.text(max_size=3) | st.integers() | st.none(), min_size=1, max_size=3).map(
+    st.lists(st.text(max_size=3) | INTEGERS | st.none(), min_size=1, max_size=3).map(
         lambda values: {"enum": values}
     ),
     st.sampled_from(["date", "uuid", "ipv4"]).map(lambda name: {"type": "string", "format": name}),
