@@ -35,7 +35,8 @@ Body = Literal["wardrobe", "peft"]
 SHAPES = ("1b", "8b", "tiny")
 BATCHES, ADAPTERS, RANKS = (1, 8, 32, 64, 128), (1, 8, 32, 128), (8, 16, 64)
 SMALL = ((1, 2), (1, 2), (4,))  # the same for the shape tiny
-WARM_UP = 2  # steps
+WARM_UP, FEWEST = 2, 3  # steps
+LONGEST = 3000  # milliseconds: PEFT's steps of many adapters take seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def measure(results: Results, options: argparse.Namespace, device: torch.device)
 
     until = time.monotonic() + 60 * options.minutes
     bandwidth = read_bandwidth(device)
-    bodies: list[tuple[str, Body]] = [(s, b) for s in options.shape for b in ("wardrobe", "peft")]
+    bodies: list[tuple[str, Body]] = [(s, b) for b in ("wardrobe", "peft") for s in options.shape]
     with Progress() as progress:
         for shape, body in bodies:
             wanted = cells(shape, body, options.peft_rank)
@@ -165,8 +166,10 @@ def _milliseconds(model: "Steps", cell: Cell, steps: int) -> tuple[float | None,
     """
     try:
         step, size = model.step(cell.batch, cell.adapters, cell.rank)
-        times = []
-        for _ in range(steps + WARM_UP):
+        times: list[float] = []
+        while len(times) < WARM_UP + steps and (
+            len(times) < WARM_UP + FEWEST or sum(times) < LONGEST
+        ):
             started = time.perf_counter()
             step()
             times.append(1e3 * (time.perf_counter() - started))

@@ -52,7 +52,7 @@ SPECS = {
 
 def read_bandwidth(device: torch.device) -> float:
     """Return the bytes a second that a sum over a large tensor reads."""
-    data = torch.ones((256 << 20) if device.type == "cuda" else (4 << 20), device=device)
+    data = torch.ones((1 << 30) if device.type == "cuda" else (4 << 20), device=device)
     best = float("inf")
     for _ in range(10):
         started = time.perf_counter()
