@@ -11,6 +11,14 @@ from registry.errors import refused
 MAX_DEPTH = 32
 
 
+class DuplicateKey(ValueError):
+    """A key that one object has twice: readers differ in which of the two they take."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"duplicate key {key!r}")
+        self.key = key
+
+
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
     """Read one JSON object. Refuses what is too large, too deep, ambiguous or not an object."""
     size = path.stat().st_size
@@ -24,7 +32,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique,
             parse_constant=_no_constant,
             parse_float=_finite,
         )
@@ -52,11 +60,12 @@ def canonical(value: object) -> bytes:
     ).encode("utf-8")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs, as a hook of `json`. Raises DuplicateKey."""
     result = dict(pairs)
     if len(result) != len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"duplicate key {twice!r}")
+        raise DuplicateKey(twice)
     return result
 
 

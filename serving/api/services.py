@@ -1,5 +1,7 @@
 """What the handlers work with, and how they get at it."""
 
+import json
+import sys
 import time
 from collections.abc import Set
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from litestar import Litestar, Request
 from litestar.types import ASGIApp
 
 from registry.base import BaseModel
+from registry.jsonfile import DuplicateKey, unique
 from registry.store import Registry
 from serving.api.answer import Answer, Shape
 from serving.api.auth import Authentication
@@ -34,6 +37,7 @@ from serving.tenants.meter import Meter
 from serving.tokens import Tokens
 
 JSON = "application/json"
+_UNIQUE = json.JSONDecoder(object_pairs_hook=unique)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,10 @@ def parameters_of(request: Request[Any, Any, Any], known: Set[str]) -> dict[str,
 
 
 async def read_json(request: Request[Any, Any, Any]) -> bytes:
-    """Return the body. A page of another site cannot send this media type without asking first."""
+    """Return the body. A page of another site cannot send this media type without asking first.
+
+    Raises RequestError for another media type, and for a key that comes twice in one object.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != JSON:
         raise RequestError(
@@ -107,4 +114,29 @@ async def read_json(request: Request[Any, Any, Any]) -> bytes:
             code="unsupported_media_type",
             status=415,
         )
-    return await request.body()
+    body = await request.body()
+    _require_unique_keys(body)
+    return body
+
+
+def _require_unique_keys(body: bytes) -> None:
+    """The decoders of fields would take the last one. What else is wrong they say better.
+
+    A pass of its own, of 3 to 10 µs for a usual body: msgspec has no such check.
+    """
+    try:
+        _UNIQUE.decode(body.decode())
+    except DuplicateKey as error:
+        key = error.key[:100]
+        raise RequestError(
+            f"{key!r} comes twice in one object of the body. Send it once.",
+            param=key,
+            code="duplicate_key",
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return
+    except ValueError as error:  # Python's bound, for which a decoder of fields has no word
+        most = sys.get_int_max_str_digits()
+        raise RequestError(
+            f"The body has a whole number of more than {most} digits.", code="invalid_json"
+        ) from error

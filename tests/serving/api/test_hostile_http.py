@@ -71,6 +71,7 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "null": (b"null", "invalid_value"),
     "list": (b"[]", "invalid_value"),
     "number": (b"7", "invalid_value"),
+    "a number without end": (b'{"n":' + b"1" * 5000 + b',"n":1,' + BODY[1:], "invalid_json"),
     "cut": (BODY[:-5], "invalid_json"),
     "two documents": (BODY + BODY, "invalid_json"),
     "NUL": (b"\x00" + BODY, "invalid_json"),
@@ -107,6 +108,38 @@ def test_a_broken_body_is_a_400_in_the_envelope(server: Running, case: str) -> N
         assert error["code"] == code
 
 
+SCHEMA = b'{"type":"json_schema","json_schema":{"name":"s","schema":{"type":1,"type":2}}}'
+TWICE: dict[str, tuple[bytes, str]] = {
+    "a field": (b'{"max_tokens":1,"n":1,' + BODY[1:], "max_tokens"),
+    "a null": (b'{"seed":null,"seed":1,' + BODY[1:], "seed"),
+    "written otherwise": (b'{"mod\\u0065l":"base",' + BODY[1:], "model"),
+    "in a message": (BODY.replace(b'"role"', b'"role": "system", "role"'), "role"),
+    "in a schema": (b'{"response_format":' + SCHEMA + b"," + BODY[1:], "type"),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_a_key_that_comes_twice_is_named_and_refused(server: Running, case: str) -> None:
+    body, key = TWICE[case]
+    answer = post(server, body)
+    error = error_of(answer)
+    assert (status_of(answer), error["code"], error["param"]) == (400, "duplicate_key", key)
+    assert repr(key) in error["message"]
+
+
+def test_a_key_that_comes_twice_is_refused_on_every_route(server: Running) -> None:
+    body = b'{"lora_name": "a", "lora_path": "acme/support@v1", "lora_name": "b"}'
+    lines = ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    answer = talk(server, head(server, *lines, path="/v1/load_lora_adapter") + body)
+    assert (status_of(answer), error_of(answer)["param"]) == (400, "lora_name")
+
+
+def test_one_key_in_two_objects_is_nothing_to_refuse(server: Running) -> None:
+    messages = [{"role": "user", "content": '{"a": 1, "a": 2}'}] * 2
+    body = json.dumps(CHAT | {"max_tokens": 1, "messages": messages}).encode()
+    assert status_of(post(server, body)) == 200
+
+
 def test_an_address_that_leads_nowhere_is_named_with_what_there_is(server: Running) -> None:
     with server.client() as client:
         lost = client.post("/chat/completions", json=CHAT)  # a base_url without /v1
@@ -125,7 +158,8 @@ def test_an_address_that_leads_nowhere_is_named_with_what_there_is(server: Runni
 def test_a_number_out_of_bounds_is_told_with_its_value(
     server: Running, field: str, value: str
 ) -> None:
-    error = error_of(post(server, BODY[:-1] + f',"{field}":{value}}}'.encode()))
+    body = json.dumps(CHAT)
+    error = error_of(post(server, (body[:-1] + f',"{field}":{value}}}').encode()))
     assert (error["param"], error["code"]) == (field, "invalid_value")
     assert error["message"].endswith(f"(sent: {value})")
 
