@@ -1,11 +1,12 @@
 """Adapters that the operator has asked this server to hold, under names of the operator's choice.
 
-What vLLM's clients do with a path is done here with a version of the registry: it is loaded, it
-keeps its slot until it is unloaded, and `model` may be the name. Names belong to this server and
-end with it; only the operator's keys see them.
+What vLLM's clients do with a path is done here with a version of the registry: it is loaded and
+checked, it keeps its slot until it is unloaded, and `model` may be the name. Names belong to this
+server and end with it; only the operator's keys see them.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from registry.adapter import AdapterRef, Version
 from registry.errors import Conflict, NotFound
@@ -20,8 +21,8 @@ class AdapterNotLoaded(NotFound):
 class LoadedAdapters:
     """Belongs to one event loop."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, make_ready: Callable[[Version], Awaitable[None]]) -> None:
+        self._engine, self._make_ready = engine, make_ready
         self._versions: dict[str, Version] = {}
         self._changing = asyncio.Lock()  # two loads of one name must not both be told it is free
 
@@ -36,8 +37,9 @@ class LoadedAdapters:
     async def load(self, name: str, version: Version, *, again: bool) -> None:
         """Hold a version under a name; `again` lets the name mean another version from now on.
 
-        The name means what it meant until the version is in its slot. Raises Conflict for a name
-        that is taken, and what `Engine.keep` raises.
+        The name means what it meant until the version is in its slot and has passed its
+        self-check. Raises Conflict for a name that is taken, and what `Engine.keep` and the check
+        raise.
         """
         async with self._changing:
             before = self._versions.get(name)
@@ -46,8 +48,13 @@ class LoadedAdapters:
                     f"The lora adapter {name!r} has already been loaded. If you want to load the "
                     "adapter in place, set 'load_inplace' to True."
                 )
-            if version.adapter is not None:  # a prompt alone has nothing to load
-                await self._engine.keep(version.adapter)
+            try:
+                if version.adapter is not None:  # a prompt alone has nothing to load
+                    await self._engine.keep(version.adapter)
+                await self._make_ready(version)
+            except BaseException:  # a client that went away, too
+                await self._let_go(version)
+                raise
             self._versions[name] = version
             await self._let_go(before)
 

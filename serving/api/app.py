@@ -134,9 +134,9 @@ def create_app(
     Raises UndeclaredRoute when a route does not say who may call it.
     """
     table, access = LiveTable(), Access(registry)
-    endpoints, loaded = LiveEndpoints(), LoadedAdapters(engine)
-    router = Router(registry, base, table, access, endpoints, loaded)
     ready = partial(make_ready, engine, tokens)
+    endpoints, loaded = LiveEndpoints(), LoadedAdapters(engine, ready)
+    router = Router(registry, base, table, access, endpoints, loaded)
     store, logs, counts = Experiments(registry.home), Logs(registry.home), Metrics()
     comparisons = Comparisons(registry.home)
     shadows = LiveShadows(comparisons, registry, base, ready, counts.shadowed)

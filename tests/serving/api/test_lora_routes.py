@@ -125,6 +125,20 @@ def test_in_place_the_name_means_another_version_and_the_old_one_is_let_go(
     assert asked(live, "sql-lora").headers["x-adapter"] == "acme/support@v2", "as it was"
 
 
+def test_what_fails_its_self_check_is_not_loaded_and_leaves_no_slot_taken(
+    live: Running, wardrobe: Wardrobe
+) -> None:
+    poison = wardrobe.push(promote=False)
+    live.engine.not_finite.add(poison)
+    assert load(live, "sql-lora", "acme/support@v1").status_code == 200
+    for name, more in (("broken", {}), ("sql-lora", {"load_inplace": True})):
+        answer = load(live, name, "acme/support@v2", **more)
+        assert (answer.status_code, "failed its self-check" in said(answer)) == (503, True)
+        assert poison not in live.engine.kept
+    assert asked(live, "broken").status_code == 404
+    assert asked(live, "sql-lora").headers["x-adapter"] == "acme/support@v1", "as it was"
+
+
 def test_one_slot_is_never_kept(wardrobe: Wardrobe, tokens: Tokens) -> None:
     wardrobe.push()
     wardrobe.push()
