@@ -55,7 +55,7 @@ def serve(
         # What is here now stays: to walk it all again would stop every stream for 0.4 seconds.
         gc.collect()
         gc.freeze()
-        asyncio.run(server.serve(sockets=[listener]))
+        server.run(sockets=[listener])  # on uvloop, where there is one
 
 
 class DrainingServer(uvicorn.Server):

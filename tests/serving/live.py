@@ -121,7 +121,11 @@ def running(
             loops.append(asyncio.get_running_loop())
             await server.serve(sockets=[listener])
 
-        thread = threading.Thread(target=lambda: asyncio.run(main()))
+        def run() -> None:
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(main())
+
+        thread = threading.Thread(target=run)
         thread.start()
         assert started.wait(10), "the server did not start"
         live = Running(settings.url, key, engine, services_of(app), server, thread, loops[0])
