@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Item = TokenDelta | EngineError | None
 MAX_RETRY_SECONDS = 60
+TURN_SECONDS = 0.01  # that the next step waits at most for the loops to write what this one gave
 
 
 class _Stream:
@@ -231,7 +232,12 @@ class TorchEngine:
         return not closing
 
     def _deliver(self, events: list[Event]) -> None:
-        """Hand the events to the loops of their callers, one call for each loop."""
+        """Hand the events to the loops of their callers, one call for each loop.
+
+        On a CPU the loops then have their turn. A step computes on all cores, and its threads meet
+        some hundred times: a loop that writes beside it takes one core from one thread, and time
+        from all of them.
+        """
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Item]]] = defaultdict(list)
         with self._changed:
             for ticket, item in events:
@@ -244,16 +250,23 @@ class TorchEngine:
                         self._smooth(time.monotonic() - stream.started)
                 by_loop[stream.loop].append((stream, item))
         for loop, items in by_loop.items():
+            written = threading.Event()
             try:
-                loop.call_soon_threadsafe(_put, items)
+                loop.call_soon_threadsafe(_put, items, written)
             except RuntimeError:  # the caller's loop is closed: nobody is left to read
                 for stream, _ in items:
                     self._forget(stream)
+            else:
+                if self._stats.device == "cpu":
+                    written.wait(TURN_SECONDS)
 
     def _smooth(self, seconds: float) -> None:
         self._seconds += 0.1 * (seconds - self._seconds)
 
 
-def _put(items: list[tuple[_Stream, Item]]) -> None:
+def _put(items: list[tuple[_Stream, Item]], written: threading.Event) -> None:
+    """Wake the readers; set `written` behind them, and behind those whom they wake."""
     for stream, item in items:
         stream.items.put_nowait(item)
+    loop = asyncio.get_running_loop()
+    loop.call_soon(loop.call_soon, written.set)
