@@ -9,6 +9,7 @@ from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Row, Sequence
 
 STRETCH = 3  # times as long as without prompts: the most that a step with prompts should take
+SITS_OUT = 2  # steps in a row at most, for prompts of tenants that have had less
 LOW_SHARE = 8  # beside normal requests, low ones get one token in so many
 
 
@@ -140,21 +141,39 @@ class Scheduler:
         """Return a token for each decoding sequence, then prompt chunks, the least served first.
 
         Every prompt token makes the step longer for those that decode. Reading the weights takes
-        as long as computing `ridge` tokens, so a step of n tokens takes about ridge + n, and
-        (STRETCH - 1) (ridge + decoding) prompt tokens make it STRETCH times as long.
+        as long as computing `ridge` tokens, so a step of n tokens takes about ridge + n, and with
+        STRETCH (ridge + decoding) - ridge tokens it takes STRETCH times as long as without prompts.
         """
         running = self._of(priority)
-        rows = [Row(s, s.computed, 1) for s in running if s.remaining == 1][:tokens]
+        out = self._sit_out(priority, running)
+        here = [sequence for sequence in running if sequence not in out]
+        rows = [Row(s, s.computed, 1) for s in here if s.remaining == 1][:tokens]
         budget = tokens - len(rows)
-        if rows:
-            budget = min(budget, (STRETCH - 1) * (self.ridge + len(rows)))
-        prompts = [sequence for sequence in running if sequence.unread]
+        if decoding := sum(s.remaining == 1 for s in running):
+            budget = min(budget, STRETCH * (self.ridge + decoding) - self.ridge - len(rows))
+        prompts = [sequence for sequence in here if sequence.unread]
         counter = self.queues[priority].counter
         for sequence in sorted(prompts, key=lambda s: counter(s.request.tenant)):
             if count := min(budget, sequence.unread):
                 rows.append(Row(sequence, sequence.computed, count))
                 budget -= count
         return rows
+
+    def _sit_out(self, priority: Priority, running: list[Sequence]) -> set[Sequence]:
+        """Return who takes no part in the step, so that first tokens of others come sooner.
+
+        While a prompt is read, that is whoever will have had more than its tenant even when all
+        its prompts are read. Who sits out goes on later, with the same numbers.
+        """
+        counter, unread = self.queues[priority].counter, self._unread(priority)
+        due = [counter(tenant) + tokens for tenant, tokens in unread.items() if tokens]
+        out = set[Sequence]()
+        for sequence in running:
+            ahead = bool(due) and counter(sequence.request.tenant) > min(due)
+            if ahead and sequence.sat_out < SITS_OUT:
+                out.add(sequence)
+            sequence.sat_out = sequence.sat_out + 1 if sequence in out else 0
+        return out
 
     def _of(self, priority: Priority) -> list[Sequence]:
         return [running for running in self.running if running.request.priority == priority]

@@ -45,6 +45,7 @@ class Sequence:
         self.virtual = 0  # of the prompt, tokens that are the adapter's; their ids are below 0
         self.computed = 0  # tokens whose keys and values are in the cache
         self.read = 0  # tokens ever computed: more than `computed` after a pause
+        self.sat_out = 0  # steps in a row, up to now, that went on without it
         self.kv_slot = -1  # -1 until admitted
         self.cached = 0  # prompt tokens that were in the prefix cache when it started
         self.block_keys: list[bytes] = []  # of the blocks that its tokens fill, see PrefixCache

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,30 @@ def test_a_paused_request_gives_the_same_tokens_and_numbers(
     assert core.counters.prompt_tokens == 4 * 27 + 3 * 20  # what was read again counts once
     assert all(not layer.any() for layer in (*core.cache.keys, *core.cache.values))
     assert all(core.residency.table.pins(ref.digest) == 0 for ref in tiny_folders.refs.values())
+
+
+def test_a_row_that_sat_out_gives_the_same_tokens_and_numbers(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """While prompts of another tenant are read, which takes several steps here."""
+    wanted = crowd(tiny_folders, tenant="noisy")[:3]
+    alone = [deltas(new_core(tiny_base, tiny_folders), [Request(each)])[0] for each in wanted]
+    core = new_core(tiny_base, tiny_folders)
+    got: dict[object, list[TokenDelta]] = {Request(each): [] for each in wanted}
+    rested: Counter[object] = Counter()
+    with torch.inference_mode():
+        for sequence in list(got):
+            core.add(sequence)
+        while core.scheduler.running or core.scheduler.waiting:
+            if core.counters.steps in (15, 25):
+                late = Request(replace(request([3] * 60, max_tokens=2), tenant="quiet"))
+                got[late] = []
+                core.add(late)
+            take(core, got)
+            rested.update(each for each in core.scheduler.running if each.sat_out)
+    assert not core.counters.paused
+    assert [rested[sequence] > 0 for sequence in got] == [True] * 3 + [False] * 2
+    assert list(got.values())[:3] == alone
 
 
 def test_a_paused_request_goes_on_where_it_was_in_its_grammar(

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.workload import jain, percentile
 from serving.engine.boundary import GenerateRequest, Priority, SamplingParams
 from serving.engine.fair_queue import CREDIT, OUTPUT_WEIGHT, PROMPT_WEIGHT
-from serving.engine.scheduler import LOW_SHARE, STRETCH, Scheduler
+from serving.engine.scheduler import LOW_SHARE, SITS_OUT, STRETCH, Scheduler
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 
@@ -23,12 +23,15 @@ class Steps:
         self.scheduler = Scheduler(PLACES, PARKED, max_batched_tokens=512, ridge=RIDGE)
         self.by_tenant = by_tenant
         self.now = 0
+        self.spent = 0  # how long the steps took, in tokens
         self.rows: list[Row] = []  # of the last step
         self.service: Counter[str] = Counter()  # weighted tokens, each counted once
         self.sent: dict[Request, int] = {}  # all that have not ended, and when they came
+        self.spent_before: dict[Request, int] = {}
         self.owner: dict[Request, str] = {}
         self.alive: Counter[str] = Counter()
         self.first: dict[str, list[int]] = defaultdict(list)  # steps to the first token
+        self.cost: dict[str, list[int]] = defaultdict(list)  # how long it took, in tokens
         self.paused = self.dropped = 0
 
     def send(
@@ -39,6 +42,7 @@ class Steps:
         request = GenerateRequest("r", (1,) * prompt, params, tenant=named, priority=priority)
         sequence = Request(request)
         self.sent[sequence], self.owner[sequence] = self.now, tenant
+        self.spent_before[sequence] = self.spent
         self.alive[tenant] += 1
         self.scheduler.add(sequence)
         return sequence
@@ -65,6 +69,7 @@ class Steps:
             assert len(self.scheduler.parked) <= PARKED
         self.rows = self.scheduler.schedule()
         self.now += 1
+        self.spent += RIDGE + sum(row.count for row in self.rows)
         for row in self.rows:
             self._advance(row)
 
@@ -80,6 +85,7 @@ class Steps:
         sequence.tokens.append(0)
         if sequence.produced == 1:
             self.first[tenant].append(self.now - self.sent[sequence])
+            self.cost[tenant].append(self.spent - self.spent_before[sequence])
         if sequence.produced == sequence.sampling.max_tokens:
             self.scheduler.remove(sequence)
             del self.sent[sequence]
@@ -127,11 +133,10 @@ def test_first_come_first_served_gives_it_nearly_everything() -> None:
     assert service_under_load(Steps(by_tenant=False)) < 0.5
 
 
-def others_p99(steps: Steps, noisy: int, output: int) -> float:
-    """Return the 99th percentile of the others' steps to a first token, beside a noisy tenant.
+def flood(steps: Steps, noisy: int, output: int) -> None:
+    """Let four tenants send at random, each two fifths of its share, beside a noisy one.
 
-    The others send at random, each two fifths of its share; `noisy` requests of the fifth are
-    always there.
+    `noisy` requests of the fifth are always there.
     """
     rng = random.Random(7)
     for _ in range(2500):
@@ -140,6 +145,11 @@ def others_p99(steps: Steps, noisy: int, output: int) -> float:
                 steps.send(tenant)
         steps.keep("noisy", noisy, output=output)
         steps.step()
+
+
+def others_p99(steps: Steps, noisy: int, output: int) -> float:
+    """Return the 99th percentile of the others' steps to a first token, beside a noisy tenant."""
+    flood(steps, noisy, output)
     waits = [wait for tenant in "abcd" for wait in steps.waits(tenant)]
     return percentile(waits, 99)
 
@@ -153,6 +163,61 @@ def test_the_others_hardly_notice_a_noisy_tenant(output: int) -> None:
 def test_first_come_first_served_makes_the_others_wait(output: int) -> None:
     crowded, quiet = (others_p99(Steps(by_tenant=False), n, output) for n in (300, 3))
     assert crowded > 10 * quiet
+
+
+def test_who_has_had_more_sits_out_while_a_prompt_of_somebody_else_is_read() -> None:
+    steps = Steps()
+    for _ in range(50):
+        steps.keep("noisy", 40, output=1000)
+        steps.step()
+    late = steps.send("late")
+    steps.step()
+    assert late.produced == 1
+    assert [row.sequence for row in steps.rows] == [late]
+    steps.step()
+    assert {row.sequence for row in steps.rows} == set(steps.scheduler.running)
+
+
+def others_cost(sits_out: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Return the others' median time to a first token beside a flood, and all service a token."""
+    monkeypatch.setattr("serving.engine.scheduler.SITS_OUT", sits_out)
+    steps = Steps()
+    flood(steps, 300, 32)
+    costs = [cost for tenant in "abcd" for cost in steps.cost[tenant]]
+    return percentile(costs, 50), sum(steps.service.values()) / steps.spent
+
+
+def test_sitting_out_makes_first_tokens_come_sooner_and_costs_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sooner, served = others_cost(SITS_OUT, monkeypatch)
+    without, served_without = others_cost(0, monkeypatch)
+    assert sooner < 0.85 * without
+    assert served > 0.95 * served_without
+
+
+def longest_rest() -> int:
+    """Return how many steps a stream waits for a token beside newcomers without end."""
+    steps = Steps()
+    old = steps.send("old", output=1000)
+    longest, since = 0, 0
+    for _ in range(300):
+        before = old.produced
+        steps.send(f"newcomer {steps.now}", prompt=30, output=1)
+        steps.step()
+        since = 0 if old.produced > before else since + 1
+        longest = max(longest, since)
+    assert not steps.paused
+    return longest
+
+
+def test_nobody_sits_out_for_long_though_there_is_always_a_newcomer() -> None:
+    assert longest_rest() == SITS_OUT
+
+
+def test_without_that_bound_a_stream_would_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.engine.scheduler.SITS_OUT", 1000)
+    assert longest_rest() > 100
 
 
 def saved_up() -> int:
