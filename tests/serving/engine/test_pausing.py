@@ -97,10 +97,11 @@ def test_a_row_that_sat_out_gives_the_same_tokens_and_numbers(
     wanted = crowd(tiny_folders, tenant="noisy")[:3]
     alone = [deltas(new_core(tiny_base, tiny_folders), [Request(each)])[0] for each in wanted]
     core = new_core(tiny_base, tiny_folders)
-    got: dict[object, list[TokenDelta]] = {Request(each): [] for each in wanted}
+    crowded = [Request(each) for each in wanted]
+    got: dict[object, list[TokenDelta]] = {sequence: [] for sequence in crowded}
     rested: Counter[object] = Counter()
     with torch.inference_mode():
-        for sequence in list(got):
+        for sequence in crowded:
             core.add(sequence)
         while core.scheduler.running or core.scheduler.waiting:
             if core.counters.steps in (15, 25):
@@ -111,7 +112,7 @@ def test_a_row_that_sat_out_gives_the_same_tokens_and_numbers(
             rested.update(each for each in core.scheduler.running if each.sat_out)
     assert not core.counters.paused
     assert [rested[sequence] > 0 for sequence in got] == [True] * 3 + [False] * 2
-    assert list(got.values())[:3] == alone
+    assert [got[sequence] for sequence in crowded] == alone
 
 
 def test_a_paused_request_goes_on_where_it_was_in_its_grammar(
