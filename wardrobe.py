@@ -1,32 +1,35 @@
 """The command line: the composition root, the only module that may import all three packages."""
 
-import logging
-import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from registry.interrupt import INTERRUPTED, leaving_when_interrupted
 
-import typer
-from rich.console import Console
+with leaving_when_interrupted():
+    import logging
+    import os
+    from typing import TYPE_CHECKING, Annotated, Literal
 
-from registry import commands as registry_commands
-from registry.commands import Home, clear_errors, open_registry
-from registry.errors import WardrobeError
-from serving.engine.memory import parse_memory
-from serving.experiments.commands import app as experiment_app
-from serving.experiments.looks import from_feedback
-from serving.logs.commands import app as logs_app
-from serving.shadow.commands import app as shadow_app
-from serving.shadow.commands import replay
-from serving.tenants.commands import app as tenants_app
-from serving.tenants.commands import key_app, tenant_app
-from serving.tenants.endpoint_commands import app as endpoint_app
-from serving.tenants.limit_commands import app as usage_app
-from serving.tenants.limit_commands import limit_app
-from training.commands import app as training_app
-from training.commands import data as training_data
-from training.commands.bases import DEFAULT_BASE, find_base
+    import typer
+    from rich.console import Console
 
-if TYPE_CHECKING:
-    from serving.offline import OfflineEngines
+    from registry import commands as registry_commands
+    from registry.commands import Home, clear_errors, open_registry
+    from registry.errors import WardrobeError
+    from serving.engine.memory import parse_memory
+    from serving.experiments.commands import app as experiment_app
+    from serving.experiments.looks import from_feedback
+    from serving.logs.commands import app as logs_app
+    from serving.shadow.commands import app as shadow_app
+    from serving.shadow.commands import replay
+    from serving.tenants.commands import app as tenants_app
+    from serving.tenants.commands import key_app, tenant_app
+    from serving.tenants.endpoint_commands import app as endpoint_app
+    from serving.tenants.limit_commands import app as usage_app
+    from serving.tenants.limit_commands import limit_app
+    from training.commands import app as training_app
+    from training.commands import data as training_data
+    from training.commands.bases import DEFAULT_BASE, find_base
+
+    if TYPE_CHECKING:
+        from serving.offline import OfflineEngines
 
 # torch, transformers and litestar are imported where a command needs them, so that `wardrobe list`
 # answers at once.
@@ -225,7 +228,10 @@ def serve(
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # while typer puts the commands together; in one it is typer's
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":
