@@ -16,7 +16,8 @@ from serving.api.errors import RequestError
 from serving.api.record import record_of
 from serving.api.services import parameters_of, read_json, services_of
 from serving.tenants.keys import ADMIN, READ
-from serving.tenants.limit import MOST, Limit, Subject
+from serving.tenants.limit import EVERYBODY, MOST, Limit, Subject
+from serving.tenants.tenants import require_tenant
 
 AnyRequest = Request[Any, Any, Any]
 Count = Annotated[int, Meta(ge=1, le=MOST)] | None | UnsetType
@@ -67,6 +68,8 @@ async def set_limit(request: AnyRequest, tenant: FromPath[str]) -> dict[str, Any
     if not wanted.values:
         raise RequestError("Nothing is set: name one or more limits, such as tokens_per_minute.")
     subject = Subject.parse(tenant, wanted.name)
+    if subject.tenant != EVERYBODY:
+        await asyncio.to_thread(require_tenant, services_of(request.app).registry, tenant)
     actor = record_of(request.scope).tenant
     change = partial(meter.ledger.set_limit, actor=actor, reason=wanted.reason)
     limit = await asyncio.to_thread(change, subject, wanted.values)

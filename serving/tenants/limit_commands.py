@@ -9,14 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from registry.commands import Home, Json, actor, clear_errors
+from registry.commands import Home, Json, actor, clear_errors, open_registry
 from registry.home import default_home
 from registry.screen import print_json, shown
 from serving.tenants.balances import Balances
 from serving.tenants.ledger import Ledger
-from serving.tenants.limit import WORDS, Limit, LimitInvalid, Subject
+from serving.tenants.limit import EVERYBODY, WORDS, Limit, LimitInvalid, Subject
 from serving.tenants.standing import Clock, Period, Standing
 from serving.tenants.tally import Tally
+from serving.tenants.tenants import require_tenant
 from serving.tenants.usage import Span, csv_of
 
 app = typer.Typer()
@@ -58,6 +59,9 @@ def limit_set(
     values = {field: value for field, value in asdict(asked).items() if value is not None}
     if not values:
         raise LimitInvalid("Nothing is set: name one or more limits, such as --tokens 20000.")
+    if subject.tenant != EVERYBODY:
+        with open_registry(home) as registry:
+            require_tenant(registry, subject.tenant)
     with open_ledger(home) as ledger:
         limit = ledger.set_limit(subject, values, actor=actor(), reason=reason)
     if as_json:

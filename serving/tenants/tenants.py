@@ -1,5 +1,6 @@
 """What there is of a tenant, which nobody makes: it is whoever has a key, adapter or endpoint."""
 
+import difflib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from dataclasses import dataclass
 from registry.adapter import AdapterName
 from registry.database import now
 from registry.store import Registry
-from serving.tenants.keys import no_tenant
+from serving.tenants.keys import OPERATOR, TenantNotFound, no_tenant
+
+MOST_SHOWN = 20  # names in a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +57,17 @@ def get_tenant(registry: Registry, name: str) -> Tenant:
         if tenant.name == name:
             return tenant
     raise no_tenant(name)
+
+
+def require_tenant(registry: Registry, name: str) -> None:
+    """Raise TenantNotFound with the names there are: for the operator's eyes only."""
+    known = [tenant.name for tenant in list_tenants(registry)]
+    if name in (OPERATOR, *known):
+        return
+    near = difflib.get_close_matches(name, known)
+    meant = f"Did you mean {' or '.join(near)}? " if near else ""
+    shown = [*known[:MOST_SHOWN], *(["…"] if len(known) > MOST_SHOWN else [])]
+    raise TenantNotFound(
+        f"There is no tenant {name!r}. {meant}A tenant is whoever has a key, an adapter or an "
+        f"endpoint, here: {', '.join(shown) or 'nobody'}."
+    )

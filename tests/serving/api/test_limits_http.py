@@ -133,6 +133,16 @@ def test_only_the_operator_sets_limits_and_a_tenant_sees_its_own(
         assert client.delete("/v1/limits/beta").json()["cleared"] is False
 
 
+def test_a_limit_of_a_tenant_that_nobody_is_names_those_there_are(
+    live: Running, acme: httpx.Client
+) -> None:
+    with live.client() as client:
+        answer = client.patch("/v1/limits/acmee", json={"concurrent": 3})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "tenant_not_found")
+        assert "Did you mean acme?" in answer.json()["error"]["message"]
+        assert client.get("/v1/limits").json()["data"] == []
+
+
 @pytest.mark.parametrize(
     "body",
     [{}, {"concurrent": 0}, {"tokens": 5}, {"concurrent": "9"}, {"name": "a b", "concurrent": 1}],

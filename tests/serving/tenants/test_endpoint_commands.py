@@ -1,4 +1,4 @@
-"""Wrong words on the command line of endpoints and usage, and what is said to them."""
+"""Wrong words on the command line of endpoints, limits and usage, and what is said to them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +33,20 @@ def test_a_schema_that_cannot_be_used_is_said_by_its_file(refuse: Refuse, tmp_pa
 
 def test_a_change_of_an_endpoint_that_changes_nothing_is_refused(refuse: Refuse) -> None:
     assert "Nothing is changed" in refuse("endpoint", "set", "acme/chat", "--reason", "why")
+
+
+def test_a_limit_of_a_tenant_that_nobody_is_names_those_there_are(
+    refuse: Refuse, tmp_path: Path
+) -> None:
+    home = ["--home", str(tmp_path / "home")]
+    typo = ("limit", "set", "acmee", "--requests", "3")
+    assert "here: nobody." in refuse(*typo)
+    assert CliRunner().invoke(app, ["key", "create", "acme", *home]).exit_code == 0
+    assert "There is no tenant 'acmee'. Did you mean acme?" in refuse(*typo)
+    assert "here: acme." in refuse("limit", "set", "zzz", "--requests", "3")
+    for tenant in ("acme", "*", "operator"):
+        set_it = ["limit", "set", tenant, "--requests", "3", *home]
+        assert CliRunner().invoke(app, set_it).exit_code == 0
 
 
 def test_usage_of_a_time_that_ends_before_it_begins_is_refused(refuse: Refuse) -> None:
