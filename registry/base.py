@@ -53,8 +53,8 @@ class Bases:
         folder = self.folder / _slug(base_id)
         if not (folder / RECORD).is_file():
             raise BaseNotFound(
-                f"The base model {base_id!r} is not on this machine. "
-                f"Fetch it with: wardrobe base pull {base_id}"
+                f"The base model {base_id!r} is not on this machine.",
+                command=f"Fetch it with: wardrobe base pull {base_id}",
             )
         return _read_record(folder)
 

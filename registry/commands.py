@@ -66,7 +66,7 @@ def clear_errors() -> Generator[None, None, None]:
             lines = [f"refused for {len(error.problems)} reasons:"]
             lines += [f"  {line}" for line in problem_lines(error.problems)]
         else:
-            lines = [error.message]
+            lines = [f"{error.message} {error.command}".rstrip()]
         console.print(f"[red]{shown(chr(10).join(lines))}[/]")
         raise typer.Exit(2) from error
 

@@ -1,6 +1,7 @@
 """Every error the registry raises on purpose.
 
-    WardrobeError                  code, message: what was wrong, with which value, what to do
+    WardrobeError                  code, message: what was wrong, with which value, what to do;
+    │                              command: what to run, where there is a command line
     ├── InvalidName                a name, alias or selector that cannot be one
     ├── NotFound
     │   ├── AdapterNotFound
@@ -29,13 +30,17 @@ MAX_SENTENCES = 20  # of them in its message
 
 
 class WardrobeError(Exception):
-    """An error with a message for the person who caused it or can cure it."""
+    """An error with a message for the person who caused it or can cure it.
+
+    `command` is what to run about it. It is apart, because a caller over HTTP has no command line.
+    """
 
     code = "wardrobe_error"
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, command: str = "") -> None:
         super().__init__(message)
         self.message = message
+        self.command = command
 
 
 class InvalidName(WardrobeError):

@@ -44,7 +44,7 @@ def get_key(connection: Connection, key_id: str) -> KeyRecord:
     """Return the key, revoked or not. Raises KeyNotFound."""
     record = find_key(connection, key_id)
     if record is None:
-        raise KeyNotFound(f"There is no key {key_id!r}. See: wardrobe key list")
+        raise KeyNotFound(f"There is no key {key_id!r} here.", command="See: wardrobe key list")
     return record
 
 

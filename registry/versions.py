@@ -142,11 +142,12 @@ def _missing(
         return _no_adapter(name)
     if selector.alias is not None:
         return AliasNotFound(
-            f"{name} has no alias {selector.alias!r}. Set it with: "
-            f"wardrobe promote {name}@vN --alias {selector.alias} --reason TEXT"
+            f"{name} has no alias {selector.alias!r}.",
+            command="Set it with: "
+            f"wardrobe promote {name}@vN --alias {selector.alias} --reason TEXT",
         )
-    return VersionNotFound(f"There is no {selector}. See: wardrobe show {name}")
+    return VersionNotFound(f"There is no {selector}.", command=f"See: wardrobe show {name}")
 
 
 def _no_adapter(name: AdapterName) -> AdapterNotFound:
-    return AdapterNotFound(f"There is no adapter {name}. See: wardrobe list")
+    return AdapterNotFound(f"There is no adapter {name} here.", command="See: wardrobe list")

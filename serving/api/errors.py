@@ -21,6 +21,7 @@ from serving.engine import boundary as engine
 from serving.experiments.codec import ExperimentNotFound
 from serving.experiments.design import DesignInvalid
 from serving.experiments.feedback import FeedbackInvalid
+from serving.experiments.layers import LayerNotFound
 from serving.loaded import AdapterNotLoaded
 from serving.logs.store import RequestNotLogged
 from serving.routing import ModelNotLive
@@ -39,6 +40,7 @@ log = logging.getLogger("wardrobe.errors")
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 UNAVAILABLE = "service_unavailable_error"
+NOT_FOUND = "not_found_error"
 RETRY_AFTER_SECONDS = 2
 
 
@@ -58,7 +60,10 @@ class Rule:
     type: str
     code: str = ""  # empty: the error's own
     param: str | None = None
+    cure: str = ""  # what to do over HTTP, where the error itself knows a command at most
 
+
+_VERSIONS = "GET /v1/adapters/NAMESPACE/NAME lists its versions and aliases."
 
 # The nearest class in an error's ancestry decides.
 TABLE: dict[type[Exception], Rule] = {
@@ -70,17 +75,24 @@ TABLE: dict[type[Exception], Rule] = {
     domain.InvalidName: Rule(400, INVALID),
     DesignInvalid: Rule(400, INVALID),
     FeedbackInvalid: Rule(400, INVALID, param="value"),
-    domain.NotFound: Rule(404, "not_found_error", param="model"),
-    ExperimentNotFound: Rule(404, "not_found_error"),
-    domain.EndpointNotFound: Rule(404, "not_found_error"),
-    domain.KeyNotFound: Rule(404, "not_found_error"),
-    AdapterNotLoaded: Rule(404, "not_found_error", param="lora_name"),
+    domain.NotFound: Rule(404, NOT_FOUND, param="model"),
+    domain.AdapterNotFound: Rule(
+        404, NOT_FOUND, "", "model", "GET /v1/models lists what there is."
+    ),
+    domain.VersionNotFound: Rule(404, NOT_FOUND, "", "model", _VERSIONS),
+    domain.AliasNotFound: Rule(404, NOT_FOUND, "", "model", _VERSIONS),
+    domain.BaseNotFound: Rule(404, NOT_FOUND, cure="Push to a server that runs this base."),
+    ExperimentNotFound: Rule(404, NOT_FOUND, cure="GET /v1/experiments lists them."),
+    LayerNotFound: Rule(404, NOT_FOUND, cure="PUT /v1/layers/NAMESPACE/NAME makes one."),
+    domain.EndpointNotFound: Rule(404, NOT_FOUND, cure="GET /v1/endpoints lists them."),
+    domain.KeyNotFound: Rule(404, NOT_FOUND, cure="GET /v1/keys lists them."),
+    AdapterNotLoaded: Rule(404, NOT_FOUND, param="lora_name"),
     ScopeUnknown: Rule(400, INVALID, param="scopes"),
     DurationInvalid: Rule(400, INVALID),
-    TenantNotFound: Rule(404, "not_found_error"),
+    TenantNotFound: Rule(404, NOT_FOUND),
     ComparisonInvalid: Rule(400, INVALID, param="share"),
-    ComparisonNotFound: Rule(404, "not_found_error"),
-    RequestNotLogged: Rule(404, "not_found_error"),
+    ComparisonNotFound: Rule(404, NOT_FOUND, cure="POST to the adapter's /shadow begins one."),
+    RequestNotLogged: Rule(404, NOT_FOUND, cure="GET /v1/logs lists what was asked."),
     domain.Refused: Rule(422, INVALID),
     domain.BaseMismatch: Rule(422, INVALID, param="model"),
     # The beginning of a digest that fits several versions. Not 409: clients send that again.
@@ -153,7 +165,8 @@ def failure_of(error: Exception) -> Failure:
         status = 422  # refused for good: trying again does not help
     code = rule.code or getattr(error, "code", "")
     param = getattr(error, "param", rule.param)
-    return Failure(status, rule.type, code, str(error), param, _headers(status, error))
+    message = f"{error} {rule.cure}".rstrip()
+    return Failure(status, rule.type, code, message, param, _headers(status, error))
 
 
 def _headers(status: int, error: Exception) -> dict[str, str]:

@@ -21,7 +21,7 @@ class ExperimentNotFound(NotFound):
 
 def no_experiment(experiment_id: str) -> ExperimentNotFound:
     return ExperimentNotFound(
-        f"There is no experiment {experiment_id!r}. See: wardrobe experiment list"
+        f"There is no experiment {experiment_id!r}.", command="See: wardrobe experiment list"
     )
 
 

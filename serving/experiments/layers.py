@@ -25,8 +25,8 @@ class LayerNotFound(ExperimentNotFound):
 
 def no_layer(namespace: str, name: str) -> LayerNotFound:
     return LayerNotFound(
-        f"There is no layer {namespace}/{name}. Make it with: "
-        f"wardrobe experiment layer create {namespace}/{name}"
+        f"There is no layer {namespace}/{name}.",
+        command=f"Make it with: wardrobe experiment layer create {namespace}/{name}",
     )
 
 

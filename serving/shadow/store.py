@@ -99,7 +99,8 @@ class Comparisons(Store):
             row = connection.execute(latest.limit(1)).first()
         if row is None:
             raise ComparisonNotFound(
-                f"{name} has no shadow. Begin one: wardrobe shadow start {name} --candidate @vN"
+                f"{name} has no shadow.",
+                command=f"Begin one: wardrobe shadow start {name} --candidate @vN",
             )
         return _comparison(row)
 

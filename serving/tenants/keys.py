@@ -155,7 +155,7 @@ def rotate_key(registry: Registry, key_id: str, grace: timedelta) -> str:
     """
     old = registry.find_key(key_id)
     if old is None or not old.valid_at(now()):
-        raise KeyNotFound(f"There is no valid key {key_id!r}. See: wardrobe key list")
+        raise KeyNotFound(f"There is no valid key {key_id!r}.", command="See: wardrobe key list")
     new = add_key(registry, old.tenant, old.scopes, _lifetime(old))
     registry.expire_key(key_id, _after(grace))
     return new

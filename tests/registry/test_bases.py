@@ -83,8 +83,9 @@ def test_concurrent_adds_of_one_base_all_return_it(tmp_path: Path) -> None:
 
 
 def test_an_unknown_base_says_how_to_fetch_it(tmp_path: Path) -> None:
-    with pytest.raises(BaseNotFound, match="wardrobe base pull acme/none"):
+    with pytest.raises(BaseNotFound) as missing:
         Bases(tmp_path).get("acme/none")
+    assert "wardrobe base pull acme/none" in missing.value.command
 
 
 @pytest.mark.parametrize("bad", ["../up", "a/b/c", "/abs", "a--b", "a/..", "", ".hidden", "a b"])

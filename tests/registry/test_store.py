@@ -93,7 +93,7 @@ def test_what_does_not_exist_is_named_as_what_it_is(registry: Registry, adapter:
         registry.resolve(Selector.parse("acme/support@v9"))
     with pytest.raises(VersionNotFound):
         registry.resolve(Selector.parse("acme/support@sha256:" + "0" * 64))
-    with pytest.raises(AliasNotFound, match="wardrobe promote"):
+    with pytest.raises(AliasNotFound, match="has no alias"):
         registry.resolve(Selector.parse("acme/support"))
     with pytest.raises(VersionNotFound):
         promote(registry, 9)

@@ -202,18 +202,21 @@ def test_another_tenant_s_endpoint_is_not_there(
         for name in ("chat", "nothing"):
             full = f"acme/{name}"
             answer = asked_quick(beta, full)
-            assert answer.json()["error"]["message"] == f"There is no adapter {full} here."
+            said = f"There is no adapter {full} here. GET /v1/models lists what there is."
+            assert answer.json()["error"]["message"] == said
             for call in (
                 beta.get(f"/v1/endpoints/{full}"),
                 beta.patch(f"/v1/endpoints/{full}", json={"model": "base"}),
                 beta.delete(f"/v1/endpoints/{full}"),
             ):
                 assert call.status_code == 404
-                assert call.json()["error"]["message"] == f"There is no endpoint {full} here."
+                said = f"There is no endpoint {full} here. GET /v1/endpoints lists them."
+                assert call.json()["error"]["message"] == said
         taken = beta.post("/v1/endpoints", json={"name": "acme/mine", "model": "base"})
         assert (taken.status_code, taken.json()["error"]["code"]) == (404, "tenant_not_found")
         stolen = beta.post("/v1/endpoints", json={"name": "mine", "model": "acme/support"})
-        assert stolen.json()["error"]["message"] == "There is no adapter acme/support here."
+        said = "There is no adapter acme/support here. GET /v1/models lists what there is."
+        assert stolen.json()["error"]["message"] == said
         assert len(beta.get("/v1/models").json()["data"]) == 1, "the base"
         assert beta.get("/v1/endpoints").json()["data"] == []
     assert acme.get("/v1/endpoints/acme/chat").json()["generation"] == 1

@@ -82,7 +82,8 @@ def test_another_tenant_s_keys_are_not_there(
             admin.post(f"/v1/keys/{key_id}/rotate", json={}),
         ):
             assert answer.status_code == 404
-            assert answer.json()["error"]["message"] == f"There is no key {key_id!r} here."
+            said = f"There is no key {key_id!r} here. GET /v1/keys lists them."
+            assert answer.json()["error"]["message"] == said
     for tenant in ("beta", "operator", "nobody"):
         answer = admin.post("/v1/keys", json={"scopes": [INFER], "tenant": tenant})
         assert answer.json()["error"]["message"] == f"There is no tenant {tenant!r} here."

@@ -65,7 +65,8 @@ def test_what_is_anothers_answers_as_what_is_not_there(acme: httpx.Client, selec
             acme.get(f"/v1/models/{model}"),
         ):
             assert answer.status_code == 404
-            assert said(answer) == f"There is no adapter {name} here."
+            cure = "GET /v1/models lists what there is."
+            assert said(answer) == f"There is no adapter {name} here. {cure}"
 
 
 def test_no_digest_of_another_tenants_version_opens_it(
