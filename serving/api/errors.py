@@ -26,7 +26,7 @@ from serving.loaded import AdapterNotLoaded
 from serving.logs.store import RequestNotLogged
 from serving.routing import ModelNotLive
 from serving.selfcheck import SelfCheckFailed
-from serving.shadow.comparison import ComparisonInvalid
+from serving.shadow.comparison import CandidateIsProduction, ComparisonInvalid
 from serving.shadow.store import ComparisonNotFound
 from serving.tenants.duration import DurationInvalid
 from serving.tenants.keys import InvalidKey, ScopeMissing, ScopeUnknown, TenantNotFound
@@ -91,6 +91,7 @@ TABLE: dict[type[Exception], Rule] = {
     DurationInvalid: Rule(400, INVALID),
     TenantNotFound: Rule(404, NOT_FOUND),
     ComparisonInvalid: Rule(400, INVALID, param="share"),
+    CandidateIsProduction: Rule(400, INVALID, param="candidate"),
     ComparisonNotFound: Rule(404, NOT_FOUND, cure="POST to the adapter's /shadow begins one."),
     RequestNotLogged: Rule(404, NOT_FOUND, cure="GET /v1/logs lists what was asked."),
     domain.Refused: Rule(422, INVALID),

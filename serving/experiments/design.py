@@ -35,6 +35,17 @@ class DesignInvalid(WardrobeError):
 def make_arms(
     registry: Registry, name: AdapterName, treatments: Sequence[str], share: float
 ) -> tuple[Arm, ...]:
+    """Return what `pin_arms` does, all different. Raises DesignInvalid and NotFound."""
+    arms = pin_arms(registry, name, treatments, share)
+    digests = [arm.digest for arm in arms]
+    if len(set(digests)) < len(digests):
+        raise DesignInvalid("Two arms are the same version: they could only differ by chance.")
+    return arms
+
+
+def pin_arms(
+    registry: Registry, name: AdapterName, treatments: Sequence[str], share: float
+) -> tuple[Arm, ...]:
     """Return control and treatments. `share` is the part of all treatments together.
 
     The control is what production points to now. A treatment is a selector, `@v2` for a version of
@@ -53,9 +64,6 @@ def make_arms(
     for number, text in enumerate(treatments, start=1):
         label = "treatment" if len(treatments) == 1 else f"treatment-{number}"
         arms.append(_treatment(registry, name, text, label, share / len(treatments), base))
-    digests = [arm.digest for arm in arms]
-    if len(set(digests)) < len(digests):
-        raise DesignInvalid("Two arms are the same version: they could only differ by chance.")
     return tuple(arms)
 
 

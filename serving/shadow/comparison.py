@@ -22,6 +22,10 @@ class ComparisonInvalid(WardrobeError):
     code = "comparison_invalid"
 
 
+class CandidateIsProduction(ComparisonInvalid):
+    """What would be compared with itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One candidate beside what production is; both pinned by digest when it begins."""

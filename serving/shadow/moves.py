@@ -2,19 +2,24 @@
 
 from registry.adapter import AdapterName
 from registry.store import Registry
-from serving.experiments.design import make_arms
+from serving.experiments.design import pin_arms
 from serving.experiments.experiment import Arm
-from serving.shadow.comparison import Comparison, check_share
+from serving.shadow.comparison import CandidateIsProduction, Comparison, check_share
 from serving.shadow.store import Comparisons
 
 
 def pin(registry: Registry, name: AdapterName, candidate: str) -> tuple[Arm, Arm]:
     """Return what production is now, and the candidate: @vN, a selector of the tenant, or base.
 
-    Raises DesignInvalid and NotFound.
+    Raises CandidateIsProduction, DesignInvalid and NotFound.
     """
-    production, treatment = make_arms(registry, name, [candidate], 0.5)
-    return production, treatment
+    production, compared = pin_arms(registry, name, [candidate], 0.5)
+    if compared.digest == production.digest:
+        raise CandidateIsProduction(
+            f"The candidate {candidate[:100]!r} is {production.version}, what production of {name} "
+            "is now: there is nothing to compare. Name another version."
+        )
+    return production, compared
 
 
 def start(

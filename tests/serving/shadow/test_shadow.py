@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from serving.engine.boundary import GenerateRequest, RequestFailed
 from serving.shadow import mirror as shadow_mirror
@@ -13,6 +14,7 @@ from serving.tokens import Tokens
 from tests.serving.live import CHAT, NAME, Running, Wardrobe, eventually, running
 from tests.serving.scripted import ScriptedEngine, repeat_label, says
 from tests.serving.test_prompt_versions import push_prompt
+from wardrobe import app
 
 PATH = "/v1/adapters/acme/support/shadow"
 SECRET = "the-dragon-sleeps-at-noon"
@@ -275,6 +277,20 @@ def test_only_its_tenant_begins_sees_and_stops_a_shadow(two: Running, wardrobe: 
     stopped = call(acme, "POST", f"{PATH}/stop", {"reason": "seen enough"}).json()
     assert (stopped["state"], stopped["reason"]) == ("stopped", "seen enough")
     assert call(acme, "POST", PATH, begin).status_code == 201, "the next one may begin"
+
+
+def test_production_is_not_compared_with_itself(two: Running, wardrobe: Wardrobe) -> None:
+    with two.client() as client:
+        answer = client.post(PATH, json={"candidate": "@v1", "share": 0.5})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "candidate")
+    home = ["--home", str(wardrobe.registry.home)]
+    start_it = ["shadow", "start", "acme/support", "--candidate", "@production", *home]
+    there = {"WARDROBE_CACHE": str(wardrobe.folder)}  # the bases
+    said = CliRunner().invoke(app, start_it, env=there).stderr.replace("\n", " ")
+    for words in (error["message"], said):
+        assert "is acme/support@v1, what production of acme/support is now" in words
+        assert " arm" not in words
 
 
 def test_what_a_shadow_generates_is_in_no_usage(two: Running) -> None:
