@@ -222,6 +222,11 @@ class Registry(Closing):
         with self._database.read() as connection:
             return aliases.list_aliases(connection)
 
+    def aliased(self, base_id: str) -> list[tuple[str, Version]]:
+        """Return every alias with its version, where that is one of a base; thousands at once."""
+        with self._database.read() as connection:
+            return versions.list_aliased(connection, base_id)
+
     def history(self, name: AdapterName, alias: str | None = None) -> list[Event]:
         """Return every move of the aliases of an adapter, oldest first."""
         with self._database.read() as connection:

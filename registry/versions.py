@@ -8,6 +8,12 @@ from registry.adapter import AdapterName, Selector, Version
 from registry.errors import AdapterNotFound, AliasNotFound, Conflict, VersionNotFound
 from registry.tables import aliases, versions
 
+_POINTS = (
+    (aliases.c.namespace == versions.c.namespace)
+    & (aliases.c.name == versions.c.name)
+    & (aliases.c.number == versions.c.number)
+)
+
 
 def add_version(connection: Connection, version: Version) -> None:
     connection.execute(
@@ -81,6 +87,13 @@ def all_versions(connection: Connection) -> list[Version]:
     return [version_of(row) for row in connection.execute(select(versions).order_by(*order))]
 
 
+def list_aliased(connection: Connection, base_id: str) -> list[tuple[str, Version]]:
+    """Return every alias with its version, where that is one of a base."""
+    query = select(aliases.c.alias, versions).join(aliases, _POINTS)
+    rows = connection.execute(query.where(versions.c.base_id == base_id))
+    return [(row.alias, version_of(row)) for row in rows]
+
+
 def resolve(connection: Connection, selector: Selector) -> Version:
     """Return the version that a selector means now.
 
@@ -95,12 +108,7 @@ def resolve(connection: Connection, selector: Selector) -> Version:
         low, high = selector.digest, selector.digest + "g"
         query = query.where(versions.c.digest >= low, versions.c.digest < high)
     else:
-        query = query.join(
-            aliases,
-            (aliases.c.namespace == versions.c.namespace)
-            & (aliases.c.name == versions.c.name)
-            & (aliases.c.number == versions.c.number),
-        ).where(aliases.c.alias == selector.alias)
+        query = query.join(aliases, _POINTS).where(aliases.c.alias == selector.alias)
     rows = connection.execute(query.limit(2)).all()
     if len(rows) > 1:
         raise Conflict(f"{selector} fits several versions of {name}. Write more digits.")

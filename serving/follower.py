@@ -82,13 +82,8 @@ class Follower:
     def _snapshot(self) -> tuple[int, dict[AliasKey, Version]]:
         # The number first: a move in between is then seen twice, which does no harm.
         seq = self._registry.last_event()
-        versions = {
-            (alias.name, alias.alias): self._registry.resolve(
-                Selector(alias.name, number=alias.number)
-            )
-            for alias in self._registry.all_aliases()
-        }
-        return seq, {key: v for key, v in versions.items() if v.base_id == self._base.id}
+        aliased = self._registry.aliased(self._base.id)
+        return seq, {(version.name, alias): version for alias, version in aliased}
 
     async def _repeat(self, step: Callable[[], Any], seconds: float) -> None:
         while True:

@@ -1,8 +1,10 @@
 """Aliases: moved with a reason, from what is known to be there, and back again."""
 
 import threading
+from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event
 
 from registry.adapter import Selector
 from registry.errors import (
@@ -11,6 +13,7 @@ from registry.errors import (
     Refused,
 )
 from registry.store import Registry
+from tests.registry.making import BASE_ID
 from tests.registry.stored import FAILED_GATE, NAME, Adapter, production, promote, push, rollback
 
 
@@ -62,6 +65,29 @@ def test_aliases_move_independently(registry: Registry, adapter: Adapter) -> Non
     assert registry.all_aliases() == registry.aliases(NAME)
     with pytest.raises(AliasNotFound):
         registry.history(NAME, "staging")
+
+
+def test_all_aliases_come_with_their_versions_in_one_query(
+    registry: Registry, adapter: Adapter
+) -> None:
+    """A server with ten thousand of them would ask for seconds at its start."""
+    for seed in range(2):
+        push(registry, adapter(seed=seed))
+    promote(registry, 1)
+    promote(registry, 2, alias="canary")
+    asked: list[str] = []
+
+    def note(*call: Any) -> None:
+        asked.append(call[2])
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        found = dict(registry.aliased(BASE_ID))
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert found == {a: registry.resolve(Selector(NAME, alias=a)) for a in ("production", "canary")}
+    assert len([statement for statement in asked if "SELECT" in statement]) == 1
+    assert registry.aliased("another/base") == []
 
 
 def test_a_version_that_failed_its_gate_is_promoted_only_by_force(
