@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -22,7 +23,7 @@ from serving.engine.boundary import GenerateRequest, SamplingParams
 from serving.engine.build import Parts, assemble
 from serving.engine.compiled_model import CompiledModel
 from serving.engine.hardware import choose_device, choose_dtype
-from serving.engine.linear import Linear, PackedLinear
+from serving.engine.linear import CompiledLinear, Linear
 from serving.engine.lora import HostAdapter, LoraLayout
 from serving.engine.model import Model
 from serving.engine.model_runner import Forward
@@ -87,7 +88,7 @@ def bodies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> list[Fo
     if device.type != "cpu":
         return [torch_model]
     library = load_library(dtype, default_cache() / "operators")
-    weights = random_weights(spec, dtype, device, PackedLinear)
+    weights = random_weights(spec, dtype, device, partial(CompiledLinear, library))
     return [torch_model, CompiledModel(spec, weights, library, LENGTH)]
 
 

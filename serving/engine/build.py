@@ -21,7 +21,7 @@ from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
 from serving.engine.hardware import choose_device, choose_dtype, ridge_tokens, total_memory
 from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes
-from serving.engine.linear import CompiledLinear, Linear, PackedLinear
+from serving.engine.linear import CompiledLinear, Linear
 from serving.engine.loader import AdapterLoader
 from serving.engine.lora import HostAdapter, LoraLayout, LoraStacks
 from serving.engine.model import Model
@@ -80,7 +80,8 @@ def _read_own(
                 return _triton_model(base, spec, dtype, device, length)
             check_compilable(spec)
             library = _library(dtype)
-            weights = read_weights(base.path, spec, dtype, device, PackedLinear)
+            make = partial(CompiledLinear, library)
+            weights = read_weights(base.path, spec, dtype, device, make)
             return CompiledModel(spec, weights, library, length)
         except NotCompiled as error:
             logger.warning("torch computes, several times slower than %s: %s", better, error)

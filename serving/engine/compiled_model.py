@@ -10,7 +10,7 @@ import torch
 
 from serving.engine.batch import Batch
 from serving.engine.kv_cache import KVCache
-from serving.engine.linear import PackedLinear
+from serving.engine.linear import CompiledLinear
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.lora import merge_runs
 from serving.engine.ops.native.compile import NotCompiled
@@ -46,7 +46,7 @@ class CompiledModel:
     def __init__(
         self,
         spec: ModelSpec,
-        weights: ModelWeights[PackedLinear],
+        weights: ModelWeights[CompiledLinear],
         library: Library,
         length: int,
     ) -> None:
@@ -120,7 +120,7 @@ class CompiledModel:
             *(cos.data_ptr(), sin.data_ptr()),
         )
 
-    def _layer(self, layer: LayerWeights[PackedLinear], window: int | None) -> LayerC:
+    def _layer(self, layer: LayerWeights[CompiledLinear], window: int | None) -> LayerC:
         linears = (_linear(layer.linears[group.name]) for group in self.spec.groups)
         return LayerC(
             *(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()),
@@ -128,5 +128,5 @@ class CompiledModel:
         )
 
 
-def _linear(linear: PackedLinear) -> LinearC:
+def _linear(linear: CompiledLinear) -> LinearC:
     return LinearC(linear.weight.data_ptr(), pointer(linear.bias))

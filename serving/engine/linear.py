@@ -1,5 +1,7 @@
 """One frozen linear layer, its weight kept once in the layout that multiplies fastest."""
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
@@ -30,6 +32,18 @@ class Linear:
         """Return the weight in the usual layout, [out, in]."""
         return self.weight.to_dense() if self.packed else self.weight
 
+    def product(self, x: torch.Tensor, columns: slice) -> torch.Tensor:
+        """Return x Wᵀ of some outputs, without the bias."""
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            return y[:, columns]
+        return F.linear(x, self.weight[columns])
+
+    @cached_property
+    def squares(self) -> torch.Tensor:
+        """‖Wᵢ‖² for each output, [out] in float32."""
+        return self.dense().float().square().sum(1)
+
 
 class PackedLinear:
     """A linear of the compiled forward pass, which reads panels of 32 outputs in order."""
@@ -43,6 +57,13 @@ class PackedLinear:
         step = _step(self.weight)
         panels = self.weight.view(-1, self.inputs // step, PANEL, step).transpose(1, 2)
         return panels.reshape(-1, self.inputs)[: self.outputs]
+
+    @cached_property
+    def squares(self) -> torch.Tensor:
+        """‖Wᵢ‖² for each output, [out] in float32; read as it lies, which is five times as fast."""
+        step = _step(self.weight)
+        sums = self.weight.view(-1, self.inputs // step, PANEL * step).float().square().sum(1)
+        return sums.view(-1, step).sum(1)[: self.outputs]
 
 
 class CompiledLinear(PackedLinear):
@@ -59,6 +80,13 @@ class CompiledLinear(PackedLinear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.library.linear(x, self.weight, self.bias, self.outputs)
+
+    def product(self, x: torch.Tensor, columns: slice) -> torch.Tensor:
+        """Return x Wᵀ of some outputs, without the bias."""
+        first = columns.start // PANEL * PANEL
+        panels = self.weight[first * self.inputs :]
+        y = self.library.linear(x, panels, None, columns.stop - first)
+        return y[:, columns.start - first :]
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -17,20 +17,26 @@ from serving.engine.weights import LayerWeights
 FLOAT = torch.float32
 
 
-class Dense(Protocol):
+class Frozen(Protocol):
     """A frozen linear; see linear.py."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
 
     @property
     def bias(self) -> torch.Tensor | None: ...
 
-    def dense(self) -> torch.Tensor: ...
+    @property
+    def squares(self) -> torch.Tensor: ...
+
+    def product(self, x: torch.Tensor, columns: slice) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class BaseLayers:
     """What of a base the vectors of an adapter replace or are relative to."""
 
-    layers: Sequence[LayerWeights[Dense]]
+    layers: Sequence[LayerWeights[Frozen]]
     norm: torch.Tensor
     kv_heads: int
     head_dim: int
@@ -117,10 +123,8 @@ class _Outputs:
             scales[layer, columns] *= scale.to(FLOAT).flatten()
         if "magnitude" in own:
             assert isinstance(config, AdapterConfig)
-            weight = linear.dense()[columns].to("cpu", FLOAT)
-            change = config.scale(module) * (own["B"].to(FLOAT) @ own["A"].to(FLOAT))
-            length = torch.linalg.norm(weight + change, dim=1)
-            scales[layer, columns] = own["magnitude"].to(FLOAT) / length
+            lengths = _lengths(linear, columns, own["A"], config.scale(module), own["B"])
+            scales[layer, columns] = own["magnitude"].to(FLOAT) / lengths
         bias = None if linear.bias is None else linear.bias[columns].to("cpu", FLOAT)
         shift = shifts[layer, columns]
         if "magnitude" in own and bias is not None:
@@ -139,6 +143,21 @@ class _Outputs:
             shape = (self.layout.layers, width)
             self._tables[group] = torch.ones(shape, dtype=FLOAT), torch.zeros(shape, dtype=FLOAT)
         return self._tables[group]
+
+
+def _lengths(
+    linear: Frozen, columns: slice, a: torch.Tensor, scale: float, b: torch.Tensor
+) -> torch.Tensor:
+    """Return ‖Wᵢ + s Bᵢ A‖ for each output i of some columns, which DoRA divides by.
+
+    As ‖Wᵢ‖² + 2 s Bᵢ · A Wᵢ + s² Bᵢ A Aᵀ Bᵢ, by the base's own product: writing W + s B A and
+    reading it again takes ten times as long.
+    """
+    a, b = a.to(FLOAT), scale * b.to(FLOAT)
+    squares = linear.squares[columns].to("cpu")
+    across = linear.product(a.to(linear.weight), columns).to("cpu", FLOAT)  # [rank, outputs]
+    own = b @ (a @ a.mT)
+    return (squares + (b * (2 * across.mT + own)).sum(1)).clamp_(min=0).sqrt_()
 
 
 def _norms(parts: Parts[torch.Tensor], layout: LoraLayout, base: BaseLayers) -> torch.Tensor | None:

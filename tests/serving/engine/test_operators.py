@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from registry.home import default_cache
-from serving.engine.linear import PackedLinear, pack
+from serving.engine.linear import CompiledLinear, Linear, PackedLinear, pack
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
 from serving.engine.ops.native.library import Library, load_library
 from serving.engine.ops.native.target import TARGETS, Target, choose_target
@@ -83,6 +83,19 @@ def test_a_packed_weight_is_read_back_as_it_was(library: Library) -> None:
     for outputs, inputs in ((1, 2), (31, 6), (33, 64), (258, 64)):
         weight = torch.randn(outputs, inputs).to(library.dtype)
         assert torch.equal(PackedLinear(weight, None).dense(), weight)
+
+
+def test_some_outputs_of_a_linear_and_the_squares_of_its_rows_equal_float64(
+    library: Library,
+) -> None:
+    """Columns begin and end inside panels, and the bias is in neither."""
+    x, w = torch.randn(5, 130).to(library.dtype), torch.randn(97, 130).to(library.dtype)
+    exact = x.double() @ w.double().T
+    for linear in (CompiledLinear(library, w, w[:, 0]), Linear(w, w[:, 0])):
+        for columns in (slice(0, 97), slice(0, 3), slice(31, 33), slice(32, 64), slice(90, 97)):
+            found = linear.product(x, columns)
+            close(library, found, exact[:, columns], math.sqrt(130))
+        assert_close(linear.squares.double(), w.double().square().sum(1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 33, 64, 576])

@@ -12,6 +12,7 @@ from serving.engine.boundary import GenerateRequest, RequestRefused, TokenDelta
 from serving.engine.build import assemble, read_model
 from serving.engine.core import EngineCore
 from serving.engine.engine import TorchEngine
+from serving.engine.linear import PackedLinear
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
 from tests import tiny
@@ -97,6 +98,20 @@ def test_a_slot_keeps_nothing_of_what_was_worn_in_it(base: Path, folders: Folder
         [found] = tokens(core, [request(PROMPT, folders.refs[title], max_tokens=5)])
         assert found == oracles[title].greedy(PROMPT, 5), title
     assert len(core.residency.stacks.vectors) <= 1
+
+
+def test_dora_is_loaded_without_the_weights_of_the_base_being_written_out(
+    base: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are as large as the base, and most of the time that a load took."""
+    core = assemble(read_model(base_of(base), SETTINGS), folders, SETTINGS).core
+
+    def dense(_: PackedLinear) -> torch.Tensor:
+        raise AssertionError("the base's weight was unpacked")
+
+    monkeypatch.setattr(PackedLinear, "dense", dense)
+    adapter = core.residency.loader.load(folders.refs["DoRA"]).result(10)
+    assert adapter.vectors is not None
 
 
 @pytest.mark.parametrize("title", TITLES)
