@@ -47,7 +47,7 @@ def read_adapter(
         vectors = read_vectors(config, parts, layout, base, dtype)
     except Unfit as fault:
         raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
-    return HostAdapter(ref.digest, bucket, weights, vectors)
+    return HostAdapter.of(ref.digest, bucket, weights, vectors)
 
 
 def _low_rank(

@@ -5,10 +5,11 @@ read the same input, and a B [layers, rank, out] for each part, with the scale i
 that of its bucket; rows above the adapter's own rank, and modules it does not target, are zero, and
 loading overwrites the whole slot, so nothing of an earlier adapter can be left.
 
-An adapter is one piece of memory, as large as its bucket's rank is, and all slots lie in one arena
-of a fixed size. Every bucket sees the whole arena as a stack of its own slots; which of them are
-somebody's is for the `SlotTable` to know. So nothing is ever moved or given by the system while
-steps run, no rank has memory set aside for it, and addresses stay (as CUDA graphs want them).
+An adapter is one piece of memory, as large as its bucket's rank is and with its vectors behind, and
+all slots lie in one arena of a fixed size. Every bucket sees the whole arena as a stack of its own
+slots; which of them are somebody's is for the `SlotTable` to know. So nothing is ever moved or
+given by the system while steps run, no rank has memory set aside for it, and addresses stay (as
+CUDA graphs want them).
 """
 
 from collections.abc import Collection, Sequence
@@ -36,16 +37,37 @@ class HostAdapter:
 
     digest: str
     bucket: int
-    weights: torch.Tensor  # [LoraLayout.size(bucket)]
+    weights: torch.Tensor  # [LoraLayout.size(bucket)], and behind them the bytes of `vectors`
     vectors: Vectors | None = None
+
+    @classmethod
+    def of(
+        cls, digest: str, bucket: int, weights: torch.Tensor, vectors: Vectors | None
+    ) -> "HostAdapter":
+        """Put vectors, which may lie anywhere, behind the weights."""
+        if vectors is None:
+            return cls(digest, bucket, weights)
+        memory = weights.new_zeros(len(weights) + vectors.size_bytes // weights.itemsize)
+        memory[: len(weights)] = weights
+        laid = vectors.laid_out(memory[len(weights) :])
+        for place, tensor in zip(laid.tensors(), vectors.tensors(), strict=True):
+            place.copy_(tensor)
+        return cls(digest, bucket, memory, laid)
 
     @property
     def size_bytes(self) -> int:
-        return self.weights.nbytes + (self.vectors.size_bytes if self.vectors else 0)
+        return self.weights.nbytes
+
+    def vectors_in(self, copy: torch.Tensor) -> Vectors | None:
+        """Return the vectors as they lie in a copy of `weights`."""
+        if self.vectors is None:
+            return None
+        return self.vectors.laid_out(copy[-(self.vectors.size_bytes // copy.itemsize) :])
 
     def pinned(self) -> "HostAdapter":
         """Return it in memory that a GPU reads by itself, while steps run."""
-        return replace(self, weights=self.weights.pin_memory())
+        weights = self.weights.pin_memory()
+        return replace(self, weights=weights, vectors=self.vectors_in(weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +171,11 @@ class LoraStacks:
         computes the steps between, and the step after the last piece waits for that one.
         """
         size = len(adapter.weights)
+        room = self._arena[slot.row * self.layout.size(slot.bucket) :][:size]
         if start == 0:
-            self._load_vectors(slot, adapter)
+            self._see_vectors(slot, adapter.vectors_in(room))
         stop = min(size, start + most // adapter.weights.itemsize)
-        place, piece = self._arena[slot.row * size :][start:stop], adapter.weights[start:stop]
+        place, piece = room[start:stop], adapter.weights[start:stop]
         if self._aside is None:
             place.copy_(piece)
             return stop
@@ -165,12 +188,17 @@ class LoraStacks:
             steps.wait_stream(self._aside)
         return stop
 
-    def _load_vectors(self, slot: Slot, adapter: HostAdapter) -> None:
+    def more_pages(self, adapter: HostAdapter) -> int:
+        """Return how many pages its vectors take, behind those of its rank."""
+        page = self.layout.size(BUCKETS[0])
+        return -(-(len(adapter.weights) - self.layout.size(adapter.bucket)) // page)
+
+    def _see_vectors(self, slot: Slot, vectors: Vectors | None) -> None:
         """Nothing is left of what lay on these pages."""
         for gone in [each for each in self.vectors if each.overlaps(slot)]:
             del self.vectors[gone]
-        if adapter.vectors is not None:
-            self.vectors[slot] = adapter.vectors.to(self._arena.device)
+        if vectors is not None:
+            self.vectors[slot] = vectors
 
     def _views(self) -> dict[str, list[dict[int, Halves]]]:
         return {

@@ -84,6 +84,7 @@ class Residency:
         if error := load.exception():
             raise AdapterLoadFailed(str(error)) from error
         adapter = load.result()
+        self._require_room(ref, adapter)
         place = self._idle(adapter)
         if place is None:
             if claim:
@@ -236,12 +237,28 @@ class Residency:
             self._drop_claims(chosen := min(places, key=cost))
             self._claims[adapter.digest] = chosen.leaving
 
+    def _require_room(self, ref: AdapterRef, adapter: HostAdapter) -> None:
+        """Raise AdapterLoadFailed where an adapter would wait for ever.
+
+        Any rank has room beside what is kept, but perhaps not with the vectors that come with it.
+        """
+        places = self._choices(adapter)
+        if all(not self.kept.isdisjoint(place.leaving) for place in places):
+            held = "what is kept leaves no such room" if places else "there is no such room"
+            raise AdapterLoadFailed(
+                f"{ref.label} takes {adapter.size_bytes} bytes with all it has beside LoRA, in one "
+                f"piece of adapter memory, and {held}. Start the server with more --adapter-memory."
+            )
+
+    def _choices(self, adapter: HostAdapter) -> list[Place]:
+        return self.table.choices(adapter.bucket, self.stacks.more_pages(adapter))
+
     def _places(self, adapter: HostAdapter) -> list[Place]:
         """Return the choices without what is kept, and what who was asked for before has taken."""
         first = self._asked - {adapter.digest}
         claimed = (who for d, who in self._claims.items() if d in first)
         spared = self.kept.union(self._filling.keys() & first, *claimed)
-        places = self.table.choices(adapter.bucket)
+        places = self._choices(adapter)
         return [place for place in places if spared.isdisjoint(place.leaving)]
 
     def _wearers(self, place: Place) -> int:

@@ -3,6 +3,7 @@
 Slots of all ranks share one row of pages, each as large as an adapter of the lowest rank. A slot of
 a higher rank is a run of pages that begins at a multiple of its own length, as in a buddy system
 (Knowlton, A fast storage allocator, CACM 1965): a rank of 256 costs what it weighs and nobody else.
+What an adapter has beside LoRA lies on further pages of its slot, behind these.
 
 A digest is pinned from a request's admission to its last token. Only a digest without pins can be
 evicted, so a slot never changes under a running request.
@@ -24,19 +25,21 @@ class Slot:
 
     bucket: int  # rank
     row: int
+    more: int = 0  # pages behind the row
 
     @property
     def pages(self) -> range:
         length = self.bucket // BUCKETS[0]
-        return range(self.row * length, (self.row + 1) * length)
+        return range(self.row * length, (self.row + 1) * length + self.more)
 
-    def rows_of(self, bucket: int) -> range:
-        """Return the rows of a bucket that lie on these pages, or these pages on them."""
+    def rows_of(self, bucket: int, more: int = 0) -> range:
+        """Return the rows of a bucket whose slots, with `more` pages, share pages with this one."""
         length = bucket // BUCKETS[0]
-        return range(self.pages.start // length, -(-self.pages.stop // length))
+        first = max(0, (self.pages.start - more) // length)
+        return range(first, -(-self.pages.stop // length))
 
     def overlaps(self, other: "Slot") -> bool:
-        """Tell whether they share pages: one of them then lies inside the other."""
+        """Tell whether they share pages."""
         return self.pages.start < other.pages.stop and other.pages.start < self.pages.stop
 
 
@@ -68,9 +71,9 @@ class SlotTable:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def rows(self, bucket: int) -> int:
-        """Return how many slots of a bucket there would be without any others."""
-        return self.pages * BUCKETS[0] // bucket
+    def rows(self, bucket: int, more: int = 0) -> int:
+        """Return at how many rows a slot of a bucket, with `more` pages, could begin."""
+        return max(0, (self.pages - more) * BUCKETS[0] // bucket)
 
     def slot_of(self, digest: str) -> Slot:
         return self._slots[digest]
@@ -82,7 +85,7 @@ class SlotTable:
         """Return the digests, least recently used first."""
         return list(self._slots)
 
-    def choices(self, bucket: int) -> list[Place]:
+    def choices(self, bucket: int, more: int = 0) -> list[Place]:
         """Return where an adapter could go: the place whose last use is longest ago comes first.
 
         If there is a place that nobody has to leave it is the only one, and the lowest, so that
@@ -90,15 +93,15 @@ class SlotTable:
         """
         taken: dict[int, tuple[str, ...]] = {}  # row → digests, both in order of use
         for digest, slot in self._slots.items():
-            for row in slot.rows_of(bucket):
+            for row in slot.rows_of(bucket, more):
                 taken[row] = (*taken.pop(row, ()), digest)
-        free = next((row for row in range(self.rows(bucket)) if row not in taken), None)
+        rows = self.rows(bucket, more)
+        free = next((row for row in range(rows) if row not in taken), None)
         if free is None:
-            rows = self.rows(bucket)
-            return [Place(Slot(bucket, row), who) for row, who in taken.items() if row < rows]
+            return [Place(Slot(bucket, row, more), who) for row, who in taken.items() if row < rows]
         if len(self) < self.most:
-            return [Place(Slot(bucket, free), ())]
-        return [Place(Slot(bucket, free), (digest,)) for digest in self._slots]
+            return [Place(Slot(bucket, free, more), ())]
+        return [Place(Slot(bucket, free, more), (digest,)) for digest in self._slots]
 
     def place(self, digest: str, slot: Slot) -> None:
         assert digest not in self._slots, digest

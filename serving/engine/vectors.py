@@ -13,6 +13,8 @@ import torch
 from serving.engine.ops.lora import Worn, merge_runs
 from serving.engine.slots import Slot
 
+ALIGNMENT = 64  # bytes, a cache line
+
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
@@ -25,9 +27,6 @@ class TokenRows:
 
     ids: torch.Tensor  # [k], ascending
     rows: torch.Tensor  # [k, hidden]
-
-    def to(self, device: torch.device) -> "TokenRows":
-        return TokenRows(self.ids.to(device), self.rows.to(device))
 
     def find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where in `ids` tokens of these are, and which row each of them has."""
@@ -58,19 +57,32 @@ class Vectors:
 
     @property
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
+        """Of the memory that they are laid out in."""
+        return sum(map(_aligned, self.tensors()))
 
-    def to(self, device: torch.device) -> "Vectors":
-        """Return them on a device; themselves when they are there."""
-        prefix = self.prefix and (self.prefix[0].to(device), self.prefix[1].to(device))
-        return Vectors(
-            outputs={name: (s.to(device), b.to(device)) for name, (s, b) in self.outputs.items()},
-            norms=None if self.norms is None else self.norms.to(device),
-            embedding=None if self.embedding is None else self.embedding.to(device),
-            head=None if self.head is None else self.head.to(device),
-            prefix=prefix,
+    def laid_out(self, memory: torch.Tensor) -> "Vectors":
+        """Return tensors of these shapes, one behind the other in `memory`, as it is there."""
+        parts = iter(memory.view(torch.uint8).split([*map(_aligned, self.tensors())]))
+
+        def see(tensor: torch.Tensor) -> torch.Tensor:
+            return next(parts)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+        def see_rows(tokens: TokenRows | None) -> TokenRows | None:
+            return tokens and TokenRows(see(tokens.ids), see(tokens.rows))
+
+        return Vectors(  # in the order of `tensors`
+            outputs={name: (see(s), see(b)) for name, (s, b) in self.outputs.items()},
+            norms=None if self.norms is None else see(self.norms),
+            prefix=self.prefix and (see(self.prefix[0]), see(self.prefix[1])),
+            embedding=see_rows(self.embedding),
+            head=see_rows(self.head),
             virtual=self.virtual,
         )
+
+
+def _aligned(tensor: torch.Tensor) -> int:
+    """Return its bytes, up to where another one of any type may begin."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 Dressed = Sequence[tuple[slice, Vectors]]  # rows of a step, and what they wear

@@ -77,12 +77,29 @@ def test_a_pinned_digest_cannot_be_evicted() -> None:
     assert len(table) == 0
 
 
+def test_pages_behind_a_row_are_of_its_slot_and_of_no_other() -> None:
+    table = SlotTable(8, 32)
+    [place] = table.choices(16, 1)
+    table.place("a", place.slot)
+    assert (place, table.used_pages) == (Place(Slot(16, 0, 1), ()), 3)
+    assert put(table, "b", 16) == Slot(16, 2), "page 2 is not free, and page 3 begins no row of 2"
+    assert put(table, "c", 8) == Slot(8, 3)
+    assert table.choices(32, 1) == [Place(Slot(32, 0, 1), ("a", "b", "c"))]
+    assert table.choices(8, 4) == [
+        Place(Slot(8, 0, 4), ("a", "b", "c")),
+        Place(Slot(8, 1, 4), ("a", "b", "c")),
+        Place(Slot(8, 2, 4), ("a", "b", "c")),
+        Place(Slot(8, 3, 4), ("b", "c")),
+    ]
+    assert table.choices(32, 5) == [], "more than there is"
+
+
 def test_no_two_digests_ever_share_a_page() -> None:
     rng, table = random.Random(0), SlotTable(48, 256, most=20)
     buckets: dict[str, int] = {}
     for step in range(5000):
         bucket = rng.choice(BUCKETS)
-        place = rng.choice(table.choices(bucket))
+        place = rng.choice(table.choices(bucket, rng.choice((0, 0, 1, 3))))
         for digest in place.leaving:
             table.evict(digest)
             del buckets[digest]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from serving.engine.boundary import GenerateRequest, RequestRefused, TokenDelta
+from serving.engine.boundary import AdapterLoadFailed, GenerateRequest, RequestRefused, TokenDelta
 from serving.engine.build import assemble, read_model
 from serving.engine.core import EngineCore
 from serving.engine.engine import TorchEngine
@@ -112,6 +112,46 @@ def test_dora_is_loaded_without_the_weights_of_the_base_being_written_out(
     monkeypatch.setattr(PackedLinear, "dense", dense)
     adapter = core.residency.loader.load(folders.refs["DoRA"]).result(10)
     assert adapter.vectors is not None
+
+
+def pages(base: Path, folders: Folders, count: int) -> EngineSettings:
+    """Return settings with memory for so many adapters of the lowest rank, and a byte less."""
+    core = assemble(read_model(base_of(base), SETTINGS), folders, SETTINGS).core
+    memory = (count + 1) * core.residency.stacks.page_bytes - 1
+    return replace(SETTINGS, adapter_memory=memory, max_lora_rank=8)
+
+
+@pytest.mark.parametrize("title", TITLES[1:])
+def test_vectors_take_adapter_memory_and_lie_in_it(
+    base: Path, folders: Folders, title: str
+) -> None:
+    core = new_core(base, folders, pages(base, folders, 2))
+    tiers, stacks = core.residency, core.residency.stacks
+    tokens(core, [request(PROMPT, folders.refs["LoRA"], max_tokens=2)])
+    assert tiers.used_bytes == stacks.page_bytes
+    tokens(core, [request(PROMPT, folders.refs[title], max_tokens=2)])
+    assert (tiers.used_bytes, tiers.evictions) == (2 * stacks.page_bytes, 1)
+    vectors = tiers.vectors(folders.refs[title])
+    assert vectors is not None
+    arena = stacks.whole("qkv")[8][0].untyped_storage()
+    assert all(each.untyped_storage().data_ptr() == arena.data_ptr() for each in vectors.tensors())
+
+
+@pytest.mark.parametrize(
+    ("count", "why"), [(1, "there is no such"), (2, "what is kept leaves no such")]
+)
+def test_an_adapter_whose_vectors_find_no_room_is_refused_and_waits_for_nothing(
+    base: Path, folders: Folders, count: int, why: str
+) -> None:
+    """The LoRA takes one page, which is kept where another one is left for one of its rank."""
+    tiers = new_core(base, folders, pages(base, folders, count)).residency
+    with torch.inference_mode():
+        while not tiers.ensure(folders.refs["LoRA"]):
+            pass
+        if count > 1:
+            tiers.keep(folders.refs["LoRA"])
+        with pytest.raises(AdapterLoadFailed, match=f"{why} room"):
+            tiers.ensure(folders.refs["DoRA"])
 
 
 @pytest.mark.parametrize("title", TITLES)
