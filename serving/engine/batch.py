@@ -32,6 +32,11 @@ class Batch:
     sampled: torch.Tensor  # rows that the head computes
     worn: tuple[tuple[Slot | None, int], ...]  # adapter and number of rows, in order
 
+    @property
+    def wears(self) -> bool:
+        """Tell whether any row wears an adapter."""
+        return any(slot is not None for slot, _ in self.worn)
+
     def to(self, device: torch.device) -> "Batch":
         return replace(
             self,

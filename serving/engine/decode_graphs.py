@@ -55,20 +55,19 @@ class _Step:
 
     def __init__(self, decode: Decode, rows: int, device: torch.device, pool: Pool | None) -> None:
         self.rows = rows
-        # As many tiles as rows: each may wear its own adapter. All rows are dead at first.
-        self.numbers = torch.zeros(3 * rows + 1 + TILE * rows, dtype=torch.int32, device=device)
+        # As many tiles as rows: each may wear its own adapter. All are dead at first.
+        self.numbers = torch.zeros((3 + TILE) * rows, dtype=torch.int32, device=device)
         self.numbers[2 * rows : 3 * rows] = -1
-        step = DeviceStep.view(self.numbers, rows, rows, DECODE_HEIGHT)
+        step = DeviceStep.view(self.numbers, rows, DECODE_HEIGHT)
         self.worn = _capture(lambda: decode(step), pool)
         bare = step.without_adapters()
         self.bare = _capture(lambda: decode(bare), pool)
 
     def run(self, batch: Batch) -> torch.Tensor:
         numbers = step_numbers(batch, self.rows, DECODE_HEIGHT)
-        host = pinned(numbers, self.numbers.device)
-        self.numbers[: len(numbers)].copy_(host, non_blocking=True)
-        wears = any(slot is not None for slot, _ in batch.worn)
-        return self.worn() if wears else self.bare()
+        numbers += [0] * (len(self.numbers) - len(numbers))  # dead tiles
+        self.numbers.copy_(pinned(numbers, self.numbers.device), non_blocking=True)
+        return self.worn() if batch.wears else self.bare()
 
 
 def _capture(run: Replay, pool: Pool | None) -> Replay:

@@ -37,19 +37,18 @@ class DeviceStep:
         height = DECODE_HEIGHT if rows <= PROMPT_HEIGHT else PROMPT_HEIGHT
         numbers, chunks = step_numbers(batch, rows, height), cut_chunks(batch.chunks)
         packed = pinned([*numbers, *chunks], device).to(device, non_blocking=True)
-        tiles = (len(numbers) - 3 * rows - 1) // TILE
-        step = cls.view(packed[: len(numbers)], rows, tiles, height)
+        step = cls.view(packed[: len(numbers)], rows, height)
         return replace(
-            step if tiles else step.without_adapters(),
+            step if batch.wears else step.without_adapters(),
             singles=batch.singles,
             chunks=packed[len(numbers) :].view(-1, CHUNK_TILE) if chunks else None,
         )
 
     @classmethod
-    def view(cls, numbers: torch.Tensor, rows: int, tiles: int, height: int) -> "DeviceStep":
+    def view(cls, numbers: torch.Tensor, rows: int, height: int) -> "DeviceStep":
         """See numbers on the device, laid out by `step_numbers`, as single tokens."""
-        ids, positions, slots, count, table = numbers.split((rows, rows, rows, 1, tiles * TILE))
-        lora = LoraTiles(table.view(-1, TILE), count, height)
+        ids, positions, slots = numbers[: 3 * rows].split(rows)
+        lora = LoraTiles(numbers[3 * rows :].view(-1, TILE), height)
         return cls(ids, positions, slots, rows, lora, None)
 
     def without_adapters(self) -> "DeviceStep":
@@ -59,12 +58,11 @@ class DeviceStep:
 def step_numbers(batch: Batch, rows: int, height: int) -> list[int]:
     """Return ids, positions and slots of `rows` rows, the last of them dead, then LoRA's tiles."""
     dead = rows - len(batch.ids)
-    tiles = cut_tiles(batch.worn, height)
     return [
         *(*batch.ids.tolist(), *[0] * dead),
         *(*batch.positions.tolist(), *[0] * dead),
         *(*batch.slots.tolist(), *[-1] * dead),
-        *(len(tiles) // TILE, *tiles),
+        *cut_tiles((*batch.worn, (None, dead)), height),
     ]
 
 

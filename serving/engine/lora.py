@@ -142,11 +142,11 @@ class LoraStacks:
     ) -> None:
         """Make room for `pages` adapters of the lowest rank, or fewer of higher ones."""
         self.layout, self.page_bytes = layout, layout.size(BUCKETS[0]) * dtype.itemsize
-        self._arena = lazy_zeros((pages * layout.size(BUCKETS[0]),), dtype, device)
+        self.arena = lazy_zeros((pages * layout.size(BUCKETS[0]),), dtype, device)
         self._stacks = {
-            bucket: layout.stacks(self._arena, bucket)
+            bucket: layout.stacks(self.arena, bucket)
             for bucket in BUCKETS
-            if layout.size(bucket) <= len(self._arena)
+            if layout.size(bucket) <= len(self.arena)
         }
         self._by_layer = self._views()
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -171,7 +171,7 @@ class LoraStacks:
         computes the steps between, and the step after the last piece waits for that one.
         """
         size = len(adapter.weights)
-        room = self._arena[slot.row * self.layout.size(slot.bucket) :][:size]
+        room = self.arena[slot.row * self.layout.size(slot.bucket) :][:size]
         if start == 0:
             self._see_vectors(slot, adapter.vectors_in(room))
         stop = min(size, start + most // adapter.weights.itemsize)

@@ -12,7 +12,7 @@ from serving.engine.ops.rope import rope_angles
 from serving.engine.ops.sampling import greedy, sample
 from serving.engine.ops.triton.activation import silu_mul
 from serving.engine.ops.triton.attention import chunk_attention, decode_attention
-from serving.engine.ops.triton.lora import AddressBook, apply_lora
+from serving.engine.ops.triton.lora import Arena, lora
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
 from serving.engine.spec import ModelSpec
@@ -32,7 +32,8 @@ class TritonModel:
 
     def capture(self, cache: KVCache, stacks: LoraStacks, rows: int) -> None:
         """Lay down steps of up to `rows` single tokens. `forward` is of this cache and stacks."""
-        self.book = AddressBook(stacks, self.dtype, self.device)
+        self._arena = Arena(stacks)
+        self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         def decode(step: DeviceStep) -> torch.Tensor:
             return self.weights.head(self._hidden(step, cache))
@@ -55,25 +56,41 @@ class TritonModel:
         h = rms_norm(x, layers[0].attention_norm, eps)
         for index, (layer, norm) in enumerate(zip(layers, following, strict=True)):
             attended = self._attention(index, h, step, cache)
-            h = add_rms_norm(x, self._linear("o", index, attended, step), layer.mlp_norm, eps)
-            h = silu_mul(self._linear("gate_up", index, h, step))
-            h = add_rms_norm(x, self._linear("down", index, h, step), norm, eps)
+            h = add_rms_norm(x, *self._linear("o", index, attended, step), layer.mlp_norm, eps)
+            h = silu_mul(*self._linear("gate_up", index, h, step))
+            h = add_rms_norm(x, *self._linear("down", index, h, step), norm, eps)
         return h
 
-    def _linear(self, name: str, index: int, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
-        y = self.weights.layers[index].linears[name](x)
-        if step.lora is not None:
-            apply_lora(y, x, step.lora, self.book, name, index)
-        return y
+    def _linear(
+        self, name: str, index: int, x: torch.Tensor, step: DeviceStep
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what the linear gives and what adapters add to it.
+
+        In a captured step they are computed side by side; otherwise the forks would cost the host
+        more than they save.
+        """
+        linear = self.weights.layers[index].linears[name]
+        if step.lora is None:
+            return linear(x), None
+        if self._aside is None or not torch.cuda.is_current_stream_capturing():
+            return linear(x), lora(x, step.lora, self._arena, name, index)
+        steps = torch.cuda.current_stream()
+        self._aside.wait_stream(steps)
+        with torch.cuda.stream(self._aside):
+            added = lora(x, step.lora, self._arena, name, index)
+        y = linear(x)
+        steps.wait_stream(self._aside)
+        return y, added
 
     def _attention(
         self, index: int, x: torch.Tensor, step: DeviceStep, cache: KVCache
     ) -> torch.Tensor:
         spec, window = self.spec, self.spec.windows[index]
         keys, values = cache.keys[index], cache.values[index]
-        qkv = self._linear("qkv", index, x, step).view(len(x), -1, spec.head_dim)
+        qkv, added = self._linear("qkv", index, x, step)
+        qkv = qkv.view(len(x), -1, spec.head_dim)
         rotate_and_store(
-            *(qkv, self.cos, self.sin, step.slots, step.positions, keys, values),
+            *(qkv, self.cos, self.sin, step.slots, step.positions, keys, values, added),
             _head_norms(self.weights.layers[index]),
             spec.eps,
         )

@@ -75,18 +75,19 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     store = (qkv, *angles, numbers, numbers, keys, keys)
     group = LinearGroup("qkv", ("q", "k", "v"), HIDDEN, (HIDDEN, 1024, 1024))
     stacks = LoraStacks(LoraLayout(2, (group,)), 1, dtype, torch.device("cpu"))
-    book = lora.AddressBook(stacks, dtype, torch.device("cpu"))
-    y = torch.zeros(4, sum(group.outputs), dtype=dtype)
+    arena, gate_up = lora.Arena(stacks), torch.zeros(4, 2 * HIDDEN, dtype=dtype)
 
     def adapt(height: int) -> None:
-        lora.apply_lora(y, x, lora.LoraTiles(tiles, numbers[:1], height), book, "qkv", 1)
+        lora.lora(x, lora.LoraTiles(tiles, height), arena, "qkv", 1)
 
     return [
         lambda: rms_norm(x, weight, 1e-5),
-        lambda: add_rms_norm(x, x.clone(), weight, 1e-5),
-        lambda: silu_mul(torch.zeros(4, 2 * HIDDEN, dtype=dtype)),
+        lambda: add_rms_norm(x, x.clone(), None, weight, 1e-5),
+        lambda: add_rms_norm(x, x.clone(), x.clone(), weight, 1e-5),
+        lambda: silu_mul(gate_up),
+        lambda: silu_mul(gate_up, gate_up.clone()),
         lambda: rotate_and_store(*store),
-        lambda: rotate_and_store(*store, (weight[:DIM], weight[:DIM]), 1e-6),
+        lambda: rotate_and_store(*store, qkv.clone(), (weight[:DIM], weight[:DIM]), 1e-6),
         lambda: attention.decode_attention(qkv, keys, keys, numbers, numbers, None, out),
         lambda: attention.decode_attention(qkv, keys, keys, many, many, 4096, out),
         lambda: attention.chunk_attention(qkv, keys, keys, tiles, None, out),

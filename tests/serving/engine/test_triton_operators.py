@@ -71,9 +71,13 @@ def test_rms_norm_equals_float64_and_adds_what_it_is_given(
         weight = torch.randn(size, device=device).to(dtype)
         close(rms_norm(x, weight, 1e-5), torch_rms_norm(x.double(), weight.double(), 1e-5))
         exact = x + delta
-        normed = add_rms_norm(x, delta, weight, 1e-5)
+        normed = add_rms_norm(x, delta, None, weight, 1e-5)
         assert torch.equal(x, exact)
         close(normed, torch_rms_norm(exact.double(), weight.double(), 1e-5))
+        lora, exact = torch.randn_like(x), exact.double() + delta.double()
+        normed = add_rms_norm(x, delta, lora, weight, 1e-5)
+        close(x, exact + lora.double(), 3.0)
+        close(normed, torch_rms_norm(x.double(), weight.double(), 1e-5))
 
 
 def test_silu_mul_equals_float64_from_the_smallest_to_the_largest_gate(
@@ -82,11 +86,14 @@ def test_silu_mul_equals_float64_from_the_smallest_to_the_largest_gate(
     gate = torch.linspace(-120, 120, 3 * 1030, device=device).view(3, 1030)
     x = torch.cat((gate, torch.randn(3, 1030, device=device)), dim=1).to(dtype)
     close(silu_mul(x), torch_silu_mul(x.double()))
+    lora = torch.randn_like(x)
+    close(silu_mul(x, lora), torch_silu_mul(x.double() + lora.double()))
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "lora"])
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "head-norms"])
 def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
-    device: torch.device, dtype: torch.dtype, normed: bool
+    device: torch.device, dtype: torch.dtype, normed: bool, adapted: bool
 ) -> None:
     heads, kv_heads, dim, length = 3, 1, 12, 40
     slots = torch.tensor([2, 2, 0, -1, 1], device=device)
@@ -97,7 +104,9 @@ def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
         torch.rand(dim, device=device).to(dtype),
     )
     frequencies = torch.tensor([100.0 ** (-i / dim) for i in range(0, dim, 2)], device=device)
-    qk, v = qkv.double().split((heads + kv_heads, kv_heads), dim=1)
+    lora = torch.randn_like(qkv) if adapted else None
+    whole = qkv.double() if lora is None else qkv.double() + lora.double()
+    qk, v = whole.split((heads + kv_heads, kv_heads), dim=1)
     if normed:
         q = torch_rms_norm(qk[:, :heads], norms[0].double(), 1e-6)
         qk = torch.cat((q, torch_rms_norm(qk[:, heads:], norms[1].double(), 1e-6)), dim=1)
@@ -106,14 +115,14 @@ def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
     keys = torch.full((5, kv_heads, length, dim), 7.0, device=device).to(dtype)
     values = keys.clone()
     rotate_and_store(
-        *(qkv, *rope_angles(frequencies, length), slots.int(), positions.int(), keys, values),
+        *(qkv, *rope_angles(frequencies, length), slots.int(), positions.int(), keys, values, lora),
         norms if normed else None,
         1e-6,
     )
     live = slots >= 0
     close(qkv[:, :heads], exact[:, :heads], 2.0)
     close(keys[slots[live], :, positions[live]], exact[live, heads:], 2.0)
-    assert torch.equal(values[slots[live], :, positions[live]].double(), v[live])
+    assert torch.equal(values[slots[live], :, positions[live]], v[live].to(dtype))
     for cache in (keys, values):
         assert int((cache != 7.0).any(-1).sum()) == int(live.sum()) * kv_heads
 
@@ -204,7 +213,7 @@ class Wardrobe:
         layout = LoraLayout(2, (LinearGroup("group", names, inputs, outputs),))
         self.dtype = dtype
         self.stacks = LoraStacks(layout, 96, dtype, device)
-        self.book = lora.AddressBook(self.stacks, dtype, device)
+        self.arena = lora.Arena(self.stacks)
         self.worn: dict[Slot, tuple[torch.Tensor, ...]] = {}
         for slot in slots:
             self.load(slot)
@@ -217,25 +226,24 @@ class Wardrobe:
         for half, width in zip(halves, (halves[0].shape[-1], *[slot.bucket] * 9), strict=False):
             half.normal_(std=width**-0.5)
         self.stacks.load(slot, HostAdapter("", slot.bucket, weights))
-        self.worn[slot] = tuple(half.to(self.book.table.device) for half in halves)
+        self.worn[slot] = tuple(half.to(self.arena.memory.device) for half in halves)
 
-    def apply(self, y: torch.Tensor, x: torch.Tensor, worn: Worn, height: int) -> torch.Tensor:
-        """Return what the kernels make of a copy of y, on layer 1."""
-        table = numbers(lora.cut_tiles(worn, height), y.device).view(-1, lora.TILE)
-        tiles = lora.LoraTiles(table, numbers([len(table)], y.device), height)
-        y = y.clone()
-        lora.apply_lora(y, x, tiles, self.book, "group", 1)
-        return y
+    def apply(self, x: torch.Tensor, worn: Worn, height: int, dead: int = 0) -> torch.Tensor:
+        """Return what the kernels add on layer 1; `dead` tiles follow those of `worn`."""
+        tiles = [*lora.cut_tiles(worn, height), *[0] * lora.TILE * dead]
+        table = numbers(tiles, x.device).view(-1, lora.TILE)
+        return lora.lora(x, lora.LoraTiles(table, height), self.arena, "group", 1)
 
-    def exact(self, y: torch.Tensor, x: torch.Tensor, worn: Worn) -> torch.Tensor:
-        exact, start = y.double(), 0
+    def exact(self, x: torch.Tensor, worn: Worn) -> torch.Tensor:
+        outputs = sum(self.arena.places["group"].outputs)
+        exact, start = torch.zeros(len(x), outputs, dtype=torch.float64, device=x.device), 0
         for slot, rows in worn:
             own = slice(start, start + rows)
             if slot is not None:
                 a, *bs = (half[1].double() for half in self.worn[slot])
                 shrunk = (x[own].double() @ a.T).split(slot.bucket, dim=1)
                 parts = [narrow @ b for narrow, b in zip(shrunk, bs, strict=True)]
-                exact[own] += torch.cat(parts, dim=1)
+                exact[own] = torch.cat(parts, dim=1)
             start += rows
         return exact
 
@@ -253,31 +261,30 @@ def test_lora_of_every_rank_equals_float64_in_one_batch(
     worn = [(None, 2), *((slot, 1) for slot in slots), (slots[0], 18), (None, 1)]
     rows = sum(count for _, count in worn)
     x = torch.randn(rows, 150, device=device).to(dtype)
-    y = torch.randn(rows, sum(outputs), device=device).to(dtype)
-    ours = wardrobe.apply(y, x, worn, height)
-    close(ours, wardrobe.exact(y, x, worn), 2.0)
-    assert torch.equal(ours[:2], y[:2])
-    assert torch.equal(ours[-1], y[-1])
+    ours = wardrobe.apply(x, worn, height, dead=2)
+    close(ours, wardrobe.exact(x, worn), 2.0)
+    assert not ours[:2].any()
+    assert not ours[-1].any()
 
 
 def test_lora_of_a_wrong_slot_exceeds_the_bound(device: torch.device, dtype: torch.dtype) -> None:
     slots = [Slot(16, 1), Slot(16, 2)]
     wardrobe = Wardrobe(64, (48,), slots, device, dtype)
-    x, y = torch.randn(6, 64, device=device).to(dtype), torch.randn(6, 48, device=device).to(dtype)
-    ours = wardrobe.apply(y, x, [(slots[0], 6)], lora.DECODE_HEIGHT)
+    x = torch.randn(6, 64, device=device).to(dtype)
+    ours = wardrobe.apply(x, [(slots[0], 6)], lora.DECODE_HEIGHT)
     with pytest.raises(AssertionError):
-        close(ours, wardrobe.exact(y, x, [(slots[1], 6)]), 2.0)
+        close(ours, wardrobe.exact(x, [(slots[1], 6)]), 2.0)
 
 
 def test_lora_reads_what_is_in_a_slot_now(device: torch.device, dtype: torch.dtype) -> None:
     """Nothing of a launch depends on the adapter: the same one serves what comes after a swap."""
     slot = Slot(8, 1)
     wardrobe = Wardrobe(64, (48,), [slot], device, dtype)
-    x, y = torch.randn(3, 64, device=device).to(dtype), torch.randn(3, 48, device=device).to(dtype)
-    first = wardrobe.apply(y, x, [(slot, 3)], lora.DECODE_HEIGHT)
+    x = torch.randn(3, 64, device=device).to(dtype)
+    first = wardrobe.apply(x, [(slot, 3)], lora.DECODE_HEIGHT)
     wardrobe.load(slot)
-    again = wardrobe.apply(y, x, [(slot, 3)], lora.DECODE_HEIGHT)
-    close(again, wardrobe.exact(y, x, [(slot, 3)]), 2.0)
+    again = wardrobe.apply(x, [(slot, 3)], lora.DECODE_HEIGHT)
+    close(again, wardrobe.exact(x, [(slot, 3)]), 2.0)
     assert not torch.equal(again, first)
 
 
@@ -305,8 +312,7 @@ def test_a_row_that_is_not_finite_stays_alone(
         yield out
         attention.chunk_attention(x.view(4, 4, 16), keys, keys, tiles, None, out)
         yield out
-        y = torch.zeros(4, 40, device=device).to(dtype)
-        yield wardrobe.apply(y, x, [(None, 1), (slot, 3)], lora.DECODE_HEIGHT)
+        yield wardrobe.apply(x, [(None, 1), (slot, 3)], lora.DECODE_HEIGHT)
 
     for healthy, poisoned in zip(outputs(x), outputs(sick), strict=True):
         assert torch.equal(healthy[others], poisoned[others])

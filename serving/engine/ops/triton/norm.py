@@ -10,23 +10,31 @@ import triton.language as tl
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return x [rows, size] normalised and scaled by weight [size]; x lies dense."""
-    return _launch(x, None, weight, eps)
+    return _launch(x, None, None, weight, eps)
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    lora: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
 ) -> torch.Tensor:
-    """Add delta to x in place, then return what `rms_norm` does; all [rows, size]."""
-    return _launch(x, delta, weight, eps)
+    """Add delta and lora to x in place, then return what `rms_norm` does; all [rows, size]."""
+    return _launch(x, delta, lora, weight, eps)
 
 
 def _launch(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    lora: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
 ) -> torch.Tensor:
     rows, size = x.shape
     out = torch.empty_like(x)
     block = triton.next_power_of_2(size)
-    _norm[(rows,)](x, delta, weight, out, eps, SIZE=size, BLOCK=block, ADD=delta is not None)
+    _norm[(rows,)](x, delta, lora, weight, out, eps, SIZE=size, BLOCK=block)
     return out
 
 
@@ -34,20 +42,22 @@ def _launch(
 def _norm(
     x,
     delta,
+    lora,
     weight,
     out,
     eps,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
 ):
     """One program a row. The sum is rounded before it is normalised, as it is when stored."""
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
     place = tl.program_id(0).to(tl.int64) * SIZE + columns
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
+    if delta is not None:
         value += tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)
+        if lora is not None:
+            value += tl.load(lora + place, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(x.dtype.element_ty)
         tl.store(x + place, rounded, mask=inside)
         value = rounded.to(tl.float32)

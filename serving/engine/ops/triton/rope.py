@@ -16,15 +16,16 @@ def rotate_and_store(
     positions: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    lora: torch.Tensor | None = None,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Rotate the queries of qkv in place, and put rotated keys and the values into the cache.
+    """Add lora to qkv, rotate its queries in place, put rotated keys and values into the cache.
 
-    qkv [rows, heads + 2 · kv_heads, dim], dense; cos and sin float32 [length, dim / 2]; slots and
-    positions int32 [rows]; keys and values [slots, kv_heads, length, dim], one layer's. A row of
-    slot -1 is dead and writes nothing to the cache. `norms` are the weights of Qwen3's query and
-    key norms.
+    qkv and lora [rows, heads + 2 · kv_heads, dim], dense; cos and sin float32 [length, dim / 2];
+    slots and positions int32 [rows]; keys and values [slots, kv_heads, length, dim], one layer's. A
+    row of slot -1 is dead and writes nothing to the cache. `norms` are the weights of Qwen3's query
+    and key norms.
     """
     rows, columns, dim = qkv.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
@@ -37,6 +38,7 @@ def rotate_and_store(
         positions,
         keys,
         values,
+        lora,
         query_norm,
         key_norm,
         eps,
@@ -58,6 +60,7 @@ def _rotate_and_store(
     positions,
     keys,
     values,
+    lora,
     query_norm,
     key_norm,
     eps,
@@ -73,9 +76,13 @@ def _rotate_and_store(
     half: tl.constexpr = DIM // 2
     low = tl.arange(0, BLOCK)
     inside = low < half
-    source = qkv + (row.to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * DIM + low
+    own = (row.to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * DIM + low
+    source = qkv + own
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    if lora is not None:
+        first += tl.load(lora + own, mask=inside, other=0.0).to(tl.float32)
+        second += tl.load(lora + own + half, mask=inside, other=0.0).to(tl.float32)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     if head < HEADS + KV_HEADS:
         if NORM:
