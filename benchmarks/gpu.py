@@ -7,7 +7,8 @@ Weights and adapters (all seven linears) are random; every row has `--context` t
 step is what the engine does for one: plan, compute, choose the tokens, bring them to the host. The
 floor is the bytes that a step must read (weights, the adapters that are worn, keys and values) over
 the read bandwidth that is measured here before. PEFT computes the same batch with `adapter_names`,
-or with one active adapter where there is only one, at `--peft-rank` alone: it takes minutes.
+or with one active adapter where there is only one, at `--peft-rank` alone and up to
+`--peft-adapters`: adding one takes it the longer the more it has, seconds with 128.
 
 Each figure is written to `--results` when it is measured; the same command goes on where it was
 stopped. `--minutes` ends it in time, and the table has what is there by then.
@@ -63,11 +64,12 @@ def most_rows(shape: str) -> int:
     return max(SMALL[0] if shape == "tiny" else BATCHES)
 
 
-def cells(shape: str, body: Body, peft_rank: int) -> list[Cell]:
+def cells(shape: str, body: Body, peft_rank: int, peft_adapters: int) -> list[Cell]:
     """Return the cells of one shape; ranks outside, so that adapters are loaded once for each."""
     batches, adapters, ranks = SMALL if shape == "tiny" else (BATCHES, ADAPTERS, RANKS)
     if body == "peft":
         ranks = ranks if shape == "tiny" else (peft_rank,)
+        adapters = [count for count in adapters if count <= peft_adapters]
     return [
         *(Cell(shape, batch, 0, 0, body) for batch in batches),
         *(
@@ -137,7 +139,7 @@ def measure(results: Results, options: argparse.Namespace, device: torch.device)
     bodies: list[tuple[str, Body]] = [(s, b) for b in ("wardrobe", "peft") for s in options.shape]
     with Progress() as progress:
         for shape, body in bodies:
-            wanted = cells(shape, body, options.peft_rank)
+            wanted = cells(shape, body, options.peft_rank, options.peft_adapters)
             missing = [cell for cell in wanted if cell not in results.figures]
             bar = progress.add_task(f"{shape} {body}", total=len(wanted))
             progress.advance(bar, len(wanted) - len(missing))
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--peft-rank", type=int, choices=RANKS, default=16)
+    parser.add_argument("--peft-adapters", type=int, choices=ADAPTERS, default=32)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--results", type=Path, default=Path("gpu-results.jsonl"))
     parser.add_argument("--table", type=Path, default=None, help="write the table here, too")

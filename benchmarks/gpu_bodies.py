@@ -174,15 +174,19 @@ class Peft:
                 r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
             )
             name = f"a{index}"
-            if self.peft is None:
-                made = get_peft_model(self.base, config, name, autocast_adapter_dtype=False)
-                assert isinstance(made, PeftModel)
-                self.peft = made.eval()
-            else:
-                self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
+            with self.device:
+                self._add(name, config)
             self.names.append(name)
         if self.peft is not None:
             self.peft.set_adapter(self.names[0])
+
+    def _add(self, name: str, config: LoraConfig) -> None:
+        if self.peft is None:
+            made = get_peft_model(self.base, config, name, autocast_adapter_dtype=False)
+            assert isinstance(made, PeftModel)
+            self.peft = made.eval()
+        else:
+            self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
 
 
 BODIES: dict[Body, type[Wardrobe] | type[Peft]] = {"wardrobe": Wardrobe, "peft": Peft}

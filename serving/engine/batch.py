@@ -30,7 +30,7 @@ class Batch:
     singles: int
     chunks: tuple[Chunk, ...]
     sampled: torch.Tensor  # rows that the head computes
-    worn: tuple[tuple[Slot | None, int], ...]  # adapter and number of rows, in order
+    worn: tuple[tuple[Slot | None, int], ...]  # adapter and number of neighbouring rows, in order
 
     @property
     def wears(self) -> bool:

@@ -16,6 +16,8 @@ from serving.engine.slots import Slot, SlotTable
 from serving.engine.spec import DecoderSpec
 from serving.engine.vector_file import BaseLayers
 
+Dressed = tuple[Slot | None, Row]  # what a row wears, and the row
+
 
 class Forward(Protocol):
     """The model as the runner needs it: `model.Model` in torch, `compiled_model` in C++."""
@@ -70,52 +72,59 @@ class ModelRunner:
         Repeating it with the same rows, or some of them, gives the same and harms nothing.
         """
         packed = self._pack(rows)
-        logits = self.model.forward(self._batch(packed), self.cache, self.stacks)
-        return logits, [row.sequence for row in packed if row.samples]
+        logits = self.model.forward(_batch(packed), self.cache, self.stacks)
+        return logits, [row.sequence for _, row in packed if row.samples]
 
-    def _pack(self, rows: Rows[Row]) -> list[Row]:
+    def _pack(self, rows: Rows[Row]) -> list[Dressed]:
         """Order the rows: single tokens, then chunks; inside each by adapter, then by KV slot."""
-        singles = [row for row in rows if row.count == 1]
-        chunks = [row for row in rows if row.count > 1]
-        return [*self._by_adapter(singles), *self._by_adapter(chunks)]
+        dressed = [(self._slot(row.sequence), row) for row in rows]
+        singles = [pair for pair in dressed if pair[1].count == 1]
+        chunks = [pair for pair in dressed if pair[1].count > 1]
+        return [*_by_adapter(singles), *_by_adapter(chunks)]
 
-    def _by_adapter(self, rows: Rows[Row]) -> list[Row]:
-        worn: Counter[Slot | None] = Counter()
-        for row in rows:
-            worn[self._slot(row)] += row.count
-
-        def key(row: Row) -> tuple[tuple[int, ...], int]:
-            slot = self._slot(row)
-            return packing_key(slot, worn[slot]), row.sequence.kv_slot
-
-        return sorted(rows, key=key)
-
-    def _slot(self, row: Row) -> Slot | None:
+    def _slot(self, sequence: Sequence) -> Slot | None:
         # Looked up by digest at every step: a remembered slot could be somebody else's by now.
-        adapter = row.sequence.adapter
+        adapter = sequence.adapter
         return None if adapter is None else self.table.slot_of(adapter.digest)
 
-    def _batch(self, packed: Rows[Row]) -> Batch:
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        chunks: list[Chunk] = []
-        sampled: list[int] = []
-        for row in packed:
-            sequence, stop = row.sequence, row.stop
-            if row.count > 1:
-                chunks.append(Chunk(len(ids), len(ids) + row.count, sequence.kv_slot, row.start))
-            ids += sequence.tokens[row.start : stop]
-            positions += range(row.start, stop)
-            slots += [sequence.kv_slot] * row.count
-            if row.samples:
-                sampled.append(len(ids) - 1)
-        return Batch(
-            ids=torch.tensor(ids),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            singles=len(packed) - len(chunks),
-            chunks=tuple(chunks),
-            sampled=torch.tensor(sampled, dtype=torch.int64),
-            worn=tuple((self._slot(row), row.count) for row in packed),
-        )
+
+def _by_adapter(rows: Rows[Dressed]) -> list[Dressed]:
+    counts: Counter[Slot | None] = Counter()
+    for slot, row in rows:
+        counts[slot] += row.count
+    keys = {slot: packing_key(slot, count) for slot, count in counts.items()}
+    return sorted(rows, key=lambda pair: (keys[pair[0]], pair[1].sequence.kv_slot))
+
+
+def _batch(packed: Rows[Dressed]) -> Batch:
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    chunks: list[Chunk] = []
+    sampled: list[int] = []
+    worn: list[tuple[Slot | None, int]] = []
+    for slot, row in packed:
+        sequence, start, count = row.sequence, row.start, row.count
+        if count == 1:
+            ids.append(sequence.tokens[start])
+            positions.append(start)
+            slots.append(sequence.kv_slot)
+        else:
+            chunks.append(Chunk(len(ids), len(ids) + count, sequence.kv_slot, start))
+            ids += sequence.tokens[start : start + count]
+            positions += range(start, start + count)
+            slots += [sequence.kv_slot] * count
+        if row.samples:
+            sampled.append(len(ids) - 1)
+        if worn and worn[-1][0] is slot:
+            count += worn.pop()[1]
+        worn.append((slot, count))
+    return Batch(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        singles=len(packed) - len(chunks),
+        chunks=tuple(chunks),
+        sampled=torch.tensor(sampled, dtype=torch.int64),
+        worn=tuple(worn),
+    )

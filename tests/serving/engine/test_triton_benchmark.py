@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from benchmarks import gpu
 from tests import tiny
-from tests.serving.engine.kernels import share_out_to_few
+from tests.serving.engine.kernels import interpreting, share_out_to_few
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -23,6 +23,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
 
 
 @pytest.mark.long
+@interpreting
 def test_the_benchmark_fills_a_table_and_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,9 @@ linear itself gives: that may still be under way, and the kernel that reads both
 """
 
 # A kernel is called with numbers and options that its signature, for the compiler, does not say.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import triton
@@ -24,7 +22,7 @@ import triton.language as tl
 
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.lora import Worn
-from serving.engine.slots import BUCKETS, Slot
+from serving.engine.slots import BUCKETS
 from serving.engine.spec import LinearGroup
 
 DECODE_HEIGHT = 16  # rows of a tile: what a product takes at least
@@ -32,8 +30,9 @@ PROMPT_HEIGHT = 64
 TILE = 4  # numbers of a tile: first row, rows, rank, row of the stack
 TILE_PROGRAMS = 64  # programs that walk through the tiles; what is not used ends at once
 RANK_PROGRAMS = 4
-PROGRAMS = 256  # about two for each multiprocessor of a large device
-MOST_SPLITS = 8
+PROGRAMS = 512  # about four for each multiprocessor of a large device
+MOST_SPLITS = {DECODE_HEIGHT: 8, PROMPT_HEIGHT: 2}
+STAGES = {DECODE_HEIGHT: 5, PROMPT_HEIGHT: 3}  # loads under way; those of a prompt are large
 RANKS, INPUTS = 16, 128  # that one program multiplies at once
 OUTPUTS = {DECODE_HEIGHT: 256, PROMPT_HEIGHT: 128}
 # Ranks are multiples of the lowest bucket, and so is where an A or B begins.
@@ -42,24 +41,15 @@ ALIGNED = tl.constexpr(BUCKETS[0])
 
 def cut_tiles(worn: Worn, height: int) -> list[int]:
     """Return TILE numbers for each tile of at most `height` rows; `worn` in packing order."""
-    return [
-        number
-        for start, rows, slot in _runs(worn)
-        for first in range(start, start + rows, height)
-        for number in (
-            *(first, min(height, start + rows - first)),
-            *((slot.bucket, slot.row) if slot else (0, 0)),
-        )
-    ]
-
-
-def _runs(worn: Worn) -> Iterator[tuple[int, int, Slot | None]]:
-    """Yield first row, rows and slot of neighbours that wear the same."""
+    tiles: list[int] = []
     start = 0
-    for slot, run in groupby(worn, key=lambda pair: pair[0]):
-        rows = sum(count for _, count in run)
-        yield start, rows, slot
-        start += rows
+    for slot, rows in worn:
+        rank, place = (slot.bucket, slot.row) if slot else (0, 0)
+        stop = start + rows
+        for first in range(start, stop, height):
+            tiles += (first, min(height, stop - first), rank, place)
+        start = stop
+    return tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +93,7 @@ def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int
     parts, outputs = len(place.outputs), sum(place.outputs)
     most = parts * BUCKETS[-1]
     walkers, block = min(TILE_PROGRAMS, count), OUTPUTS[tiles.height]
-    splits = _splits(walkers * RANK_PROGRAMS, place.inputs)
+    splits = _splits(walkers * RANK_PROGRAMS, place.inputs, MOST_SPLITS[tiles.height])
     shrunk = x.new_empty(splits, rows, most, dtype=torch.float32)
     y = x.new_empty(rows, outputs)
     _shrink[(walkers, RANK_PROGRAMS, splits)](
@@ -116,6 +106,7 @@ def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int
         HEIGHT=tiles.height,
         RANKS=RANKS,
         BLOCK=INPUTS,
+        num_stages=STAGES[tiles.height],
     )
     _expand[(sum(triton.cdiv(out, block) for out in place.outputs), walkers)](
         *(y, shrunk, tiles.table, arena.memory, layer, rows, count),
@@ -133,10 +124,10 @@ def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int
     return y
 
 
-def _splits(programs: int, inputs: int) -> int:
+def _splits(programs: int, inputs: int, most: int) -> int:
     """Return a power of two, so that few kernels are compiled."""
-    wanted = min(MOST_SPLITS, PROGRAMS // programs, inputs // INPUTS)
-    return 1 << max(1, wanted).bit_length() - 1
+    wanted = max(1, min(most, PROGRAMS // programs, inputs // INPUTS))
+    return 1 << (wanted.bit_length() - 1)
 
 
 @triton.jit
