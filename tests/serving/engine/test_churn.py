@@ -89,9 +89,9 @@ def test_a_slot_that_keeps_leftovers_gives_wrong_tokens(base: Path, folders: Fol
 
     def add_up(slot, adapter, *part):  # the shape of LoraStacks.load
         where = slice(slot.row * len(adapter.weights), (slot.row + 1) * len(adapter.weights))
-        before = stacks._arena[where].clone()
+        before = stacks.arena[where].clone()
         written = fill(slot, adapter, *part)
-        stacks._arena[where] += before
+        stacks.arena[where] += before
         return written
 
     stacks.load = add_up  # type: ignore[method-assign]  # the sabotage this test is about
