@@ -6,6 +6,7 @@ from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from weakref import WeakValueDictionary
 
 from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, LoadStage
@@ -28,7 +29,8 @@ class AdapterLoader:
         self.on_done: Callable[[], None] = lambda: None  # called on a worker after each load
         self._pool = ThreadPoolExecutor(WORKERS, "adapter-load", initializer=compute_alone)
         self._lock = Lock()
-        self._loads: dict[str, Load] = {}
+        # An ended load stays while somebody holds it: who asks before it is in a slot shares it.
+        self._loads = WeakValueDictionary[str, Load]()
         self._failed: OrderedDict[str, tuple[float, Load]] = OrderedDict()
         self._cache: OrderedDict[str, tuple[int, Load]] = OrderedDict()  # digest → bytes, load
         self._bytes = 0
@@ -47,11 +49,11 @@ class AdapterLoader:
                 return self._cache[ref.digest][1]
             if ref.digest in self._failed:
                 return self._failed[ref.digest][1]
-            if ref.digest not in self._loads:
-                future: Load = Future()
-                self._loads[ref.digest] = future
+            future = self._loads.get(ref.digest)
+            if future is None:
+                future = self._loads[ref.digest] = Future()
                 self._pool.submit(self._run, ref, future)
-            return self._loads[ref.digest]
+            return future
 
     def cached_beside(self, digests: Container[str]) -> int:
         """Return how many adapters are in host memory beside these."""
@@ -106,8 +108,8 @@ class AdapterLoader:
         self, ref: AdapterRef, future: Load, result: HostAdapter | AdapterLoadFailed
     ) -> None:
         with self._lock:
-            del self._loads[ref.digest]
             if isinstance(result, AdapterLoadFailed):
+                del self._loads[ref.digest]
                 self._failed[ref.digest] = (time.monotonic(), future)
                 future.set_exception(result)
             else:

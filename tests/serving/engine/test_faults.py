@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,8 @@ from serving.engine.boundary import (
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.kv_cache import KVCache
-from serving.engine.lora import LoraStacks
+from serving.engine.loader import AdapterLoader
+from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.model_runner import Forward
 from serving.engine.sequence import Sequence
 from serving.engine.settings import EngineSettings
@@ -166,6 +168,29 @@ def test_many_requests_share_one_load_and_one_failure(
         await engine.aclose()
 
     asyncio.run(main())
+
+
+def test_an_ended_load_is_shared_until_nobody_holds_it(tiny_folders: Folders) -> None:
+    """Whoever asks while the adapter is on its way from there into a slot reads no file again."""
+    reads: list[str] = []
+    ref = tiny_folders.refs["a"]
+
+    def read(_: Path, ref: AdapterRef) -> HostAdapter:
+        reads.append(ref.digest)
+        return HostAdapter(ref.digest, 8, torch.zeros(8))
+
+    loader = AdapterLoader(tiny_folders, read, budget=0)
+    held = loader.load(ref)
+    assert held.result(20).digest == ref.digest
+    assert loader.load(ref) is held
+    assert reads == [ref.digest]
+    gone = weakref.ref(held)
+    del held
+    while gone() is not None:  # the worker lets go of it in its own time
+        time.sleep(0.001)
+    assert loader.load(ref).result(20).digest == ref.digest
+    assert reads == [ref.digest] * 2
+    loader.close()
 
 
 def test_a_slow_load_holds_up_nobody_else(tiny_base: Path, tiny_folders: Folders) -> None:
