@@ -10,185 +10,185 @@ A peer is any command that serves `/v1/completions` for the model `base`: `{base
 runs the cells without adapters, `--lora-peer` those with adapters. All servers are up, and every
 cell goes round them in turn, so that what else the machine does meets all alike; a peer whose turn
 it is not is stopped (SIGSTOP), because some wait by spinning.
-Prints one Markdown table: rates, times, how many times as fast as the peer we are, and our share
-of the floor (benchmarks/floor.py). A peer that is missing, or does not start, is said and left out.
+A round (one cell, once on every server) is written to `--results` when it is complete; the same
+command goes on where it was stopped, and `--minutes` stops it. Prints one Markdown table: rates,
+times, how many times as fast as the peer we are, and our share of the floor (benchmarks/floor.py).
+A peer that is missing, or does not start, is said and left out.
 """
 
 import argparse
 import asyncio
 import contextlib
-import os
-import shlex
-import shutil
+import json
 import signal
-import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import aiohttp
 from rich.progress import Progress
 
 from benchmarks.floor import Limits, Sizes, floor
+from benchmarks.peer_servers import Peer, Server, turn, up
 from benchmarks.throughput import (
     ADAPTERS,
     fill_registry,
-    free_port,
     model_name,
     one_request,
     parse_cells,
     run_cell,
-    running_server,
-    setup_line,
+    setting,
 )
 from benchmarks.workload import Cell, Figures, prompts
 from registry.base import BaseModel, Bases
 from registry.home import default_cache
 
-START_SECONDS = 600
 OURS = "wardrobe"
 
 
-@dataclass(slots=True)
-class Server:
-    """A server that is up, and what it gave."""
-
-    name: str
-    url: str
-    adapters: tuple[bool, ...]  # runs cells without adapters, with adapters, or both
-    group: int | None = None  # the processes of a peer
-    figures: dict[Cell, list[Figures]] = field(default_factory=dict[Cell, list[Figures]])
-
-    def runs(self, cell: Cell) -> bool:
-        return (cell.adapters > 0) in self.adapters
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """Let a peer run for as long as this lasts."""
-        if self.group is None:
-            yield
-            return
-        os.killpg(self.group, signal.SIGCONT)
-        try:
-            yield
-        finally:
-            os.killpg(self.group, signal.SIGSTOP)
+Round = tuple[Cell, int]  # and its number
 
 
-@contextlib.contextmanager
-def started(command: str, log: Path, port: int) -> Iterator[int | str]:
-    """Run a peer; yield its process group, stopped, or why there is none.
+class Results:
+    """What complete rounds gave, in a file, a line each. Those of another setting do not count."""
 
-    It ends with all that it started.
-    """
-    words = shlex.split(command)
-    program = next(word for word in words if word != "env" and "=" not in word)
-    if shutil.which(program) is None:
-        yield f"there is no {program}"
-        return
-    with log.open("wb") as output:
-        peer = subprocess.Popen(words, stdout=output, stderr=output, process_group=0)  # noqa: S603 - the user's own
-        try:
-            if failure := asyncio.run(answers(f"http://127.0.0.1:{port}", peer)):
-                yield f"{failure}: {log.read_text(errors='replace')[-800:]}"
+    def __init__(self, path: Path, setting: str) -> None:
+        self.path, self.setting = path, setting
+        self.figures: dict[Round, dict[str, Figures]] = {}
+        self.limits: list[Limits] = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            entry = json.loads(line)
+            if entry["setting"] != setting:
+                continue
+            if "limits" in entry:
+                rates = {int(rows): rate for rows, rate in entry["limits"]["rates"].items()}
+                self.limits.append(Limits(entry["limits"]["read"], rates))
             else:
-                os.killpg(peer.pid, signal.SIGSTOP)
-                yield peer.pid
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(peer.pid, signal.SIGTERM)
-                os.killpg(peer.pid, signal.SIGCONT)
-            peer.wait(60)
+                known = self.figures.setdefault((Cell(**entry["cell"]), entry["repeat"]), {})
+                known[entry["server"]] = Figures(**entry["figures"])
+
+    def add_limits(self, limits: Limits) -> None:
+        self.limits.append(limits)
+        self._write({"limits": asdict(limits)})
+
+    def add(self, cell: Cell, repeat: int, figures: dict[str, Figures]) -> None:
+        self.figures[cell, repeat] = figures
+        place = {"cell": asdict(cell), "repeat": repeat}
+        self._write(
+            *(place | {"server": name, "figures": asdict(f)} for name, f in figures.items())
+        )
+
+    def missing(self, wanted: Sequence[Round], peers: Sequence[Peer]) -> list[Round]:
+        """Return the rounds that lack a server that runs their cell."""
+        return [
+            (cell, repeat)
+            for cell, repeat in wanted
+            for known in [self.figures.get((cell, repeat), {})]
+            if not all(peer.name in known for peer in peers if peer.runs(cell))
+        ]
+
+    def of(self, cell: Cell, name: str) -> list[Figures]:
+        rounds = [known for (own, _), known in self.figures.items() if own == cell]
+        return [known[name] for known in rounds if name in known]
+
+    @property
+    def best(self) -> Limits:
+        """The most that this machine reached, in any of the pieces that a run was done in."""
+        rates = {
+            rows: max(each.rates[rows] for each in self.limits) for rows in self.limits[0].rates
+        }
+        return Limits(max(each.read for each in self.limits), rates)
+
+    def _write(self, *entries: dict[str, object]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(json.dumps({"setting": self.setting} | e) + "\n" for e in entries)
 
 
-async def answers(url: str, peer: subprocess.Popen[bytes]) -> str:
-    """Return "" when a completion came, else what went wrong."""
-    deadline, last = time.monotonic() + START_SECONDS, ""
-    async with aiohttp.ClientSession() as session:
-        while time.monotonic() < deadline:
-            if peer.poll() is not None:
-                return f"it ended at start with {peer.returncode}"
-            try:
-                await one_request(session, url, [1, 2, 3], "base", 4)
-                return ""
-            except (aiohttp.ClientError, RuntimeError) as error:
-                last = str(error)
-            await asyncio.sleep(1)
-    return f"no completion in {START_SECONDS} s; the last answer: {last}"
+async def touch(server: Server) -> None:
+    """Have every adapter loaded that a cell may name."""
+    count = ADAPTERS if True in server.peer.adapters else 0
+    async with turn(server) as session:
+        for i in range(count or 1):
+            await one_request(session, server.url, [1 + i, 2, 3], model_name(i, count), 4)
 
 
 async def measure(
-    servers: list[Server], cells: list[Cell], repeats: int, pool: list[list[int]]
-) -> None:
-    """Run every cell on every server in turn, each time in another order, with fresh prompts."""
-    fresh = iter(pool)
+    servers: Sequence[Server],
+    missing: Sequence[Round],
+    texts: dict[Round, list[list[int]]],
+    results: Results,
+    until: float,
+) -> bool:
+    """Run the rounds, every second one the other way round; tell whether the time sufficed."""
     for server in servers:
-        async with turn(server) as session:
-            for i in range(ADAPTERS if True in server.adapters else 1):
-                name = model_name(i, ADAPTERS if True in server.adapters else 0)
-                await one_request(session, server.url, [1 + i, 2, 3], name, 4)
+        await touch(server)
     with Progress() as progress:
-        bar = progress.add_task("measuring", total=repeats * len(cells))
-        for repeat in range(repeats):
-            for cell in cells:
-                texts = [next(fresh) for _ in range(cell.requests)]
-                here = [server for server in servers if server.runs(cell)]
-                for server in here if repeat % 2 == 0 else reversed(here):
-                    async with turn(server) as session:
-                        figures = await run_cell(session, server.url, cell, texts)
-                    server.figures.setdefault(cell, []).append(figures)
-                progress.advance(bar)
+        bar = progress.add_task("measuring", total=len(missing))
+        for cell, repeat in missing:
+            if time.monotonic() > until:
+                return False
+            here = [server for server in servers if server.peer.runs(cell)]
+            figures: dict[str, Figures] = {}
+            for server in here if repeat % 2 == 0 else reversed(here):
+                async with turn(server) as session:
+                    own = await run_cell(session, server.url, cell, texts[cell, repeat])
+                figures[server.peer.name] = own
+            results.add(cell, repeat, figures)
+            progress.advance(bar)
+    return True
 
 
-@contextlib.asynccontextmanager
-async def turn(server: Server) -> AsyncIterator[aiohttp.ClientSession]:
-    """Let a server run, with connections of its own: those of an earlier turn may be dead."""
-    timeout, connector = aiohttp.ClientTimeout(total=1800), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        with server.awake():
-            yield session
-
-
-def table(servers: list[Server], cells: list[Cell], floors: dict[Cell, float]) -> str:
+def table(results: Results, peers: Sequence[Peer], cells: Sequence[Cell], sizes: Sizes) -> str:
     lines = [
         "| C | adapters | server | tok/s (min–max) | TTFT p50 ms | ITL p50 ms | p95 | p99 "
         "| wardrobe ÷ it | of the floor |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
-        ours = Figures.median(servers[0].figures[cell]).tokens_per_second
-        for server in servers:
-            if repeats := server.figures.get(cell):
+        own = results.of(cell, OURS)
+        least = floor(cell, sizes, results.best)
+        for peer in peers:
+            if repeats := results.of(cell, peer.name):
                 m, rates = Figures.median(repeats), [r.tokens_per_second for r in repeats]
+                ours = Figures.median(own).tokens_per_second
                 lines.append(
-                    f"| {cell.clients} | {cell.adapters} | {server.name} "
+                    f"| {cell.clients} | {cell.adapters} | {peer.name} "
                     f"| {m.tokens_per_second:.0f} ({min(rates):.0f}–{max(rates):.0f}) "
                     f"| {m.ttft_p50:.0f} | {m.itl_p50:.1f} | {m.itl_p95:.1f} | {m.itl_p99:.1f} "
                     f"| {ours / m.tokens_per_second:.2f} "
-                    f"| {m.tokens_per_second / floors[cell]:.2f} |"
+                    f"| {m.tokens_per_second / least:.2f} |"
                 )
     return "\n".join(lines)
 
 
-def peers(
-    stack: contextlib.ExitStack, options: argparse.Namespace, home: Path, base: BaseModel
-) -> Iterator[Server]:
-    """Start what the options name; what cannot be started is said and left out."""
-    made = sorted((home / "made").iterdir())
-    words = " ".join(f"bench/{folder.name}={folder}" for folder in made)
-    named = [(text, (False,)) for text in options.peer]
-    named += [(text, (True,)) for text in options.lora_peer]
-    for i, (text, adapters) in enumerate(named):
-        name, _, command = text.partition("=")
-        port, log = free_port(), home / f"peer-{i}.log"
-        filled = command.format(base=base.path, port=port, adapters=words)
-        group = stack.enter_context(started(filled, log, port))
-        if isinstance(group, str):
-            print(f"{name} is left out: {group}")
-        else:
-            yield Server(name, f"http://127.0.0.1:{port}", adapters, group)
+def named(options: argparse.Namespace) -> list[Peer]:
+    peers = [Peer(OURS, "", (False, True))]
+    for texts, adapters in ((options.peer, False), (options.lora_peer, True)):
+        for text in texts:
+            name, _, command = text.partition("=")
+            peers.append(Peer(name, command, (adapters,)))
+    return peers
+
+
+def run_missing(
+    results: Results, peers: Sequence[Peer], rounds: Sequence[Round], base: BaseModel, until: float
+) -> bool:
+    """Start what the missing rounds need and measure them; tell whether the time sufficed."""
+    missing = results.missing(rounds, peers)
+    if not missing:
+        return True
+    results.add_limits(Limits.measure())
+    needed = [peer for peer in peers if any(peer.runs(cell) for cell, _ in missing)]
+    pool = iter(prompts(str(base.path), sum(cell.requests for cell, _ in rounds), seed=0))
+    texts = {each: [next(pool) for _ in range(each[0].requests)] for each in rounds}
+    with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
+        home = Path(folder)
+        fill_registry(home, base, Bases(default_cache() / "bases"))
+        with contextlib.ExitStack() as stack:
+            servers = list(up(stack, needed, home, base))
+            return asyncio.run(measure(servers, missing, texts, results, until))
 
 
 def main() -> None:
@@ -200,24 +200,22 @@ def main() -> None:
     parser.add_argument("--cells", default="8,0;32,0;8,8;32,32", help="clients,adapters;…")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--lora-peer", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--results", type=Path, default=Path("peers-results.jsonl"))
     options = parser.parse_args()
-    cells = parse_cells(options.cells)
-    bases = Bases(default_cache() / "bases")
-    base = bases.get(options.base)
-    limits, sizes = Limits.measure(), Sizes.read(base.path)
-    needed = options.repeats * sum(cell.requests for cell in cells)
-    with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
-        home = Path(folder)
-        fill_registry(home, base, bases)
-        pool = prompts(str(base.path), needed, seed=0)
-        with contextlib.ExitStack() as stack:
-            url = stack.enter_context(running_server(home, base.id, ["--no-auth"]))
-            servers = [Server(OURS, url, (False, True))]
-            servers += peers(stack, options, home, base)
-            asyncio.run(measure(servers, cells, options.repeats, pool))
-    floors = {cell: floor(cell, sizes, limits) for cell in cells}
-    print(f"\n{setup_line(base, options.repeats)}\nLimits: {limits}\n")
-    print(table(servers, cells, floors))
+    until = time.monotonic() + 60 * options.minutes
+    # Whoever ends it ends the servers that it started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped. The same command goes on."))
+    cells, peers = parse_cells(options.cells), named(options)
+    base = Bases(default_cache() / "bases").get(options.base)
+    results = Results(options.results, setting(base))
+    rounds = [(cell, repeat) for repeat in range(options.repeats) for cell in cells]
+    complete = run_missing(results, peers, rounds, base, until)
+    print(f"\n{results.setting}, medians of {options.repeats}, {time.strftime('%F')}")
+    print(f"Limits: {results.best}\n")
+    print(table(results, peers, cells, Sizes.read(base.path)))
+    if not complete:
+        raise SystemExit(f"Stopped after {options.minutes} minutes. The same command goes on.")
 
 
 if __name__ == "__main__":

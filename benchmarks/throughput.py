@@ -224,12 +224,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def setup_line(base: BaseModel, repeats: int) -> str:
+def setting(base: BaseModel) -> str:
     return (
         f"{os.cpu_count()} cores of {cpu_name()}, torch {torch.__version__}, base {base.id}, "
         f"rank {RANK} on 7 linears, 112–144 prompt tokens, {OUTPUT_TOKENS} output tokens, over "
-        f"HTTP with the clients on the same cores, medians of {repeats}, {time.strftime('%F')}"
+        "HTTP with the clients on the same cores"
     )
+
+
+def setup_line(base: BaseModel, repeats: int) -> str:
+    return f"{setting(base)}, medians of {repeats}, {time.strftime('%F')}"
 
 
 def parse_cells(text: str) -> list[Cell]:
