@@ -22,7 +22,7 @@ from registry.home import default_cache
 from serving.engine.boundary import GenerateRequest, SamplingParams
 from serving.engine.build import Parts, assemble
 from serving.engine.compiled_model import CompiledModel
-from serving.engine.hardware import choose_device, choose_dtype
+from serving.engine.hardware import LargePages, choose_device, choose_dtype
 from serving.engine.linear import CompiledLinear, Linear
 from serving.engine.lora import HostAdapter, LoraLayout
 from serving.engine.model import Model
@@ -88,7 +88,8 @@ def bodies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> list[Fo
     if device.type != "cpu":
         return [torch_model]
     library = load_library(dtype, default_cache() / "operators")
-    weights = random_weights(spec, dtype, device, partial(CompiledLinear, library))
+    make = partial(CompiledLinear, library, pages=LargePages())
+    weights = random_weights(spec, dtype, device, make)
     return [torch_model, CompiledModel(spec, weights, library, LENGTH)]
 
 

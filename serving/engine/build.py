@@ -19,7 +19,13 @@ from serving.engine.boundary import EngineStats, EngineUnavailable
 from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
-from serving.engine.hardware import choose_device, choose_dtype, ridge_tokens, total_memory
+from serving.engine.hardware import (
+    LargePages,
+    choose_device,
+    choose_dtype,
+    ridge_tokens,
+    total_memory,
+)
 from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes
 from serving.engine.linear import CompiledLinear, Linear
 from serving.engine.loader import AdapterLoader
@@ -80,7 +86,7 @@ def _read_own(
                 return _triton_model(base, spec, dtype, device, length)
             check_compilable(spec)
             library = _library(dtype)
-            make = partial(CompiledLinear, library)
+            make = partial(CompiledLinear, library, pages=LargePages())
             weights = read_weights(base.path, spec, dtype, device, make)
             return CompiledModel(spec, weights, library, length)
         except NotCompiled as error:
@@ -108,7 +114,8 @@ def _read_through_transformers(
     if device.type == "cpu" and settings.operators == "auto":
         try:
             library = _library(dtype)
-            make, name = partial(CompiledLinear, library), f"C++ ({library.target.name})"
+            make = partial(CompiledLinear, library, pages=LargePages())
+            name = f"C++ ({library.target.name})"
         except NotCompiled as error:
             logger.warning("torch computes, several times slower than C++: %s", error)
             name = f"torch ({error})"

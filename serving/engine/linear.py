@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
 from serving.engine.boundary import EngineUnavailable
+from serving.engine.hardware import LargePages
 from serving.engine.ops.native.library import Library
 
 PANEL = 32  # outputs that the compiled operators multiply side by side
@@ -48,9 +49,12 @@ class Linear:
 class PackedLinear:
     """A linear of the compiled forward pass, which reads panels of 32 outputs in order."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, pages: LargePages | None = None
+    ) -> None:
         self.outputs, self.inputs = weight.shape
-        self.weight, self.bias = pack(weight), bias
+        packed = pack(weight)
+        self.weight, self.bias = packed if pages is None else pages.copy(packed), bias
 
     def dense(self) -> torch.Tensor:
         """Return the weight in the usual layout, [out, in]."""
@@ -69,13 +73,19 @@ class PackedLinear:
 class CompiledLinear(PackedLinear):
     """A packed linear that is called by itself."""
 
-    def __init__(self, library: Library, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        library: Library,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        pages: LargePages | None = None,
+    ) -> None:
         if weight.shape[1] % _step(weight):
             raise EngineUnavailable(
                 f"A linear of the base has {weight.shape[1]} inputs, an odd number, which the C++ "
                 "operators do not read in bfloat16. Serve it with operators='torch'."
             )
-        super().__init__(weight, bias)
+        super().__init__(weight, bias, pages)
         self.library = library
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

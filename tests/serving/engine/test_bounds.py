@@ -13,7 +13,7 @@ from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
-from serving.engine.hardware import lazy_zeros, total_memory
+from serving.engine.hardware import LargePages, lazy_zeros, total_memory
 from serving.engine.residency import MAX_LOADS
 from serving.engine.settings import EngineSettings
 from serving.engine.spec import ModelSpec
@@ -240,3 +240,13 @@ def test_a_short_sequence_holds_the_memory_of_its_own_tokens_only() -> None:
     cache[:, :, 0] = 1
     assert process.memory_info().rss - before < 8 << 20
     assert cache[:, :, 1:].count_nonzero() == 0
+
+
+def test_what_lies_in_large_pages_is_what_was_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors side by side, some that begin a new piece of memory, and one above a piece."""
+    monkeypatch.setattr(LargePages, "CHUNK", 1 << 16)
+    pages = LargePages()
+    wanted = [torch.randn(size).bfloat16() for size in (1, 33, 1000, 30_000, 7, 20_000, 90_000, 5)]
+    there = [pages.copy(tensor.view(-1, 1)) for tensor in wanted]
+    assert all(torch.equal(a.view(-1), b) for a, b in zip(there, wanted, strict=True))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in there)
