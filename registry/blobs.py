@@ -47,13 +47,16 @@ class Blobs:
         return cls(LocalStore(folder))
 
     def put(self, source: Path, digest: str) -> None:
-        """Store a file whose sha256 is `digest`; durable when this returns. Idempotent."""
+        """Store a file whose sha256 is `digest`; durable when this returns. Idempotent.
+
+        Nobody may write to the file any more: where it can be it becomes the blob, without a copy.
+        """
         key = blob_key(digest)
         with _explained(digest):
             if not self._has(key) or self._hash(key) != digest:
                 # A blob that is there with other bytes was damaged: these bytes replace it.
                 tmp = f"{_TMP}/{secrets.token_hex(16)}"
-                obstore.put(self._store, tmp, source)
+                self._write(source, tmp)
                 self._sync(tmp)
                 obstore.rename(self._store, tmp, key)
             # Also for a blob that was there: its writer may have died before this point.
@@ -109,14 +112,16 @@ class Blobs:
         """Return the files of puts that run now, or that died; obstore lists the large ones not."""
         return list((self._local / _TMP).glob("*")) if self._local else []
 
+    def _write(self, source: Path, key: str) -> None:
+        if self._local is not None:
+            target = self._local / key
+            target.parent.mkdir(exist_ok=True)
+            if _linked(source, target):
+                return
+        obstore.put(self._store, key, source)
+
     def _link(self, digest: str, target: Path) -> bool:
-        if self._local is None:
-            return False
-        try:
-            target.hardlink_to(self._local / blob_key(digest))
-        except OSError:  # another file system, or one without such names; or the blob is missing
-            return False
-        return True
+        return self._local is not None and _linked(self._local / blob_key(digest), target)
 
     def _list(self) -> "list[ObjectMeta]":
         # The overload that gives arrow tables has no types unless pyarrow is installed.
@@ -151,6 +156,15 @@ class Blobs:
                 os.close(descriptor)
 
 
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file a second name. False on another file system, and where it is missing."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def _explained(digest: str) -> Generator[None, None, None]:
     """Turn the errors of the store into ours."""
@@ -161,7 +175,8 @@ def _explained(digest: str) -> Generator[None, None, None]:
             f"The blob {digest} is missing. Push the adapter again, or restore a backup."
         ) from error
     except (BaseError, OSError) as error:
-        raise StoreUnavailable(f"The blob {digest} cannot be read or written: {error}") from error
+        reason = str(error).partition("\n")[0]  # behind that come the insides of obstore
+        raise StoreUnavailable(f"The blob {digest} cannot be read or written: {reason}.") from error
 
 
 def _damaged(digest: str, found: str) -> IntegrityError:

@@ -30,7 +30,7 @@ from registry.errors import StoreUnavailable, VersionNotFound, refused
 from registry.jsonfile import canonical
 from registry.leftovers import sweep
 from registry.manifest import config_bytes, digest_of
-from registry.materialize import export, materialize, sha256_of
+from registry.materialize import export, materialize
 from registry.migrations import SCHEMA
 from registry.records import (
     Alias,
@@ -46,7 +46,7 @@ from registry.records import (
     Share,
     VerifyReport,
 )
-from registry.upload import UploadedFile, copy_upload
+from registry.upload import UploadedFile, copy_upload, read_upload, uploaded
 from registry.validate import Checked, validate
 from registry.vectors import AnyConfig
 from registry.verify import Progress, verify
@@ -91,17 +91,32 @@ class Registry(Closing):
         Raises Refused, BaseMismatch, BaseNotFound, NotFound or StoreUnavailable.
         """
         with self.staging() as staging:
-            files = copy_upload(source, staging)
-            if converted := convert(staging, self.bases, base=base):
-                files[WEIGHTS_NAME] = _uploaded(staging / WEIGHTS_NAME)
-            checked = validate(staging, self.bases, base=base)
-            if converted:
-                checked = replace(checked, warnings=(converted, *checked.warnings))
-            if checked.config is not None:
-                files[CONFIG_NAME] = _write_config(staging, checked.config)
-            version = _describe(name, checked, files)
-            for file_name in version.files:
-                self._blobs.put(files[file_name].path, files[file_name].sha256)
+            return self._store(staging, copy_upload(source, staging), name, base, actor)
+
+    def push_staged(
+        self, staging: Path, name: AdapterName, *, base: str | None = None, actor: str
+    ) -> Push:
+        """As `push`, with files that were written into a folder of `staging`: none is copied."""
+        return self._store(staging, read_upload(staging), name, base, actor)
+
+    def _store(
+        self,
+        staging: Path,
+        files: dict[str, UploadedFile],
+        name: AdapterName,
+        base: str | None,
+        actor: str,
+    ) -> Push:
+        if converted := convert(staging, self.bases, base=base):
+            files[WEIGHTS_NAME] = uploaded(staging / WEIGHTS_NAME)
+        checked = validate(staging, self.bases, base=base)
+        if converted:
+            checked = replace(checked, warnings=(converted, *checked.warnings))
+        if checked.config is not None:
+            files[CONFIG_NAME] = _write_config(staging, checked.config)
+        version = _describe(name, checked, files)
+        for file_name in version.files:
+            self._blobs.put(files[file_name].path, files[file_name].sha256)
         return self._record(version, checked, actor)
 
     @contextmanager
@@ -433,11 +448,7 @@ def _write_config(staging: Path, config: AnyConfig) -> UploadedFile:
     """Replace the maker's config by the resolved one: logical base id, never a path."""
     path = staging / CONFIG_NAME
     path.write_bytes(config_bytes(config))
-    return _uploaded(path)
-
-
-def _uploaded(path: Path) -> UploadedFile:
-    return UploadedFile(path, sha256_of(path), path.stat().st_size)
+    return uploaded(path)
 
 
 def _describe(name: AdapterName, checked: Checked, files: dict[str, UploadedFile]) -> Version:

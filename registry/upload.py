@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,17 +53,38 @@ def copy_upload(source: Path, staging: Path) -> dict[str, UploadedFile]:
     """
     if not source.is_dir():
         raise NotFound(f"There is no folder {source}. Give the one that holds the version's files.")
-    if problems := check_files(source):
-        raise Refused.because(problems)
-    files = {
-        name: _copy(source / name, staging / name, limit)
+    _require_files(source)
+    # Checked in the copy, which is what will be stored: the source may change at any time.
+    return _checked(
+        _copy(source / name, staging / name, limit)
         for name, limit in ALLOWED.items()
         if (source / name).exists()
-    }
-    # In the copy, which is what will be stored: the source may change at any time.
-    if problems := [problem for file in files.values() for problem in _check_head(file.path)]:
+    )
+
+
+def read_upload(staging: Path) -> dict[str, UploadedFile]:
+    """Return the files of a folder that nobody else can write to. Raises Refused."""
+    _require_files(staging)
+    return _checked(uploaded(staging / name) for name in ALLOWED if (staging / name).exists())
+
+
+def uploaded(path: Path) -> UploadedFile:
+    """Describe a file that is in the private copy already."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return UploadedFile(path, digest, path.stat().st_size)
+
+
+def _require_files(folder: Path) -> None:
+    if problems := check_files(folder):
         raise Refused.because(problems)
-    return files
+
+
+def _checked(files: Iterable[UploadedFile]) -> dict[str, UploadedFile]:
+    found = {file.path.name: file for file in files}
+    if problems := [problem for file in found.values() for problem in _check_head(file.path)]:
+        raise Refused.because(problems)
+    return found
 
 
 def check_files(source: Path) -> list[Problem]:

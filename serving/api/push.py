@@ -25,6 +25,7 @@ from serving.api.services import parameters_of, services_of
 from serving.tenants.keys import PUSH
 
 MULTIPART = "multipart/form-data"
+HELD_BYTES = 1 << 20  # of a push, before they are written
 _encode = msgspec.json.Encoder().encode
 
 
@@ -39,7 +40,7 @@ async def push_version(
     with registry.staging() as folder:
         await _receive(request.stream(), _boundary(request), folder)
         pushed = await asyncio.to_thread(
-            registry.push, folder, adapter, base=base, actor=record.tenant
+            registry.push_staged, folder, adapter, base=base, actor=record.tenant
         )
     record.label, record.digest = pushed.version.ref.label, pushed.version.digest
     status = 201 if pushed.created else 200
@@ -76,7 +77,8 @@ def _boundary(request: Request[Any, Any, Any]) -> str:
 async def _receive(chunks: AsyncIterator[bytes], boundary: str, folder: Path) -> None:
     """Write the parts into the folder as they come. Raises Refused, RequestError."""
     file: BinaryIO | None = None
-    room = 0
+    room = held = 0
+    pieces: list[bytes] = []
     try:
         with PushMultipartParser(boundary, max_segment_count=len(ALLOWED)) as parser:
             async for chunk in chunks:
@@ -88,9 +90,16 @@ async def _receive(chunks: AsyncIterator[bytes], boundary: str, folder: Path) ->
                         room -= len(part)
                         if room < 0:
                             raise _too_large(file)
-                        # Off the loop: a disk that is slow must not stop the streams.
-                        await asyncio.to_thread(file.write, part)
+                        pieces.append(part)
+                        held += len(part)
+                        if held >= HELD_BYTES:
+                            # Off the loop: a disk that is slow must not stop the streams. And not
+                            # for each piece of 64 KB: they wait for hundreds of turns, too.
+                            await asyncio.to_thread(file.writelines, pieces)
+                            pieces, held = [], 0
                     elif file is not None:
+                        await asyncio.to_thread(file.writelines, pieces)
+                        pieces, held = [], 0
                         file.close()
     except MultipartError as error:
         raise RequestError(

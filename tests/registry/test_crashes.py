@@ -208,8 +208,9 @@ def test_a_full_disk_refuses_pushes_keeps_answering_and_recovers(
         first = registry.push(adapter(), NAME, actor="test").version
         filler = small_disk / "filler"
         fill(filler)
-        with pytest.raises(StoreUnavailable, match=r"No space|full"):
+        with pytest.raises(StoreUnavailable, match=r"No space|full") as refused:
             registry.push(adapter(seed=1), NAME, actor="test")
+        assert "\n" not in str(refused.value), "and not the insides of whoever noticed"
         assert registry.resolve(Selector.parse("acme/support@v1")) == first
         assert [version.number for version in registry.versions(NAME)] == [1]
         filler.unlink()

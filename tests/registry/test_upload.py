@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from safetensors.numpy import save_file
 
 from registry.base import Bases
 from registry.errors import Refused
+from registry.store import Registry
 from registry.upload import check_files, copy_upload
 from registry.validate import validate
 from tests.registry.gate import GOOD, WEIGHTS, Adapter, gate, refused
 from tests.registry.making import adapter_tensors
+from tests.registry.stored import NAME
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,30 @@ def test_a_file_is_checked_in_the_copy_not_in_the_source(
     validate(staging, bases)
     assert (staging / WEIGHTS).read_bytes() == GOOD
     assert files[WEIGHTS].size == len(GOOD)
+
+
+def test_staged_files_become_the_blobs_without_a_copy(adapter: Adapter, registry: Registry) -> None:
+    source = adapter()
+    with registry.staging() as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+        staged = (staging / "adapter_model.safetensors").stat().st_ino
+        version = registry.push_staged(staging, NAME, actor="test").version
+    sha256 = version.files["adapter_model.safetensors"]
+    assert (registry.home / "blobs" / sha256[:2] / sha256).stat().st_ino == staged
+    assert registry.verify().ok
+    assert not registry.push(source, NAME, actor="test").created
+
+
+def test_staged_files_pass_the_checks_of_a_push(adapter: Adapter, registry: Registry) -> None:
+    with registry.staging() as staging:
+        shutil.copytree(adapter(), staging, dirs_exist_ok=True)
+        (staging / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(Refused, match=r"pytorch_model\.bin"):
+            registry.push_staged(staging, NAME, actor="test")
+        (staging / "pytorch_model.bin").unlink()
+        (staging / "adapter_model.safetensors").write_bytes(b"PK\x03\x04")
+        with pytest.raises(Refused, match="a zip"):
+            registry.push_staged(staging, NAME, actor="test")
 
 
 def test_the_first_bytes_are_checked_in_the_copy_too(
