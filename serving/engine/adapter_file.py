@@ -1,6 +1,7 @@
 """PEFT files → a HostAdapter: the last check before weights of a stranger are computed with."""
 
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -74,9 +75,9 @@ def _low_rank(
         _check_shapes(module, *pair, rank, group, part)
         alike[group.name, part, rank, config.scale(module)].append((layer, pair))
     for (name, part, _, scale), found in alike.items():  # layers at once: calls take most time
-        layers, pairs = zip(*found, strict=True)
+        layers, pairs = zip(*sorted(found, key=itemgetter(0)), strict=True)
         a, b = (torch.stack(halves) for halves in zip(*pairs, strict=True))
-        write_modules(groups[name], part, layers, a, b.float() * scale)
+        write_modules(groups[name], part, layers, a, b, scale)
     if not weights.sum().isfinite():  # or only the sum is too large, which the next look tells
         for name, halves in groups.items():
             if not all(tensor.isfinite().all() for tensor in halves):

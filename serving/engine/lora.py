@@ -125,13 +125,25 @@ class LoraLayout:
 
 
 def write_modules(
-    halves: Halves, part: int, layers: Sequence[int], a: torch.Tensor, b: torch.Tensor
+    halves: Halves,
+    part: int,
+    layers: Sequence[int],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
 ) -> None:
-    """Put A [n, rank, in] and already scaled B [n, out, rank] of n layers into their places."""
+    """Put A [n, rank, in] and B [n, out, rank], times the scale, of n layers into their places.
+
+    `layers` are ascending. A scaled number is rounded once, to the numbers of the slots.
+    """
     stack_a, stack_b = halves[0], halves[1 + part]
     first, rank = part * stack_b.shape[1], a.shape[1]
-    stack_a[layers, first : first + rank] = a.to(stack_a.dtype)
-    stack_b[layers, :rank] = b.mT.to(stack_b.dtype)
+    # All between two layers are written as a slice: a list of them takes half as long again.
+    whole = len(layers) == layers[-1] - layers[0] + 1
+    where = slice(layers[0], layers[-1] + 1) if whole else layers
+    b = b if b.dtype == stack_b.dtype else b.float()
+    stack_a[where, first : first + rank] = a.to(stack_a.dtype)
+    stack_b[where, :rank] = (b.mT * scale).to(stack_b.dtype)
 
 
 class LoraStacks:
