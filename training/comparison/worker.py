@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -59,9 +59,9 @@ class Job:
 def train_apart(job: Job, progress: Report) -> TrainedAdapter:
     """Train in a process of its own, or find the run again. Raises what `train` raises."""
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    start_server()
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, theirs), daemon=True)
+    process = context.Process(target=work, args=(job, theirs), daemon=True)
     with _main_left_alone():
         process.start()
     theirs.close()
@@ -80,6 +80,21 @@ def train_apart(job: Job, progress: Report) -> TrainedAdapter:
     if isinstance(result, str):
         raise RunFailed(result)
     return result
+
+
+def start_server() -> None:
+    """Start the process that runs are forked from, once; it imports for seconds.
+
+    Ctrl-C comes to every process of a terminal, and is this one's to tell: with it held back, that
+    one and what it forks print no traceback of whatever they were importing.
+    """
+    resource_tracker.ensure_running()  # or the server would start it, which lets Ctrl-C in again
+    forkserver.set_forkserver_preload([__name__])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def read_taken(run: Path) -> Taken | None:
@@ -114,8 +129,10 @@ def _listen(pipe: Connection, progress: Report) -> TrainedAdapter | str | None:
         progress(message)
 
 
-def _work(job: Job, pipe: Connection) -> None:
+def work(job: Job, pipe: Connection) -> None:
+    """What the other process does: train, tell how it goes, and send what came of it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells of an interruption, once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     started, first = time.monotonic(), 0
 
     def report(progress: Progress) -> None:
@@ -136,6 +153,8 @@ def _work(job: Job, pipe: Connection) -> None:
         )
     except WardrobeError as error:
         pipe.send(error.message)
+        return
+    except BrokenPipeError:  # who asked is gone: interrupted while this process began
         return
     if not trained.reused:
         total = job.recipe.train.steps
