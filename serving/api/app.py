@@ -13,6 +13,7 @@ from serving.api.adapters import get_adapter, get_history, promote, rollback
 from serving.api.auth import Authentication, check_declared
 from serving.api.chat import chat_completions
 from serving.api.completions import completions
+from serving.api.door import Door
 from serving.api.drain import Drain
 from serving.api.endpoints import (
     change_endpoint,
@@ -178,7 +179,7 @@ def create_app(
     check_declared(app)
     # Around Litestar's own routing, so that its 404 and 405 pass through the guard as well.
     app.asgi_handler = Guard(
-        app.asgi_handler, settings, services.drain, counts, services.log_writer
+        app.asgi_handler, settings, Door(engine), services.drain, counts, services.log_writer
     )
     return app
 

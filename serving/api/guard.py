@@ -11,19 +11,23 @@ from typing import Any, cast
 
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
+from serving.api.door import Door
 from serving.api.drain import Drain
-from serving.api.errors import ClientGone, Failure, RequestError, Unavailable, failure_of
+from serving.api.errors import TABLE, ClientGone, Failure, RequestError, Unavailable, failure_of
 from serving.api.hosts import tenant_of_host
 from serving.api.metrics import Metrics
 from serving.api.record import SCOPE_KEY, RequestRecord, new_request_id
 from serving.api.request_log import entry_of
 from serving.api.settings import ServerSettings
+from serving.engine.boundary import EngineBusy
 from serving.logs.writer import LogWriter
 
 PUSH_PATH = re.compile(r"/v1/adapters/[^/]+/[^/]+/versions")  # its bodies are files
 ALWAYS_ANSWERED = ("/health/live", "/health/ready")  # also while draining or overloaded
 DISCARD_SECONDS = 5.0
 DISCARD_BYTES = 32 * 1024 * 1024
+
+CLOSE = ((b"connection", b"close"),)  # what was sent may not be what a second parser reads
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -35,12 +39,14 @@ class Guard:
         self,
         app: ASGIApp,
         settings: ServerSettings,
+        door: Door,
         drain: Drain,
         metrics: Metrics,
         log_writer: LogWriter,
     ) -> None:
         self._app = app
         self._settings = settings
+        self._door = door
         self._drain = drain
         self._metrics = metrics
         self._log_writer = log_writer
@@ -56,8 +62,13 @@ class Guard:
         try:
             with self._drain.request():
                 self._check(scope, record)
+                self._door.check(scope, record)
                 await self._app(scope, body.receive, respond)
+                if record.outcome == TABLE[EngineBusy].code:
+                    self._door.turned_away(scope, record)
         except (RequestError, Unavailable) as error:
+            await respond.failure(failure_of(error), *CLOSE)
+        except EngineBusy as error:
             await respond.failure(failure_of(error))
         except ClientGone:
             record.outcome = record.outcome or "disconnect"
@@ -200,13 +211,13 @@ class _Responder:
                 await self._body.discard()
         await self._send(message)
 
-    async def failure(self, failure: Failure) -> None:
+    async def failure(self, failure: Failure, *more: tuple[bytes, bytes]) -> None:
         self._record.outcome = failure.code
         body = failure.body(self._record.request_id)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
+            *more,
             *((name.encode(), value.encode()) for name, value in failure.headers.items()),
         ]
         start: Any = {"type": "http.response.start", "status": failure.status, "headers": headers}

@@ -210,6 +210,10 @@ class Engine(Protocol):
         """Let the slot of a kept adapter be used by others when they need it. Idempotent."""
         ...
 
+    def check_room(self, tenant: str, priority: Priority = "normal") -> None:
+        """Raise EngineBusy when `generate` would, for one more request of this tenant and class."""
+        ...
+
     async def stats(self) -> EngineStats: ...
 
     async def check_health(self) -> None:

@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from serving.engine.boundary import (
     EngineStats,
     EngineUnavailable,
     GenerateRequest,
+    Priority,
     RequestRefused,
     TokenDelta,
 )
@@ -56,6 +57,7 @@ class TorchEngine:
         # the flags. `_death` and `_stats` only the step thread writes; the core is its own.
         self._inbox: deque[tuple[Callable[[Ticket], None], Ticket]] = deque()
         self._streams: dict[Ticket, _Stream] = {}
+        self._taken: Counter[tuple[str, Priority]] = Counter()  # of them, requests of each class
         self._loaded = False  # a load ended since the last step
         self._closing = False
         self._death: str | None = None
@@ -120,6 +122,15 @@ class TorchEngine:
         finally:
             self._forget(stream)
 
+    def check_room(self, tenant: str, priority: Priority = "normal") -> None:
+        taken = self._taken[tenant, priority]  # a full class takes nobody else's room
+        limit = self._settings.max_running + self._settings.max_waiting
+        if taken >= limit:
+            raise EngineBusy(
+                f"{taken} requests are running or waiting, the limit is {limit}.",
+                self._retry_after(),
+            )
+
     async def stats(self) -> EngineStats:
         return self._stats
 
@@ -155,7 +166,8 @@ class TorchEngine:
             if self._death or self._closing:
                 raise EngineUnavailable(self._death or "The engine is closed.")
             if isinstance(ticket, Sequence):
-                self._check_room(ticket.request)
+                self.check_room(ticket.request.tenant, ticket.request.priority)
+                self._taken[_class_of(ticket.request)] += 1
             stream = self._streams[ticket] = _Stream(ticket)
             self._inbox.append((self._adding(ticket), ticket))
             self._changed.notify()
@@ -168,21 +180,6 @@ class TorchEngine:
         load = self._core.residency.begin(ticket.adapter, len(self._inbox))
         return partial(self._core.add, load=load)
 
-    def _check_room(self, request: GenerateRequest) -> None:
-        """Raise EngineBusy when a tenant's class is full: it takes nobody else's room."""
-        taken = sum(
-            isinstance(ticket, Sequence)
-            and ticket.request.tenant == request.tenant
-            and ticket.request.priority == request.priority
-            for ticket in self._streams
-        )
-        limit = self._settings.max_running + self._settings.max_waiting
-        if taken >= limit:
-            raise EngineBusy(
-                f"{taken} requests are running or waiting, the limit is {limit}.",
-                self._retry_after(),
-            )
-
     def _retry_after(self) -> int:
         """Estimate the seconds until a place is free: a request's time over those that run."""
         return min(MAX_RETRY_SECONDS, math.ceil(self._seconds / self._settings.max_running) or 1)
@@ -190,9 +187,19 @@ class TorchEngine:
     def _forget(self, stream: _Stream) -> None:
         """Abort unless it has ended. The caller may be cancelled: this never waits."""
         with self._changed:
-            if self._streams.pop(stream.ticket, None) is not None:
+            if stream.ticket in self._streams:
+                self._end(stream.ticket)
                 self._inbox.append((self._core.abort, stream.ticket))
                 self._changed.notify()
+
+    def _end(self, ticket: Ticket) -> None:
+        """Let nobody wait for a ticket any more. Under `_changed`."""
+        del self._streams[ticket]
+        if isinstance(ticket, Sequence):
+            whose = _class_of(ticket.request)
+            self._taken[whose] -= 1
+            if not self._taken[whose]:
+                del self._taken[whose]
 
     def _wake(self) -> None:
         with self._changed:
@@ -245,7 +252,7 @@ class TorchEngine:
                 if stream is None:
                     continue  # aborted while the step ran; its message is in the inbox
                 if not isinstance(item, TokenDelta) or item.finish_reason:
-                    del self._streams[ticket]
+                    self._end(ticket)
                     if isinstance(item, TokenDelta):
                         self._smooth(time.monotonic() - stream.started)
                 by_loop[stream.loop].append((stream, item))
@@ -262,6 +269,11 @@ class TorchEngine:
 
     def _smooth(self, seconds: float) -> None:
         self._seconds += 0.1 * (seconds - self._seconds)
+
+
+def _class_of(request: GenerateRequest) -> tuple[str, Priority]:
+    """Return whose room a request takes."""
+    return request.tenant, request.priority
 
 
 def _put(items: list[tuple[_Stream, Item]], written: threading.Event) -> None:

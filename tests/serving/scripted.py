@@ -19,6 +19,7 @@ from serving.engine.boundary import (
     FinishReason,
     GenerateRequest,
     LoadStage,
+    Priority,
     RequestFailed,
     RequestRefused,
     ResidentAdapter,
@@ -136,6 +137,9 @@ class ScriptedEngine:
         self._check_alive()
         if len(request.prompt_ids) + request.sampling.max_tokens > self.max_model_len:
             raise RequestRefused(f"longer than {self.max_model_len} tokens")
+        self.check_room(request.tenant)
+
+    def check_room(self, tenant: str, priority: Priority = "normal") -> None:
         if len(self.running) >= self.max_running and self.waiting >= self.max_waiting:
             raise EngineBusy(f"{self.waiting} requests are waiting", retry_after=3)
 
