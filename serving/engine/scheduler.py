@@ -143,6 +143,7 @@ class Scheduler:
         Every prompt token makes the step longer for those that decode. Reading the weights takes
         as long as computing `ridge` tokens, so a step of n tokens takes about ridge + n, and with
         STRETCH (ridge + decoding) - ridge tokens it takes STRETCH times as long as without prompts.
+        It may take once more when some sit out: fewer wait for it, and a whole prompt may fit in.
         """
         running = self._of(priority)
         out = self._sit_out(priority, running)
@@ -150,7 +151,8 @@ class Scheduler:
         rows = [Row(s, s.computed, 1) for s in here if s.remaining == 1][:tokens]
         budget = tokens - len(rows)
         if decoding := sum(s.remaining == 1 for s in running):
-            budget = min(budget, STRETCH * (self.ridge + decoding) - self.ridge - len(rows))
+            longest = (STRETCH + bool(out)) * (self.ridge + decoding)
+            budget = min(budget, longest - self.ridge - len(rows))
         prompts = [sequence for sequence in here if sequence.unread]
         counter = self.queues[priority].counter
         for sequence in sorted(prompts, key=lambda s: counter(s.request.tenant)):

@@ -196,6 +196,22 @@ def test_sitting_out_makes_first_tokens_come_sooner_and_costs_little(
     assert served > 0.95 * served_without
 
 
+def test_a_step_in_which_some_sit_out_is_at_most_one_step_longer() -> None:
+    steps, rng, longest = Steps(), random.Random(5), 0.0
+    for _ in range(600):
+        if rng.random() < 0.1:
+            steps.send("late", prompt=300, output=4)
+        steps.keep("noisy", 40)
+        steps.step()
+        out = [sequence for sequence in steps.scheduler.running if sequence.sat_out]
+        decoding = sum(row.count == 1 for row in steps.rows)
+        decoding += sum(sequence.remaining == 1 for sequence in out)
+        if out and decoding:
+            tokens = sum(row.count for row in steps.rows)
+            longest = max(longest, (RIDGE + tokens) / (RIDGE + decoding))
+    assert STRETCH < longest <= STRETCH + 1
+
+
 def longest_rest() -> int:
     """Return how many steps a stream waits for a token beside newcomers without end."""
     steps = Steps()
