@@ -1,7 +1,8 @@
 """Which sequences take part in a step, and with how many tokens."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from serving.engine.boundary import GenerateRequest, Priority
@@ -9,7 +10,7 @@ from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Row, Sequence
 
 STRETCH = 3  # times as long as without prompts: the most that a step with prompts should take
-SITS_OUT = 2  # steps in a row at most, for prompts of tenants that have had less
+SITS_OUT = 3  # steps in a row at most, for prompts of a tenant that has had less
 LOW_SHARE = 8  # beside normal requests, low ones get one token in so many
 
 
@@ -145,8 +146,8 @@ class Scheduler:
         STRETCH (ridge + decoding) - ridge tokens it takes STRETCH times as long as without prompts.
         It may take once more when some sit out: fewer wait for it, and a whole prompt may fit in.
         """
-        running = self._of(priority)
-        out = self._sit_out(priority, running)
+        running, due = self._of(priority), self._due(priority)
+        out = self._sit_out(priority, running, due)
         here = [sequence for sequence in running if sequence not in out]
         rows = [Row(s, s.computed, 1) for s in here if s.remaining == 1][:tokens]
         budget = tokens - len(rows)
@@ -154,28 +155,33 @@ class Scheduler:
             longest = (STRETCH + bool(out)) * (self.ridge + decoding)
             budget = min(budget, longest - self.ridge - len(rows))
         prompts = [sequence for sequence in here if sequence.unread]
-        counter = self.queues[priority].counter
-        for sequence in sorted(prompts, key=lambda s: counter(s.request.tenant)):
+        for sequence in sorted(prompts, key=lambda s: due[s.request.tenant]):
             if count := min(budget, sequence.unread):
                 rows.append(Row(sequence, sequence.computed, count))
                 budget -= count
         return rows
 
-    def _sit_out(self, priority: Priority, running: list[Sequence]) -> set[Sequence]:
+    def _sit_out(
+        self, priority: Priority, running: list[Sequence], due: Mapping[str, int]
+    ) -> set[Sequence]:
         """Return who takes no part in the step, so that first tokens of others come sooner.
 
-        While a prompt is read, that is whoever will have had more than its tenant even when all
-        its prompts are read. Who sits out goes on later, with the same numbers.
+        While a prompt is read, that is whoever has had more than its tenant will have had then.
+        Who sits out goes on later, with the same numbers.
         """
-        counter, unread = self.queues[priority].counter, self._unread(priority)
-        due = [counter(tenant) + tokens for tenant, tokens in unread.items() if tokens]
+        counter = self.queues[priority].counter
+        least = min((due[s.request.tenant] for s in running if s.unread), default=math.inf)
         out = set[Sequence]()
         for sequence in running:
-            ahead = bool(due) and counter(sequence.request.tenant) > min(due)
-            if ahead and sequence.sat_out < SITS_OUT:
+            if counter(sequence.request.tenant) > least and sequence.sat_out < SITS_OUT:
                 out.add(sequence)
             sequence.sat_out = sequence.sat_out + 1 if sequence in out else 0
         return out
+
+    def _due(self, priority: Priority) -> dict[str, int]:
+        """Return what each tenant that runs will have had when its prompts are read."""
+        counter, unread = self.queues[priority].counter, self._unread(priority)
+        return {tenant: counter(tenant) + tokens for tenant, tokens in unread.items()}
 
     def _of(self, priority: Priority) -> list[Sequence]:
         return [running for running in self.running if running.request.priority == priority]
