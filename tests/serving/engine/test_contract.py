@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import math
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,12 @@ def test_a_full_queue_is_busy_and_says_when_to_come_back(play: Play) -> None:
         with pytest.raises(EngineBusy) as busy:
             await complete(bench.engine, request("x"))
         assert busy.value.retry_after >= 1
+        with pytest.raises(EngineBusy, match=re.escape(str(busy.value))):
+            bench.engine.check_room("")
         for deltas in held:
             await deltas.aclose()
         assert (await third).finish == "length"
+        bench.engine.check_room("")
 
     play(body)
 
