@@ -14,7 +14,9 @@ def leaving_when_interrupted() -> Generator[None]:
 
     By the signal itself: an exception could be swallowed or wrapped by what is being imported.
     """
-    before = signal.signal(signal.SIGINT, _leave)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as in a shell's background
+        signal.signal(signal.SIGINT, _leave)
     try:
         yield
     finally:

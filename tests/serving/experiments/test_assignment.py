@@ -79,7 +79,8 @@ def test_slices_of_a_layer_fit_beside_each_other_and_into_what_was_left(
     again = make(0.2)
     assert again.slice is not None
     assert (again.slice.low, again.slice.high) == (0.3, 0.5)
-    with pytest.raises(NotFound, match="layer create"):
+    with pytest.raises(NotFound, match="no layer acme/other") as refused:
         store.create(NAME, ARMS, metrics, Policy(), layer=("other", 0.1), actor="test")
+    assert "layer create acme/other" in refused.value.command
     with pytest.raises(Conflict, match="never changes"):
         store.add_layer("acme", "main", 0.5)
