@@ -185,16 +185,18 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balances, "BUSY_SECONDS", 60.0)
 
 
-def a_campaign(wardrobe: Wardrobe, tokens: Tokens, requests: int, seed: int = 7) -> list[str]:
+def a_campaign(
+    wardrobe: Wardrobe, tokens: Tokens, requests: int, step_seconds: float = 0.0005
+) -> list[str]:
     wardrobe.push()
-    engine = Counting(step_seconds=0.0005, max_waiting=8, max_running=16)
+    engine = Counting(step_seconds=step_seconds, max_waiting=8, max_running=16)
     with running(wardrobe, tokens, engine) as live:
         still(live)
         keys = {"operator": live.key, "acme": add_key(wardrobe.registry, "acme", (INFER,))}
         for tenant in keys:
             # Budgets that do not bind: what is held is written for other servers to see.
             limit(live, tenant, tokens_per_day=10**9, concurrent=10**6)
-        seen = asyncio.run(campaign(live, keys, requests, seed))
+        seen = asyncio.run(campaign(live, keys, requests, seed=7))
         return wrong(live, engine, seen)
 
 
@@ -222,7 +224,8 @@ def test_the_campaign_sees_a_server_that_does_not_settle_aborts(
 ) -> None:
     write = RequestRecord.write
     monkeypatch.setattr(RequestRecord, "write", lambda record: without_aborts(record, write))
-    found = a_campaign(wardrobe, tokens, 150)
+    # Slow, so that whoever leaves does so before the answer has ended, on any machine.
+    found = a_campaign(wardrobe, tokens, 300, step_seconds=0.005)
     assert "usage is not what the engine made" in found
     assert "held in memory" in found
-    assert "acme holds something" in found
+    assert {"acme holds something", "operator holds something"} & set(found)
