@@ -16,7 +16,6 @@ stopped. `--minutes` ends it in time, and the table has what is there by then.
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.progress import Progress
+
+from benchmarks.journal import Journal
 
 if TYPE_CHECKING:
     from benchmarks.gpu_bodies import Steps
@@ -83,21 +84,16 @@ def cells(shape: str, body: Body, peft_rank: int, peft_adapters: int) -> list[Ce
 
 
 class Results:
-    """Figures in a file, a line each. Those of another device or setting do not count."""
+    """What was measured on this device, in this run and in earlier ones."""
 
-    def __init__(self, path: Path, setting: str) -> None:
-        self.path, self.setting = path, setting
-        self.figures: dict[Cell, Figure] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if entry.pop("setting") == setting:
-                figure = Figure(Cell(**entry.pop("cell")), **entry)
-                self.figures[figure.cell] = figure
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self.setting = journal, journal.setting
+        figures = (Figure(Cell(**entry.pop("cell")), **entry) for entry in journal)
+        self.figures = {figure.cell: figure for figure in figures}
 
     def add(self, figure: Figure) -> None:
         self.figures[figure.cell] = figure
-        with self.path.open("a") as file:
-            file.write(json.dumps({"setting": self.setting} | asdict(figure)) + "\n")
+        self._journal.write(asdict(figure))
 
 
 def table(results: Results, shapes: Sequence[str]) -> Iterator[str]:
@@ -204,7 +200,7 @@ def main() -> None:
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     device = torch.device(options.device)
-    results = Results(options.results, _setting(device, options.context))
+    results = Results(Journal(options.results, _setting(device, options.context)))
     complete = measure(results, options, device)
     text = "\n".join(table(results, options.shape))
     print(text)

@@ -19,7 +19,6 @@ A peer that is missing, or does not start, is said and left out.
 import argparse
 import asyncio
 import contextlib
-import json
 import signal
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from benchmarks.floor import Limits, Sizes, floor
+from benchmarks.journal import Journal
 from benchmarks.peer_servers import Peer, Server, turn, up
 from benchmarks.throughput import (
     ADAPTERS,
@@ -52,16 +52,13 @@ Round = tuple[Cell, int]  # and its number
 
 
 class Results:
-    """What complete rounds gave, in a file, a line each. Those of another setting do not count."""
+    """What complete rounds gave, in this run and in earlier ones."""
 
-    def __init__(self, path: Path, setting: str) -> None:
-        self.path, self.setting = path, setting
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self.setting = journal, journal.setting
         self.figures: dict[Round, dict[str, Figures]] = {}
         self.limits: list[Limits] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if entry["setting"] != setting:
-                continue
+        for entry in journal:
             if "limits" in entry:
                 rates = {int(rows): rate for rows, rate in entry["limits"]["rates"].items()}
                 self.limits.append(Limits(entry["limits"]["read"], rates))
@@ -71,12 +68,12 @@ class Results:
 
     def add_limits(self, limits: Limits) -> None:
         self.limits.append(limits)
-        self._write({"limits": asdict(limits)})
+        self._journal.write({"limits": asdict(limits)})
 
     def add(self, cell: Cell, repeat: int, figures: dict[str, Figures]) -> None:
         self.figures[cell, repeat] = figures
         place = {"cell": asdict(cell), "repeat": repeat}
-        self._write(
+        self._journal.write(
             *(place | {"server": name, "figures": asdict(f)} for name, f in figures.items())
         )
 
@@ -100,10 +97,6 @@ class Results:
             rows: max(each.rates[rows] for each in self.limits) for rows in self.limits[0].rates
         }
         return Limits(max(each.read for each in self.limits), rates)
-
-    def _write(self, *entries: dict[str, object]) -> None:
-        with self.path.open("a") as file:
-            file.writelines(json.dumps({"setting": self.setting} | e) + "\n" for e in entries)
 
 
 async def touch(server: Server) -> None:
@@ -208,7 +201,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped. The same command goes on."))
     cells, peers = parse_cells(options.cells), named(options)
     base = Bases(default_cache() / "bases").get(options.base)
-    results = Results(options.results, setting(base))
+    results = Results(Journal(options.results, setting(base)))
     rounds = [(cell, repeat) for repeat in range(options.repeats) for cell in cells]
     complete = run_missing(results, peers, rounds, base, until)
     print(f"\n{results.setting}, medians of {options.repeats}, {time.strftime('%F')}")
