@@ -23,7 +23,6 @@ import triton.language as tl
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.lora import Worn
 from serving.engine.slots import BUCKETS
-from serving.engine.spec import LinearGroup
 
 DECODE_HEIGHT = 16  # rows of a tile: what a product takes at least
 PROMPT_HEIGHT = 64
@@ -62,9 +61,10 @@ class LoraTiles:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the A of a group lies in an adapter of rank 1, its B's behind it, and their sizes."""
+    """Where the A of a group, and its B's, begin in an adapter of rank 1, and their sizes."""
 
-    start: int
+    a: int
+    b: int
     inputs: int
     outputs: tuple[int, ...]
 
@@ -76,15 +76,10 @@ class Arena:
         layout = stacks.layout
         self.memory, self.layers, self.unit = stacks.arena, layout.layers, layout.size(1)
         self.places: dict[str, Place] = {}
-        start = 0
         for group in layout.groups:
-            self.places[group.name] = Place(start, group.inputs, tuple(group.outputs))
-            start += layout.layers * _numbers(group)
-
-
-def _numbers(group: LinearGroup) -> int:
-    """Return the numbers of one layer's A and B's at rank 1."""
-    return len(group.modules) * group.inputs + sum(group.outputs)
+            first = stacks.whole(group.name)[BUCKETS[0]]
+            a, b = (half.storage_offset() // BUCKETS[0] for half in first[:2])
+            self.places[group.name] = Place(a, b, group.inputs, tuple(group.outputs))
 
 
 def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int) -> torch.Tensor:
@@ -99,7 +94,7 @@ def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int
     _shrink[(walkers, RANK_PROGRAMS, splits)](
         *(x, shrunk, tiles.table, arena.memory, layer, rows, count),
         UNIT=arena.unit,
-        START=place.start,
+        START=place.a,
         PARTS=parts,
         MOST=most,
         WIDTH=place.inputs,
@@ -111,7 +106,7 @@ def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int
     _expand[(sum(triton.cdiv(out, block) for out in place.outputs), walkers)](
         *(y, shrunk, tiles.table, arena.memory, layer, rows, count),
         UNIT=arena.unit,
-        START=place.start + arena.layers * parts * place.inputs,
+        START=place.b,
         LAYERS=arena.layers,
         OUTS=place.outputs,
         MOST=most,
