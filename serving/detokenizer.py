@@ -29,8 +29,11 @@ class Detokenizer:
         """Return the text that this token completes; empty while a character is unfinished."""
         self._pending.append(token_id)
         text = self._text()
-        if text.endswith(REPLACEMENT) and len(self._pending) < _MAX_PENDING:
-            return ""
+        if text.endswith(REPLACEMENT):
+            if len(self._pending) < _MAX_PENDING:
+                return ""
+            self._pending = []  # given up; as context it would take what comes for its end
+            return text
         if not text and self._settled:
             self._pending = []  # a control token: nothing to show, nothing to remember
             return ""

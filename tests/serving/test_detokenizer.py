@@ -1,6 +1,6 @@
 import time
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.detokenizer import Detokenizer
@@ -29,6 +29,7 @@ def test_control_tokens_leave_no_trace(tokens: Tokens, ids: list[int], control: 
 
 
 @given(ids=st.lists(st.integers(0, 255), max_size=60))
+@example(ids=[128, 128, 128, 194, *[128] * 8])  # the fourth is given up, and could go on
 def test_bytes_that_are_no_text_come_out_as_replacement_characters(
     tokens: Tokens, ids: list[int]
 ) -> None:
