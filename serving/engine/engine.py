@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -28,22 +28,11 @@ from serving.engine.build import Parts, assemble, read_model
 from serving.engine.core import Event, Ticket, Warm
 from serving.engine.sequence import Sequence
 from serving.engine.settings import EngineSettings
+from serving.engine.stream import Item, Stream, hand_over
 
 logger = logging.getLogger(__name__)
 
-Item = TokenDelta | EngineError | None
 MAX_RETRY_SECONDS = 60
-TURN_SECONDS = 0.01  # that the next step waits at most for the loops to write what this one gave
-
-
-class _Stream:
-    """Where one caller waits for what the step thread says."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
-        self.loop = asyncio.get_running_loop()
-        self.items: asyncio.Queue[Item] = asyncio.Queue()  # max_tokens bounds it
-        self.started = time.monotonic()
 
 
 class TorchEngine:
@@ -56,7 +45,7 @@ class TorchEngine:
         # `_changed` guards what callers and the step thread both write: the inbox, the streams and
         # the flags. `_death` and `_stats` only the step thread writes; the core is its own.
         self._inbox: deque[tuple[Callable[[Ticket], None], Ticket]] = deque()
-        self._streams: dict[Ticket, _Stream] = {}
+        self._streams: dict[Ticket, Stream] = {}
         self._taken: Counter[tuple[str, Priority]] = Counter()  # of them, requests of each class
         self._loaded = False  # a load ended since the last step
         self._closing = False
@@ -161,14 +150,14 @@ class TorchEngine:
         if strange := next((i for i in ids if not 0 <= i < vocab), None):
             raise RequestRefused(f"Token id {strange} is not in the vocabulary of {vocab}.")
 
-    def _submit(self, ticket: Ticket) -> _Stream:
+    def _submit(self, ticket: Ticket) -> Stream:
         with self._changed:
             if self._death or self._closing:
                 raise EngineUnavailable(self._death or "The engine is closed.")
             if isinstance(ticket, Sequence):
                 self.check_room(ticket.request.tenant, ticket.request.priority)
                 self._taken[_class_of(ticket.request)] += 1
-            stream = self._streams[ticket] = _Stream(ticket)
+            stream = self._streams[ticket] = Stream(ticket)
             self._inbox.append((self._adding(ticket), ticket))
             self._changed.notify()
             return stream
@@ -184,7 +173,7 @@ class TorchEngine:
         """Estimate the seconds until a place is free: a request's time over those that run."""
         return min(MAX_RETRY_SECONDS, math.ceil(self._seconds / self._settings.max_running) or 1)
 
-    def _forget(self, stream: _Stream) -> None:
+    def _forget(self, stream: Stream) -> None:
         """Abort unless it has ended. The caller may be cancelled: this never waits."""
         with self._changed:
             if stream.ticket in self._streams:
@@ -239,13 +228,8 @@ class TorchEngine:
         return not closing
 
     def _deliver(self, events: list[Event]) -> None:
-        """Hand the events to the loops of their callers, one call for each loop.
-
-        On a CPU the loops then have their turn. A step computes on all cores, and its threads meet
-        some hundred times: a loop that writes beside it takes one core from one thread, and time
-        from all of them.
-        """
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Item]]] = defaultdict(list)
+        """Hand the events to their callers; on a CPU, wait until these have written them."""
+        items: list[tuple[Stream, Item]] = []
         with self._changed:
             for ticket, item in events:
                 stream = self._streams.get(ticket)
@@ -255,17 +239,9 @@ class TorchEngine:
                     self._end(ticket)
                     if isinstance(item, TokenDelta):
                         self._smooth(time.monotonic() - stream.started)
-                by_loop[stream.loop].append((stream, item))
-        for loop, items in by_loop.items():
-            written = threading.Event()
-            try:
-                loop.call_soon_threadsafe(_put, items, written)
-            except RuntimeError:  # the caller's loop is closed: nobody is left to read
-                for stream, _ in items:
-                    self._forget(stream)
-            else:
-                if self._stats.device == "cpu":
-                    written.wait(TURN_SECONDS)
+                items.append((stream, item))
+        for stream in hand_over(items, take_turns=self._stats.device == "cpu"):
+            self._forget(stream)  # nobody is left to read
 
     def _smooth(self, seconds: float) -> None:
         self._seconds += 0.1 * (seconds - self._seconds)
@@ -274,11 +250,3 @@ class TorchEngine:
 def _class_of(request: GenerateRequest) -> tuple[str, Priority]:
     """Return whose room a request takes."""
     return request.tenant, request.priority
-
-
-def _put(items: list[tuple[_Stream, Item]], written: threading.Event) -> None:
-    """Wake the readers; set `written` behind them, and behind those whom they wake."""
-    for stream, item in items:
-        stream.items.put_nowait(item)
-    loop = asyncio.get_running_loop()
-    loop.call_soon(loop.call_soon, written.set)

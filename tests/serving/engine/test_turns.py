@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.engine import engine as module
+from serving.engine import stream
 from serving.engine.boundary import TokenDelta
 from serving.engine.engine import TorchEngine
 from serving.engine.settings import EngineSettings
@@ -20,7 +20,7 @@ def test_a_step_waits_until_the_tokens_of_the_last_one_are_written(
     tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also by a task that the reader wakes in its turn, as where an answer has several choices."""
-    monkeypatch.setattr(module, "TURN_SECONDS", 60.0)
+    monkeypatch.setattr(stream, "TURN_SECONDS", 60.0)
     steps: list[int] = []
 
     async def main() -> None:
@@ -46,7 +46,7 @@ def test_a_step_waits_until_the_tokens_of_the_last_one_are_written(
 def test_a_loop_that_does_not_come_to_write_holds_up_no_steps(
     tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TURN_SECONDS", 0.001)
+    monkeypatch.setattr(stream, "TURN_SECONDS", 0.001)
 
     async def main() -> None:
         engine = TorchEngine.create(base_of(tiny_base), tiny_folders, SETTINGS)

@@ -1,0 +1,52 @@
+"""How what a step gave reaches the callers, each of whom waits in an event loop of their own."""
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from serving.engine.boundary import EngineError, TokenDelta
+from serving.engine.core import Ticket
+
+Item = TokenDelta | EngineError | None
+TURN_SECONDS = 0.01  # that the next step waits at most for the loops to write what this one gave
+
+
+class Stream:
+    """Where one caller waits for what the step thread says."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.loop = asyncio.get_running_loop()
+        self.items: asyncio.Queue[Item] = asyncio.Queue()  # max_tokens bounds it
+        self.started = time.monotonic()
+
+
+def hand_over(items: Iterable[tuple[Stream, Item]], *, take_turns: bool) -> Iterator[Stream]:
+    """Put the items into their streams, one call for each loop; yield streams nobody reads.
+
+    With `take_turns` each loop then has its turn. A step computes on all cores of a CPU, and its
+    threads meet some hundred times: a loop that writes beside it takes one core from one thread,
+    and time from all of them.
+    """
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = defaultdict(list)
+    for stream, item in items:
+        by_loop[stream.loop].append((stream, item))
+    for loop, own in by_loop.items():
+        written = threading.Event()
+        try:
+            loop.call_soon_threadsafe(_put, own, written)
+        except RuntimeError:  # the caller's loop is closed
+            yield from (stream for stream, _ in own)
+        else:
+            if take_turns:
+                written.wait(TURN_SECONDS)
+
+
+def _put(items: list[tuple[Stream, Item]], written: threading.Event) -> None:
+    """Wake the readers; set `written` behind them, and behind those whom they wake."""
+    for stream, item in items:
+        stream.items.put_nowait(item)
+    loop = asyncio.get_running_loop()
+    loop.call_soon(loop.call_soon, written.set)
