@@ -21,8 +21,9 @@ class AdapterNotLoaded(NotFound):
 class LoadedAdapters:
     """Belongs to one event loop."""
 
-    def __init__(self, engine: Engine, make_ready: Callable[[Version], Awaitable[None]]) -> None:
-        self._engine, self._make_ready = engine, make_ready
+    def __init__(self, engine: Engine, keep_ready: Callable[[Version], Awaitable[None]]) -> None:
+        """`keep_ready` is `selfcheck.make_ready` that keeps."""
+        self._engine, self._keep_ready = engine, keep_ready
         self._versions: dict[str, Version] = {}
         self._changing = asyncio.Lock()  # two loads of one name must not both be told it is free
 
@@ -49,9 +50,7 @@ class LoadedAdapters:
                     "adapter in place, set 'load_inplace' to True."
                 )
             try:
-                if version.adapter is not None:  # a prompt alone has nothing to load
-                    await self._engine.keep(version.adapter)
-                await self._make_ready(version)
+                await self._keep_ready(version)
             except BaseException:  # a client that went away, too
                 await self._let_go(version)
                 raise

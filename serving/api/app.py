@@ -136,7 +136,7 @@ def create_app(
     """
     table, access = LiveTable(), Access(registry)
     ready = partial(make_ready, engine, tokens)
-    endpoints, loaded = LiveEndpoints(), LoadedAdapters(engine, ready)
+    endpoints, loaded = LiveEndpoints(), LoadedAdapters(engine, partial(ready, keep=True))
     router = Router(registry, base, table, access, endpoints, loaded)
     store, logs, counts = Experiments(registry.home), Logs(registry.home), Metrics()
     comparisons = Comparisons(registry.home)

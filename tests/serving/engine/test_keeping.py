@@ -113,6 +113,23 @@ def test_a_slot_that_is_claimed_for_another_can_still_be_kept(
     assert claimed in core.residency.table
 
 
+def test_what_is_kept_and_asked_at_once_is_asked_in_the_step_that_it_is_there_for(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """As a load call asks: a prompt and a single token, which wait for the load with the wish."""
+    core = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS).core
+    ref = tiny_folders.refs["a"]
+    keep = Warm(ref, keep=True)
+    asked = [Sequence(request(prompt, ref, max_tokens=1)) for prompt in ("xyz", "x")]
+    for ticket in (keep, *asked):
+        core.add(ticket)
+    core.residency.loader.load(ref).result(10)
+    with torch.inference_mode():
+        events = core.step()
+    assert {ticket for ticket, _ in events} == {keep, *asked}
+    assert (core.counters.steps, core.counters.generated_tokens) == (1, 2)
+
+
 def test_the_last_slot_is_not_kept_and_a_broken_adapter_keeps_none(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
