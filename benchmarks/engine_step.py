@@ -132,8 +132,8 @@ def decoding(
     return rows
 
 
-def reading(tokens: int, ref: AdapterRef | None) -> list[Row]:
-    prompt = tuple(j % 49152 for j in range(tokens))
+def reading(tokens: int, ref: AdapterRef | None, vocab: int) -> list[Row]:
+    prompt = tuple(j % vocab for j in range(tokens))
     request = Request(GenerateRequest("p", prompt, SamplingParams(temperature=0), ref))
     request.kv_slot = 0
     return [Row(request, 0, tokens)]
@@ -185,7 +185,7 @@ def main() -> None:
         for tokens in (128, 512):
             for ref in (None, named[0][0]):
                 steps = max(3, options.steps // 4)
-                result = measure(engines, reading(tokens, ref), steps)
+                result = measure(engines, reading(tokens, ref, spec.vocab), steps)
                 print(f"prompt of {tokens}, {'one adapter' if ref else 'base':11} {result}")
 
 

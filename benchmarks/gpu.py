@@ -1,14 +1,15 @@
-"""Time of a decode step on a GPU: batches that wear many adapters, beside the floor and PEFT.
+"""Time of a step on a GPU: batches and prompts that wear adapters, beside the floor and PEFT.
 
-    python -m benchmarks.gpu [--shape 1b 8b] [--table FILE.md]
+    python -m benchmarks.gpu [--shape 1b 8b] [--parts decode prompts peft] [--table FILE.md]
     python -m benchmarks.gpu --shape tiny --device cpu      # the same code, small, interpreted
 
-Weights and adapters (all seven linears) are random; every row has `--context` tokens behind it. A
-step is what the engine does for one: plan, compute, choose the tokens, bring them to the host. The
-floor is the bytes that a step must read (weights, the adapters that are worn, keys and values) over
-the read bandwidth that is measured here before. PEFT computes the same batch with `adapter_names`,
-or with one active adapter where there is only one, at `--peft-rank` alone and up to
-`--peft-adapters`: adding one takes it the longer the more it has, seconds with 128.
+Weights and adapters (all seven linears) are random. A step is what the engine does for one: plan,
+compute, choose the tokens, bring them to the host. Decoding, every row has `--context` tokens
+behind it; a prompt is one sequence's, read in as many steps as the engine takes, without what it
+captured and with it. The floor of decoding is the bytes that a step must read (weights, the
+adapters that are worn, keys and values) over the read bandwidth that is measured here before. PEFT
+computes the same with `adapter_names`, or with one active adapter where there is only one, at
+`--peft-rank` alone and up to `--peft-adapters`: its steps take seconds with 128.
 
 Each figure is written to `--results` when it is measured; the same command goes on where it was
 stopped. `--minutes` ends it in time, and the table has what is there by then.
@@ -20,8 +21,9 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,23 +35,34 @@ from benchmarks.journal import Journal
 if TYPE_CHECKING:
     from benchmarks.gpu_bodies import Steps
 
-Body = Literal["wardrobe", "peft"]
+Body = Literal["wardrobe", "launched", "peft"]  # launched: wardrobe, kernel by kernel
+Part = Literal["decode", "prompts", "peft"]
 SHAPES = ("1b", "8b", "tiny")
-BATCHES, ADAPTERS, RANKS = (1, 8, 32, 64, 128), (1, 8, 32, 128), (8, 16, 64)
-SMALL = ((1, 2), (1, 2), (4,))  # the same for the shape tiny
+PARTS: tuple[Part, ...] = ("decode", "prompts", "peft")
+BATCHES, ADAPTERS, RANKS, PROMPTS = (
+    (1, 8, 32, 64, 128),
+    (1, 8, 32, 128),
+    (8, 16, 64),
+    (128, 500, 2000),
+)
+SMALL = ((1, 2), (1, 2), (4,), (3, 12))  # the same for the shape tiny
 WARM_UP, FEWEST = 2, 3  # steps
 LONGEST = 3000  # milliseconds: PEFT's steps of many adapters take seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One place in the table: `adapters` of `rank` are worn by `batch` rows, in turn."""
+    """One place in a table: `adapters` of `rank` are worn by `batch` rows, in turn.
+
+    They decode, or read `prompt` tokens each.
+    """
 
     shape: str
     batch: int
     adapters: int
     rank: int  # 0 without adapters
     body: Body
+    prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +74,46 @@ class Figure:
     floor: float  # milliseconds
 
 
-def most_rows(shape: str) -> int:
-    return max(SMALL[0] if shape == "tiny" else BATCHES)
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured of a shape."""
+
+    batches: Sequence[int]
+    adapters: Sequence[int]
+    ranks: Sequence[int]
+    prompts: Sequence[int]
+
+    @classmethod
+    def of(cls, shape: str) -> "Sizes":
+        return cls(*(SMALL if shape == "tiny" else (BATCHES, ADAPTERS, RANKS, PROMPTS)))
 
 
-def cells(shape: str, body: Body, peft_rank: int, peft_adapters: int) -> list[Cell]:
-    """Return the cells of one shape; ranks outside, so that adapters are loaded once for each."""
-    batches, adapters, ranks = SMALL if shape == "tiny" else (BATCHES, ADAPTERS, RANKS)
-    if body == "peft":
-        ranks = ranks if shape == "tiny" else (peft_rank,)
+def cells(shape: str, part: Part, peft_rank: int, peft_adapters: int) -> list[Cell]:
+    """Return what one part measures of a shape, in an order in which adapters are only added."""
+    sizes = Sizes.of(shape)
+    rank = sizes.ranks[0] if shape == "tiny" else peft_rank
+    if part == "prompts":
+        return _reading(shape, "launched", rank) + _reading(shape, "wardrobe", rank)
+    body, ranks, adapters = "wardrobe", sizes.ranks, sizes.adapters
+    if part == "peft":
+        body, ranks = "peft", (rank,)
         adapters = [count for count in adapters if count <= peft_adapters]
-    return [
-        *(Cell(shape, batch, 0, 0, body) for batch in batches),
-        *(
-            Cell(shape, batch, count, rank, body)
-            for rank in ranks
-            for count in adapters
-            for batch in batches
-            if count <= batch
-        ),
+    found = [Cell(shape, batch, 0, 0, body) for batch in sizes.batches] + [
+        Cell(shape, batch, count, rank, body)
+        for rank in ranks
+        for count in adapters
+        for batch in sizes.batches
+        if count <= batch
     ]
+    if part == "peft":
+        found += _reading(shape, body, rank)
+    return sorted(found, key=lambda cell: (cell.rank, cell.adapters))
+
+
+def _reading(shape: str, body: Body, rank: int) -> list[Cell]:
+    prompts = Sizes.of(shape).prompts
+    worn = [(0, 0), (1, rank)]
+    return [Cell(shape, 1, count, r, body, prompt) for count, r in worn for prompt in prompts]
 
 
 class Results:
@@ -97,52 +130,72 @@ class Results:
 
 
 def table(results: Results, shapes: Sequence[str]) -> Iterator[str]:
-    """Yield the lines of a Markdown table for each shape."""
+    """Yield the lines of two Markdown tables for each shape: decoding, and reading a prompt."""
     yield f"{datetime.now(UTC):%Y-%m-%d}, {results.setting}."
     for shape in shapes:
+        own = [cell for cell in results.figures if cell.shape == shape and cell.body == "wardrobe"]
         yield f"\n**{shape}**\n"
         yield "| batch | adapters | rank | ms | share of the floor | cost of LoRA | PEFT, ms |"
         yield "|---:|---:|---:|---:|---:|---:|---:|"
-        own = [cell for cell in results.figures if cell.shape == shape and cell.body == "wardrobe"]
-        for cell in sorted(own, key=lambda c: (c.batch, c.adapters, c.rank)):
-            yield _line(results, cell)
+        decoding = [cell for cell in own if not cell.prompt]
+        for cell in sorted(decoding, key=lambda c: (c.batch, c.adapters, c.rank)):
+            yield _decode_line(results, cell)
+        yield "\n| prompt | adapters | rank | ms | not captured, ms | cost of LoRA | PEFT, ms |"
+        yield "|---:|---:|---:|---:|---:|---:|---:|"
+        reading = [cell for cell in own if cell.prompt]
+        for cell in sorted(reading, key=lambda c: (c.prompt, c.adapters)):
+            yield _prompt_line(results, cell)
 
 
-def _line(results: Results, cell: Cell) -> str:
-    figure = results.figures[cell]
-    bare = results.figures.get(Cell(cell.shape, cell.batch, 0, 0, cell.body))
-    peft = results.figures.get(Cell(cell.shape, cell.batch, cell.adapters, cell.rank, "peft"))
-    took, cost = figure.milliseconds, ""
-    if took and bare and bare.milliseconds and cell.adapters:
-        cost = f"{100 * (took / bare.milliseconds - 1):+.0f} %"
-    share = f"{figure.floor / took:.2f}" if took else ""
+def _decode_line(results: Results, cell: Cell) -> str:
+    figure, peft = results.figures[cell], _text(results, cell, "peft")
+    share = f"{figure.floor / figure.milliseconds:.2f}" if figure.milliseconds else ""
     return (
-        f"| {cell.batch} | {cell.adapters} | {cell.rank or ''} | {_text(figure)} "
-        f"| {share} | {cost} | {_text(peft) if peft else ''} |"
+        f"| {cell.batch} | {cell.adapters} | {cell.rank or ''} | {_text(results, cell)} "
+        f"| {share} | {_cost(results, cell)} | {peft} |"
     )
 
 
-def _text(figure: Figure) -> str:
+def _prompt_line(results: Results, cell: Cell) -> str:
+    launched, peft = (_text(results, cell, body) for body in ("launched", "peft"))
+    return (
+        f"| {cell.prompt} | {cell.adapters} | {cell.rank or ''} | {_text(results, cell)} "
+        f"| {launched} | {_cost(results, cell)} | {peft} |"
+    )
+
+
+def _cost(results: Results, cell: Cell) -> str:
+    """Return by how much adapters make a step longer."""
+    took = results.figures[cell].milliseconds
+    bare = results.figures.get(replace(cell, adapters=0, rank=0))
+    if not (cell.adapters and took and bare and bare.milliseconds):
+        return ""
+    return f"{100 * (took / bare.milliseconds - 1):+.0f} %"
+
+
+def _text(results: Results, cell: Cell, body: Body = "wardrobe") -> str:
+    figure = results.figures.get(replace(cell, body=body))
+    if figure is None:
+        return ""
     return "no memory" if figure.milliseconds is None else f"{figure.milliseconds:.2f}"
 
 
 def measure(results: Results, options: argparse.Namespace, device: torch.device) -> bool:
     """Fill in the cells that are missing; tell whether the time sufficed."""
-    from benchmarks.gpu_bodies import BODIES, read_bandwidth  # imports Triton: see main
+    from benchmarks.gpu_bodies import body_of, read_bandwidth  # imports Triton: see main
 
     until = time.monotonic() + 60 * options.minutes
     bandwidth = read_bandwidth(device)
-    bodies: list[tuple[str, Body]] = [(s, b) for b in ("wardrobe", "peft") for s in options.shape]
     with Progress() as progress:
-        for shape, body in bodies:
-            wanted = cells(shape, body, options.peft_rank, options.peft_adapters)
+        for part, shape in product(options.parts, options.shape):
+            wanted = cells(shape, part, options.peft_rank, options.peft_adapters)
             missing = [cell for cell in wanted if cell not in results.figures]
-            bar = progress.add_task(f"{shape} {body}", total=len(wanted))
+            bar = progress.add_task(f"{shape} {part}", total=len(wanted))
             progress.advance(bar, len(wanted) - len(missing))
             if not missing:
                 continue
             try:
-                model = BODIES[body](shape, options.context, device)
+                model = body_of(shape, part, options.context, device)
             except torch.OutOfMemoryError:
                 model = None
             for cell in missing:
@@ -163,7 +216,7 @@ def _milliseconds(model: "Steps", cell: Cell, steps: int) -> tuple[float | None,
     A step ends when its tokens are on the host.
     """
     try:
-        step, size = model.step(cell.batch, cell.adapters, cell.rank)
+        step, size = model.step(cell)
         times: list[float] = []
         while len(times) < WARM_UP + steps and (
             len(times) < WARM_UP + FEWEST or sum(times) < LONGEST
@@ -181,6 +234,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1b", "8b"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)

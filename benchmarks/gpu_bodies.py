@@ -2,25 +2,31 @@
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from typing import NoReturn, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from benchmarks.engine_step import decoding, random_weights
-from benchmarks.gpu import RANKS, Body, most_rows
+from benchmarks.engine_step import decoding, random_weights, reading
+from benchmarks.gpu import RANKS, Cell, Part, Sizes
 from registry.adapter import AdapterRef
 from serving.engine.build import assemble
+from serving.engine.device_step import DeviceStep
 from serving.engine.hardware import total_memory
 from serving.engine.linear import Linear
 from serving.engine.lora import HostAdapter, LoraLayout
+from serving.engine.sequence import Row
 from serving.engine.settings import EngineSettings
 from serving.engine.slots import bucket_of
 from serving.engine.spec import ModelSpec
+from serving.engine.step_graphs import StepGraphs
 from serving.engine.triton_model import TritonModel
 
 Step = Callable[[], object]  # ends when its tokens are on the host
+PROMPTS_RUNNING = 32  # sequences that there is room for when one prompt is read, the default
 
 
 def _spec(vocab: int, layers: int, hidden: int, heads: int, dim: int, wide: int) -> ModelSpec:
@@ -64,44 +70,62 @@ def read_bandwidth(device: torch.device) -> float:
 class Steps(Protocol):
     """A body with weights on the device."""
 
-    def step(self, batch: int, adapters: int, rank: int) -> tuple[Step, int]:
-        """Return a step of this batch, and the bytes that it must read."""
+    def step(self, cell: Cell) -> tuple[Step, int]:
+        """Return a cell's step, and the bytes that it must read."""
         ...
 
 
 class Wardrobe:
     """The engine around a Triton model of random weights."""
 
-    def __init__(self, shape: str, context: int, device: torch.device) -> None:
-        self.spec, self.context, most = SPECS[shape], context, most_rows(shape)
+    def __init__(
+        self, shape: str, context: int, length: int, running: int, device: torch.device
+    ) -> None:
+        self.spec, self.context = SPECS[shape], context
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with torch.inference_mode():
             weights = random_weights(self.spec, self.dtype, device, Linear)
-            model = TritonModel(self.spec, weights, context + 64)
-            settings = EngineSettings(
-                max_running=most,
+            self.model = TritonModel(self.spec, weights, length)
+            self.settings = EngineSettings(
+                max_running=running,
                 max_lora_rank=max(RANKS),
                 prefix_cache_bytes=0,
-                adapter_memory=_adapter_memory(self.spec, self.dtype, device, most),
+                adapter_memory=_adapter_memory(self.spec, self.dtype, device, running),
             )
-            self.core = assemble(model, _no_fetch, settings).core
+            self.core = assemble(self.model, _no_fetch, self.settings).core
+        self.captured = self.model.graphs
+        self.nothing = StepGraphs(_not_captured, (), device)
         self.refs: list[AdapterRef] = []
         self.rank = 0
 
     @torch.inference_mode()
-    def step(self, batch: int, adapters: int, rank: int) -> tuple[Step, int]:
+    def step(self, cell: Cell) -> tuple[Step, int]:
         layout = LoraLayout(self.spec.layers, self.spec.groups)
-        self._wear(adapters, rank, layout)
-        rows = decoding(self.refs, batch, adapters, self.context, self.spec.vocab)
+        self._wear(cell.adapters, cell.rank, layout)
+        self.model.graphs = self.nothing if cell.body == "launched" else self.captured
+        parts = self._reading(cell) if cell.prompt else self._decoding(cell)
         runner, sampler = self.core.runner, self.core.sampler
 
         @torch.inference_mode()
         def step() -> None:
-            sampler.choose(*runner.run(rows))
+            for rows in parts[:-1]:
+                runner.run(rows)
+            sampler.choose(*runner.run(parts[-1]))
 
-        numbers = _parameters(self.spec) + adapters * layout.size(bucket_of(rank or 1))
-        kept = batch * self.context * self.spec.kv_bytes_per_token(self.dtype)
+        numbers = _parameters(self.spec) + cell.adapters * layout.size(bucket_of(cell.rank or 1))
+        kept = cell.batch * self.context * self.spec.kv_bytes_per_token(self.dtype)
         return step, numbers * self.dtype.itemsize + kept
+
+    def _decoding(self, cell: Cell) -> list[list[Row]]:
+        rows = decoding(self.refs, cell.batch, cell.adapters, self.context, self.spec.vocab)
+        return [rows]
+
+    def _reading(self, cell: Cell) -> list[list[Row]]:
+        """Return a prompt as the scheduler cuts it for a sequence that is alone."""
+        (row,) = reading(cell.prompt, self.refs[0] if cell.adapters else None, self.spec.vocab)
+        most = self.settings.max_batched_tokens
+        starts = range(0, cell.prompt, most)
+        return [[Row(row.sequence, at, min(most, cell.prompt - at))] for at in starts]
 
     def _wear(self, adapters: int, rank: int, layout: LoraLayout) -> None:
         """Fill slots with the same random adapter: it is read as often as different ones are."""
@@ -147,49 +171,64 @@ class Peft:
         self.peft: PeftModel | None = None
         self.names: list[str] = []
 
-    def step(self, batch: int, adapters: int, rank: int) -> tuple[Step, int]:
+    def step(self, cell: Cell) -> tuple[Step, int]:
         """Cells without adapters come first: PEFT's wrappers would cost them time, too."""
-        self._wear(adapters, rank)
+        self._wear(cell.adapters, cell.rank)
         model, more = self.peft or self.base, {}
-        if adapters > 1:
-            more["adapter_names"] = [self.names[i % adapters] for i in range(batch)]
+        if cell.adapters > 1:
+            more["adapter_names"] = [self.names[i % cell.adapters] for i in range(cell.batch)]
         cache = DynamicCache()
-        shape = (batch, self.spec.kv_heads, self.context, self.spec.head_dim)
+        kept, read = (0, cell.prompt) if cell.prompt else (self.context, 1)
+        shape = (cell.batch, self.spec.kv_heads, kept, self.spec.head_dim)
         for layer in range(self.spec.layers):
             half = torch.zeros(shape, dtype=self.dtype, device=self.device)
             cache.update(half, half.clone(), layer)
-        ids = torch.ones(batch, 1, dtype=torch.int64, device=self.device)
+        ids = torch.ones(cell.batch, read, dtype=torch.int64, device=self.device)
+        more |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
 
         @torch.inference_mode()
         def step() -> None:
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+            logits = model(input_ids=ids, **more).logits
             logits[:, -1].argmax(-1).tolist()
-            cache.crop(-1)
+            cache.crop(-read)
 
         return step, 0
 
     def _wear(self, adapters: int, rank: int) -> None:
         for index in range(len(self.names), adapters):
+            self._add(f"a{index}", rank)
+            self.names.append(f"a{index}")
+
+    def _add(self, name: str, rank: int) -> None:
+        """Add an adapter; from the second on a copy of the first, beside it.
+
+        PEFT's own way takes the longer the more adapters there are, minutes for 128 of them.
+        """
+        if self.peft is None:
             config = LoraConfig(
                 r=rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
             )
-            name = f"a{index}"
             with self.device:
-                self._add(name, config)
-            self.names.append(name)
-        if self.peft is not None:
-            self.peft.set_adapter(self.names[0])
-
-    def _add(self, name: str, config: LoraConfig) -> None:
-        if self.peft is None:
-            made = get_peft_model(self.base, config, name, autocast_adapter_dtype=False)
+                made = get_peft_model(self.base, config, name, autocast_adapter_dtype=False)
             assert isinstance(made, PeftModel)
             self.peft = made.eval()
-        else:
-            self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
+            return
+        for layer in self.peft.modules():
+            if isinstance(layer, LoraLayer):
+                for part in (*layer.adapter_layer_names, *layer.other_param_names):
+                    held = getattr(layer, part)
+                    if self.names[0] in held:
+                        held[name] = deepcopy(held[self.names[0]])
 
 
-BODIES: dict[Body, type[Wardrobe] | type[Peft]] = {"wardrobe": Wardrobe, "peft": Peft}
+def body_of(shape: str, part: Part, context: int, device: torch.device) -> Steps:
+    """Return who computes a part, with memory for what it measures."""
+    if part == "peft":
+        return Peft(shape, context, device)
+    sizes = Sizes.of(shape)
+    if part == "prompts":
+        return Wardrobe(shape, 0, max(sizes.prompts) + 64, PROMPTS_RUNNING, device)
+    return Wardrobe(shape, context, context + 64, max(sizes.batches), device)
 
 
 def _adapter_memory(spec: ModelSpec, dtype: torch.dtype, device: torch.device, most: int) -> int:
@@ -202,6 +241,10 @@ def _parameters(spec: ModelSpec) -> int:
     """Return the numbers of the weights that a step reads: the head, and all layers' linears."""
     linears = sum(group.inputs * sum(group.outputs) for group in spec.groups)
     return spec.vocab * spec.hidden + spec.layers * linears
+
+
+def _not_captured(_: DeviceStep) -> NoReturn:
+    raise AssertionError("there is nothing to capture")
 
 
 def _no_fetch(ref: AdapterRef) -> NoReturn:

@@ -142,7 +142,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
     highest, base = min(settings.max_lora_rank, table.highest), model.base_layers
     if isinstance(model, Capturing):
-        model.capture(cache, stacks, settings.max_running)
+        model.capture(cache, stacks, settings.max_running, settings.max_batched_tokens)
 
     def read(folder: Path, ref: AdapterRef) -> HostAdapter:
         adapter = read_adapter(folder, ref, layout, dtype, highest, base)

@@ -1,71 +1,115 @@
 """One step as the Triton operators read it: a row of numbers that lies on the device.
 
-All that changes from step to step is in it, so steps of one size are the same launches.
+All that changes from step to step is in it, so steps of one shape are the same launches.
 """
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from serving.engine.batch import Batch
-from serving.engine.ops.triton.attention import TILE as CHUNK_TILE
-from serving.engine.ops.triton.attention import cut_chunks
-from serving.engine.ops.triton.lora import (
-    DECODE_HEIGHT,
-    PROMPT_HEIGHT,
-    TILE,
-    LoraTiles,
-    cut_tiles,
-)
+from serving.engine.batch import Batch, Chunk
+from serving.engine.ops.triton import attention, lora
+from serving.engine.ops.triton.lora import DECODE_HEIGHT, PROMPT_HEIGHT, LoraTiles
+
+LINE = 4  # numbers: a kernel is compiled once more for tensors that begin between two lines
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
-    """The first `singles` rows are one token each; the others belong to tiles of `chunks`."""
+    """Rows of one token each stand in front; the others belong to tiles of `chunks`."""
 
+    worn: LoraTiles | None  # None: no row wears anything
+    chunks: torch.Tensor  # int32 [tiles, attention.TILE]
+    singles: torch.Tensor  # int32 [singles] KV slot of the rows in front, -1 if not of one token
+    sampled: torch.Tensor  # int32 [sampled] rows that the head computes
     ids: torch.Tensor  # int32 [rows]
     positions: torch.Tensor  # int32 [rows]
     slots: torch.Tensor  # int32 [rows] KV slot, -1 for a dead row
-    singles: int
-    lora: LoraTiles | None  # None: no row wears anything
-    chunks: torch.Tensor | None  # int32 [tiles, CHUNK_TILE]
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "DeviceStep":
         """Bring a batch to the device, as large as it is."""
-        rows = len(batch.ids)
-        height = DECODE_HEIGHT if rows <= PROMPT_HEIGHT else PROMPT_HEIGHT
-        numbers, chunks = step_numbers(batch, rows, height), cut_chunks(batch.chunks)
-        packed = pinned([*numbers, *chunks], device).to(device, non_blocking=True)
-        step = cls.view(packed[: len(numbers)], rows, height)
-        return replace(
-            step if batch.wears else step.without_adapters(),
-            singles=batch.singles,
-            chunks=packed[len(numbers) :].view(-1, CHUNK_TILE) if chunks else None,
-        )
-
-    @classmethod
-    def view(cls, numbers: torch.Tensor, rows: int, height: int) -> "DeviceStep":
-        """See numbers on the device, laid out by `step_numbers`, as single tokens."""
-        ids, positions, slots = numbers[: 3 * rows].split(rows)
-        lora = LoraTiles(numbers[3 * rows :].view(-1, TILE), height)
-        return cls(ids, positions, slots, rows, lora, None)
+        shape = StepShape.of(batch)
+        numbers = shape.numbers(batch)
+        assert numbers is not None, "a batch fits in its own shape"
+        step = shape.view(pinned(numbers, device).to(device, non_blocking=True))
+        return step if batch.wears else step.without_adapters()
 
     def without_adapters(self) -> "DeviceStep":
-        return replace(self, lora=None)
+        return replace(self, worn=None)
 
 
-def step_numbers(batch: Batch, rows: int, height: int) -> list[int]:
-    """Return ids, positions and slots of `rows` rows, the last of them dead, then LoRA's tiles."""
-    dead = rows - len(batch.ids)
-    return [
-        *(*batch.ids.tolist(), *[0] * dead),
-        *(*batch.positions.tolist(), *[0] * dead),
-        *(*batch.slots.tolist(), *[-1] * dead),
-        *cut_tiles((*batch.worn, (None, dead)), height),
-    ]
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step has room for. Room that a batch leaves is dead: nothing is written for it."""
+
+    worn: int  # tiles of LoRA
+    chunks: int  # tiles of attention
+    singles: int  # rows in front that may be of one token
+    sampled: int
+    rows: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> "StepShape":
+        """Return the shape that a batch fills."""
+        rows, chunks = len(batch.ids), len(attention.cut_chunks(batch.chunks)) // attention.TILE
+        worn = len(lora.cut_tiles(batch.worn, tile_height(rows, chunks))) // lora.TILE
+        return cls(worn, chunks, batch.singles, len(batch.sampled), rows)
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Numbers of each part of a step, in its order."""
+        tiles = (self.worn * lora.TILE, self.chunks * attention.TILE)
+        return (*tiles, self.singles, self.sampled, self.rows, self.rows, self.rows)
+
+    def numbers(self, batch: Batch | None) -> list[int] | None:
+        """Return a batch as `view` reads it, None when it does not fit in. No batch: all dead."""
+        own = [[]] * 7 if batch is None else self._parts(batch)
+        numbers: list[int] = []
+        for part, room, dead in zip(own, self.rooms, (0, 0, -1, 0, 0, 0, -1), strict=True):
+            if len(part) > room:
+                return None
+            numbers += part
+            numbers += [dead] * (_whole_lines(room) - len(part))
+        return numbers
+
+    def view(self, numbers: torch.Tensor) -> DeviceStep:
+        """See a step in int32 [numbers]."""
+        rooms = self.rooms
+        lines = numbers.split([_whole_lines(room) for room in rooms])
+        worn, chunks, *others = (line[:room] for line, room in zip(lines, rooms, strict=True))
+        tiles = LoraTiles(worn.view(-1, lora.TILE), tile_height(self.rows, self.chunks))
+        return DeviceStep(tiles, chunks.view(-1, attention.TILE), *others)
+
+    def _parts(self, batch: Batch) -> list[list[int]]:
+        """Return what `rooms` are for. Rows behind the batch wear nothing and read nothing."""
+        filled, slots = len(batch.ids), batch.slots.tolist()
+        worn = (*batch.worn, (None, self.rows - filled))
+        chunks = batch.chunks
+        if self.chunks:
+            chunks = (*chunks, Chunk(filled, self.rows, -1, 0))
+        return [
+            lora.cut_tiles(worn, tile_height(self.rows, self.chunks)),
+            attention.cut_chunks(chunks),
+            slots[: batch.singles],
+            batch.sampled.tolist(),
+            batch.ids.tolist(),
+            batch.positions.tolist(),
+            slots,
+        ]
+
+
+def tile_height(rows: int, chunks: int) -> int:
+    """Return the rows of a tile of LoRA: single tokens may all wear different adapters."""
+    return PROMPT_HEIGHT if chunks and rows > PROMPT_HEIGHT else DECODE_HEIGHT
 
 
 def pinned(numbers: list[int], device: torch.device) -> torch.Tensor:
     """Return int32 that can be copied without waiting: torch keeps the memory until it was read."""
-    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    found = torch.from_numpy(np.array(numbers, dtype=np.int32))  # torch.tensor is slower at lists
+    return found.pin_memory() if device.type == "cuda" else found
+
+
+def _whole_lines(numbers: int) -> int:
+    return -(-numbers // LINE) * LINE

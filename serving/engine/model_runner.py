@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence as Rows
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from serving.engine.batch import Batch, Chunk
@@ -49,8 +50,8 @@ class Forward(Protocol):
 class Capturing(Forward, Protocol):
     """A model that can lay steps down in advance."""
 
-    def capture(self, cache: KVCache, stacks: LoraStacks, rows: int) -> None:
-        """Make ready for steps of up to `rows` single tokens. Once, before the first step."""
+    def capture(self, cache: KVCache, stacks: LoraStacks, rows: int, tokens: int) -> None:
+        """Make ready for steps of `rows` sequences and `tokens` at most. Once, before the first."""
         ...
 
 
@@ -119,10 +120,11 @@ def _batch(packed: Rows[Dressed]) -> Batch:
         if worn and worn[-1][0] is slot:
             count += worn.pop()[1]
         worn.append((slot, count))
+    # By way of numpy: torch.tensor takes five times as long for a list of 500.
     return Batch(
-        ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
+        ids=torch.from_numpy(np.array(ids)),
+        positions=torch.from_numpy(np.array(positions)),
+        slots=torch.from_numpy(np.array(slots)),
         singles=len(packed) - len(chunks),
         chunks=tuple(chunks),
         sampled=torch.tensor(sampled, dtype=torch.int64),

@@ -3,7 +3,6 @@
 import torch
 
 from serving.engine.batch import Batch
-from serving.engine.decode_graphs import DecodeGraphs, graph_sizes
 from serving.engine.device_step import DeviceStep
 from serving.engine.kv_cache import KVCache
 from serving.engine.linear import Linear
@@ -16,6 +15,7 @@ from serving.engine.ops.triton.lora import Arena, lora
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
 from serving.engine.spec import ModelSpec
+from serving.engine.step_graphs import StepGraphs, decode_shapes, prompt_shapes
 from serving.engine.weights import LayerWeights, ModelWeights
 
 
@@ -30,26 +30,22 @@ class TritonModel:
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
         self.cos, self.sin = rope_angles(frequencies, length, spec.rotary_scale)
 
-    def capture(self, cache: KVCache, stacks: LoraStacks, rows: int) -> None:
-        """Lay down steps of up to `rows` single tokens. `forward` is of this cache and stacks."""
+    def capture(self, cache: KVCache, stacks: LoraStacks, rows: int, tokens: int) -> None:
+        """Lay steps down in advance. `forward` is of this cache and stacks."""
         self._arena = Arena(stacks)
         self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-
-        def decode(step: DeviceStep) -> torch.Tensor:
-            return self.weights.head(self._hidden(step, cache))
-
+        shapes = [*decode_shapes(rows), *prompt_shapes(rows, tokens)]
         with torch.inference_mode():
-            self._graphs = DecodeGraphs(decode, graph_sizes(rows), self.device)
+            self.graphs = StepGraphs(lambda step: self._hidden(step, cache), shapes, self.device)
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:  # noqa: ARG002  # the book has them
-        logits = self._graphs.run(batch)
-        if logits is None:
+        hidden = self.graphs.run(batch)
+        if hidden is None:
             hidden = self._hidden(DeviceStep.of(batch, self.device), cache)
-            logits = self.weights.head(hidden[batch.sampled.to(self.device)])
-        return logits
+        return self.weights.head(hidden)
 
     def _hidden(self, step: DeviceStep, cache: KVCache) -> torch.Tensor:
-        """Return [rows, hidden], normalised for the head."""
+        """Return [sampled, hidden], normalised for the head."""
         layers, eps = self.weights.layers, self.spec.eps
         following = (*(layer.attention_norm for layer in layers[1:]), self.weights.norm)
         x = self.weights.embedding[step.ids]
@@ -59,7 +55,7 @@ class TritonModel:
             h = add_rms_norm(x, *self._linear("o", index, attended, step), layer.mlp_norm, eps)
             h = silu_mul(*self._linear("gate_up", index, h, step))
             h = add_rms_norm(x, *self._linear("down", index, h, step), norm, eps)
-        return h
+        return h[step.sampled]
 
     def _linear(
         self, name: str, index: int, x: torch.Tensor, step: DeviceStep
@@ -70,14 +66,14 @@ class TritonModel:
         more than they save.
         """
         linear = self.weights.layers[index].linears[name]
-        if step.lora is None:
+        if step.worn is None:
             return linear(x), None
         if self._aside is None or not torch.cuda.is_current_stream_capturing():
-            return linear(x), lora(x, step.lora, self._arena, name, index)
+            return linear(x), lora(x, step.worn, self._arena, name, index)
         steps = torch.cuda.current_stream()
         self._aside.wait_stream(steps)
         with torch.cuda.stream(self._aside):
-            added = lora(x, step.lora, self._arena, name, index)
+            added = lora(x, step.worn, self._arena, name, index)
         y = linear(x)
         steps.wait_stream(self._aside)
         return y, added
@@ -95,10 +91,10 @@ class TritonModel:
             spec.eps,
         )
         out = x.new_empty(len(x), spec.heads, spec.head_dim)
-        if step.singles:
-            slots, positions = step.slots[: step.singles], step.positions[: step.singles]
-            decode_attention(qkv, keys, values, slots, positions, window, out)
-        if step.chunks is not None:
+        if len(step.singles):
+            positions, few = step.positions[: len(step.singles)], bool(len(step.chunks))
+            decode_attention(qkv, keys, values, step.singles, positions, window, out, few)
+        if len(step.chunks):  # behind the other, which writes zeros for rows that are not its own
             chunk_attention(qkv, keys, values, step.chunks, window, out)
         return out.view(len(x), -1)
 

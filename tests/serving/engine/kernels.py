@@ -33,5 +33,5 @@ def share_out_to_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give few programs all the work: the interpreter runs one after the other."""
     if INTERPRETED:
         monkeypatch.setattr(attention, "PROGRAMS", 1)
-        monkeypatch.setattr(lora, "TILE_PROGRAMS", 2)
+        monkeypatch.setattr(lora, "TILE_PROGRAMS", dict.fromkeys(lora.TILE_PROGRAMS, 2))
         monkeypatch.setattr(lora, "RANK_PROGRAMS", 1)

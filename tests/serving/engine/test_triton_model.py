@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from registry.adapter import AdapterRef
-from serving.engine import decode_graphs
+from serving.engine import step_graphs
+from serving.engine.batch import Batch
 from serving.engine.boundary import GenerateRequest
 from serving.engine.build import Parts, assemble, read_model
 from serving.engine.engine import TorchEngine
@@ -51,7 +52,7 @@ def triton_parts(
     spec = ModelSpec.read(base)
     with torch.inference_mode():
         weights = read_weights(base, spec, torch.float32, device, Linear)
-        model = TritonModel(spec, weights, LENGTH)
+        model = TritonModel(spec, weights, settings.max_model_len or LENGTH)
         return assemble(model, folders, replace(settings, device=device.type))
 
 
@@ -157,7 +158,7 @@ def place(parts: Parts, ref: AdapterRef) -> None:
 def plain(runner: ModelRunner, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Return the logits of a step that is not replayed."""
     with monkeypatch.context() as patch:
-        patch.setattr(decode_graphs.DecodeGraphs, "run", lambda self, batch: None)
+        patch.setattr(step_graphs.StepGraphs, "run", lambda self, batch: None)
         return runner.run(rows)[0]
 
 
@@ -183,6 +184,92 @@ def test_a_captured_step_gives_what_the_plain_step_gives(
 
 
 @on_every_device
+def test_prompts_and_single_tokens_share_a_captured_step(
+    base: Path, folders: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_prompts(base, folders, device, monkeypatch, SETTINGS, long=4)
+
+
+@pytest.mark.long
+@on_every_device
+def test_long_prompts_share_a_captured_step(
+    base: Path, folders: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of LoRA are high there, and a prompt takes several tiles of attention."""
+    settings = replace(SETTINGS, max_model_len=160, max_batched_tokens=150)
+    check_prompts(base, folders, device, monkeypatch, settings, long=80)
+
+
+def check_prompts(
+    base: Path,
+    folders: Folders,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: EngineSettings,
+    long: int,
+) -> None:
+    """One row decodes, a prompt of `long` tokens goes on and one of three begins; others are dead.
+
+    What the dead rows compute with is NaN, and it reaches nobody.
+    """
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
+    parts = triton_parts(base, folders, device, settings)
+    runner, cache = parts.core.runner, parts.core.cache
+    for names in ([None, None, None], ["all4", "attention24", None]):
+        with torch.inference_mode():
+            singles = single_rows(parts, folders, names)
+            runner.run(singles)  # the first token of each
+            prompts = [prompt_row(folders, names[1], 1, 1, long)]
+            prompts.append(prompt_row(folders, names[2], 3, 0, 3))
+            rows = [Row(singles[0].sequence, 0, 1), *prompts]
+            replayed = runner.run(rows)[0].clone()
+            assert len(replayed) == 3
+            written = [half.clone() for half in (*cache.keys, *cache.values)]
+            close(replayed, plain(runner, rows, monkeypatch))
+            for before, after in zip(written, (*cache.keys, *cache.values), strict=True):
+                close(before, after)
+                for slot, filled in ((0, 1), (1, 1 + long), (2, 1), (3, 3)):
+                    assert after[slot, :, :filled].all()
+                    assert not after[slot, :, filled:].any()
+
+
+def new_nan(x: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
+    new = torch.empty(shape, **({"dtype": x.dtype, "device": x.device} | options))
+    return new.fill_(float("nan")) if new.is_floating_point() else new
+
+
+def prompt_row(folders: Folders, name: str | None, slot: int, start: int, count: int) -> Row:
+    ids = [(5 + slot + 7 * i) % 256 for i in range(start + count)]
+    sequence = Running(request(ids, folders.refs[name] if name else None))
+    sequence.kv_slot = slot
+    return Row(sequence, start, count)
+
+
+@on_every_device
+def test_a_step_without_room_in_any_capture_is_launched_as_it_is(
+    base: Path, folders: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_graphs, "CHUNKS", 1)
+    parts = triton_parts(base, folders, device)
+    ran: list[bool] = []
+
+    def run(graphs: step_graphs.StepGraphs, batch: Batch) -> torch.Tensor | None:
+        hidden = captured(graphs, batch)
+        ran.append(hidden is not None)
+        return hidden
+
+    captured = step_graphs.StepGraphs.run
+    monkeypatch.setattr(step_graphs.StepGraphs, "run", run)
+    alone, other = (prompt_row(folders, None, slot, 0, 3) for slot in (0, 1))
+    with torch.inference_mode():
+        together, _ = parts.core.runner.run([alone, other])
+        first = parts.core.runner.run([alone])[0].clone()
+        second = parts.core.runner.run([other])[0].clone()
+    assert ran == [False, True, True]
+    close(together, torch.cat((first, second)))
+
+
+@on_every_device
 def test_a_swap_of_adapters_captures_nothing_again(
     base: Path, folders: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +280,7 @@ def test_a_swap_of_adapters_captures_nothing_again(
     def capture(*_: object) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr(decode_graphs, "_capture", capture)
+    monkeypatch.setattr(step_graphs, "_capture", capture)
     seen: list[torch.Tensor] = []
     with torch.inference_mode():
         for name in ("all4", "other4", "attention24", "all4"):
@@ -208,17 +295,3 @@ def test_a_swap_of_adapters_captures_nothing_again(
 
 def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("most", "sizes"),
-    [
-        (1, [1]),
-        (5, [1, 2, 4, 5]),
-        (8, [1, 2, 4, 8]),
-        (32, [1, 2, 4, 8, 16, 24, 32]),
-        (100, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]),
-    ],
-)
-def test_sizes_of_captured_steps_waste_few_rows(most: int, sizes: list[int]) -> None:
-    assert decode_graphs.graph_sizes(most) == sizes

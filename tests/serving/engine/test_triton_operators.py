@@ -179,19 +179,21 @@ def test_a_chunk_of_a_prompt_sees_what_came_before_each_token(
 ) -> None:
     heads, kv_heads, dim, length = 4, 2, 16, 120
     chunks = [Chunk(1, 4, 2, 0), Chunk(4, 74, 0, 30)]  # rows, slot, position of the first
-    qkv = torch.randn(74, heads + 2 * kv_heads, dim, device=device).to(dtype)
+    qkv = torch.randn(78, heads + 2 * kv_heads, dim, device=device).to(dtype)
     keys, values = torch.randn(2, 3, kv_heads, length, dim, device=device).to(dtype)
     for half in (keys, values):
         half[2, :, 3:] = half[0, :, 100:] = math.nan
-    out = torch.full((74, heads, dim), 9.0, device=device).to(dtype)
-    tiles = numbers(attention.cut_chunks(chunks), device).view(-1, attention.TILE)
+    out = torch.full((78, heads, dim), 9.0, device=device).to(dtype)
+    tiles = [*attention.cut_chunks([*chunks, Chunk(74, 77, -1, 0)]), *[0] * attention.TILE]
+    tiles = numbers(tiles, device).view(-1, attention.TILE)
     attention.chunk_attention(qkv, keys, values, tiles, window, out)
     for chunk in chunks:
         for row in range(chunk.start, chunk.stop):
             position = chunk.position + row - chunk.start
             own = keys[chunk.slot], values[chunk.slot]
             close(out[row], reference(qkv[row, :heads], *own, position, window))
-    assert (out[0] == 9.0).all()
+    assert not out[74:77].any()
+    assert (out[[0, 77]] == 9.0).all()
 
 
 def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:

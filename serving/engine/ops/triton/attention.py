@@ -21,6 +21,7 @@ from serving.engine.batch import Chunk
 
 PROGRAMS = 256  # about two for each multiprocessor of a large device
 MOST_SPLITS = 16
+FEW = 8  # rows that decode, as a rule, where there is room for more
 KEY_BYTES = 128  # one program multiplies this over the size of a number keys at once
 QUERIES = 64  # of a tile
 TILE = 4  # numbers of a tile: first row, rows, slot, position of the first row
@@ -37,17 +38,18 @@ def decode_attention(
     positions: torch.Tensor,
     window: int | None,
     out: torch.Tensor,
+    few: bool = False,
 ) -> None:
     """Write out [at least rows, heads, dim] for the queries in front of qkv [.., columns, dim].
 
     Both are dense. keys and values [slots, kv_heads, length, dim]; slots and positions int32
     [rows]. Row i sees the positions up to its own, and of those the last `window`. A row of slot
-    -1 is dead: zero.
+    -1 is dead: zero. Work is shared out as if all rows were alive, or only a few of them.
     """
     rows, (_, columns, dim) = len(slots), qkv.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
     heads = columns - 2 * kv_heads
-    splits = _splits(rows * kv_heads)
+    splits = _splits((min(rows, FEW) if few else rows) * kv_heads)
     shares = out if splits == 1 else qkv.new_empty(rows, heads, splits, dim, dtype=torch.float32)
     scales = qkv.new_empty(rows, heads, splits, dtype=torch.float32)
     block = max(16, triton.next_power_of_2(dim))
@@ -98,7 +100,10 @@ def chunk_attention(
     window: int | None,
     out: torch.Tensor,
 ) -> None:
-    """Do what `decode_attention` does for the rows of tiles int32 [tiles, TILE] of `cut_chunks`."""
+    """Do what `decode_attention` does for the rows of tiles int32 [tiles, TILE] of `cut_chunks`.
+
+    Rows of slot -1 are zero here, too. A tile of zeros has no rows.
+    """
     (_, columns, dim), kv_heads, length = qkv.shape, keys.shape[1], keys.shape[2]
     heads = columns - 2 * kv_heads
     _attend_chunk[(len(tiles), heads)](
@@ -258,7 +263,7 @@ def _attend_chunk(
     q = tl.load(qkv + q_place, mask=filled, other=0.0)
     base = (slot * KV_HEADS + head // (HEADS // KV_HEADS)) * length * DIM
     own = position + query  # the position of each query
-    stop = position + alive
+    stop = tl.where(slot >= 0, position + alive, 0)
 
     most = tl.full((QUERIES,), LOWEST, tl.float32)
     weight = tl.zeros((QUERIES,), tl.float32)

@@ -27,7 +27,9 @@ from serving.engine.slots import BUCKETS
 DECODE_HEIGHT = 16  # rows of a tile: what a product takes at least
 PROMPT_HEIGHT = 64
 TILE = 4  # numbers of a tile: first row, rows, rank, row of the stack
-TILE_PROGRAMS = 64  # programs that walk through the tiles; what is not used ends at once
+# Programs that walk through the tiles. Where there is room for more tiles than there are as a rule,
+# the same programs look at the others, and there are none that only end.
+TILE_PROGRAMS = {DECODE_HEIGHT: 64, PROMPT_HEIGHT: 16}
 RANK_PROGRAMS = 4
 PROGRAMS = 512  # about four for each multiprocessor of a large device
 MOST_SPLITS = {DECODE_HEIGHT: 8, PROMPT_HEIGHT: 2}
@@ -87,7 +89,7 @@ def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int
     place, rows, count = arena.places[group], len(x), len(tiles.table)
     parts, outputs = len(place.outputs), sum(place.outputs)
     most = parts * BUCKETS[-1]
-    walkers, block = min(TILE_PROGRAMS, count), OUTPUTS[tiles.height]
+    walkers, block = min(TILE_PROGRAMS[tiles.height], count), OUTPUTS[tiles.height]
     splits = _splits(walkers * RANK_PROGRAMS, place.inputs, MOST_SPLITS[tiles.height])
     shrunk = x.new_empty(splits, rows, most, dtype=torch.float32)
     y = x.new_empty(rows, outputs)
