@@ -1,8 +1,9 @@
 """The command line: the composition root, the only module that may import all three packages."""
 
-from registry.interrupt import INTERRUPTED, leaving_when_interrupted
+from registry.interrupt import INTERRUPTED, leaving_when_interrupted, said_interrupted
 
 with leaving_when_interrupted():
+    import gc
     import logging
     import os
     from typing import TYPE_CHECKING, Annotated, Literal
@@ -228,10 +229,17 @@ def serve(
 
 
 def main() -> None:
+    """Run a command. Ctrl-C ends it with one word, as it does while it is imported."""
     try:
         app()
-    except KeyboardInterrupt:  # while typer puts the commands together; in one it is typer's
-        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:  # while typer puts the commands together
+        raise SystemExit(said_interrupted()) from None
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer's, of the same in a command
+            said_interrupted()
+        raise
+    finally:
+        gc.freeze()  # or the interpreter would look through all of torch's objects, for seconds
 
 
 if __name__ == "__main__":

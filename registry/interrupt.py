@@ -1,4 +1,4 @@
-"""Ctrl-C while a command's modules are imported, which takes half a second."""
+"""Ctrl-C, in a command and while its modules are imported, which takes half a second."""
 
 import os
 import signal
@@ -23,6 +23,11 @@ def leaving_when_interrupted() -> Generator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _leave(*_: object) -> None:
+def said_interrupted() -> int:
+    """Say that Ctrl-C ended the command; return its exit status."""
     os.write(2, b"interrupted\n")
-    os._exit(INTERRUPTED)
+    return INTERRUPTED
+
+
+def _leave(*_: object) -> None:
+    os._exit(said_interrupted())

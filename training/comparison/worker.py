@@ -85,11 +85,11 @@ def train_apart(job: Job, progress: Report) -> TrainedAdapter:
 def start_server() -> None:
     """Start the process that runs are forked from, once; it imports for seconds.
 
-    Ctrl-C comes to every process of a terminal, and is this one's to tell: with it held back, that
-    one and what it forks print no traceback of whatever they were importing.
+    Ctrl-C comes to every process of a terminal, and is this one's to tell: it is held back from
+    that one until `silent` has made it end without a word.
     """
     resource_tracker.ensure_running()  # or the server would start it, which lets Ctrl-C in again
-    forkserver.set_forkserver_preload([__name__])
+    forkserver.set_forkserver_preload(["training.comparison.silent", __name__])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
@@ -131,8 +131,6 @@ def _listen(pipe: Connection, progress: Report) -> TrainedAdapter | str | None:
 
 def work(job: Job, pipe: Connection) -> None:
     """What the other process does: train, tell how it goes, and send what came of it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells of an interruption, once
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     started, first = time.monotonic(), 0
 
     def report(progress: Progress) -> None:

@@ -1,14 +1,14 @@
 """Ask a model behind an OpenAI-compatible endpoint: our own server, or anybody's."""
 
+import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from training.errors import EndpointFailed
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import AsyncOpenAI
 
 Messages = Sequence[tuple[str, str]]  # (role, content)
 
@@ -44,27 +44,33 @@ class Endpoint:
 
         A rate limit is waited out for some seconds.
         """
+        if not self.url.startswith(("http://", "https://")):
+            raise EndpointFailed(f"{self.url!r} is no http:// or https:// URL.")
         try:
-            from openai import OpenAI, OpenAIError
+            from openai import OpenAIError
         except ModuleNotFoundError as error:
             raise EndpointFailed(
                 "Asking a model for rows needs the package openai: "
                 "pip install 'wardrobe[generate]'."
             ) from error
-        if not self.url.startswith(("http://", "https://")):
-            raise EndpointFailed(f"{self.url!r} is no http:// or https:// URL.")
-        client = OpenAI(base_url=self.url, api_key=self.key, max_retries=4, timeout=120)
-        with client, ThreadPoolExecutor(len(questions)) as threads:
-            try:
-                return list(threads.map(lambda question: self._one(client, question), questions))
-            except OpenAIError as error:
-                raise EndpointFailed(
-                    f"{self.url} did not answer for the model {self.model!r}: {error} The rows "
-                    "written so far stay; the same command goes on from there."
-                ) from error
+        try:
+            return asyncio.run(self._all(questions))  # Ctrl-C breaks off what is being asked
+        except OpenAIError as error:
+            raise EndpointFailed(
+                f"{self.url} did not answer for the model {self.model!r}: {error} The rows "
+                "written so far stay; the same command goes on from there."
+            ) from error
 
-    def _one(self, client: "OpenAI", question: Question) -> Answer:
-        completion = client.chat.completions.create(
+    async def _all(self, questions: Sequence[Question]) -> list[Answer]:
+        from openai import AsyncOpenAI
+
+        async with AsyncOpenAI(
+            base_url=self.url, api_key=self.key, max_retries=4, timeout=120
+        ) as client:
+            return await asyncio.gather(*(self._one(client, question) for question in questions))
+
+    async def _one(self, client: "AsyncOpenAI", question: Question) -> Answer:
+        completion = await client.chat.completions.create(
             model=self.model,
             messages=[{"role": role, "content": text} for role, text in question.messages],  # type: ignore[misc]  # the client has one type a role
             temperature=self.temperature,

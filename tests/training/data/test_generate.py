@@ -1,4 +1,6 @@
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,34 @@ def test_an_interrupted_generation_goes_on_and_ends_with_the_same_rows(
         run(tmp_path / "broken.jsonl", 15, propose, tiny_base)
     whole, broken = (rows_of(tmp_path / f"{name}.jsonl") for name in ("whole", "broken"))
     assert sorted(map(json.dumps, whole)) == sorted(map(json.dumps, broken))
+
+
+def test_ctrl_c_does_not_wait_for_a_model_that_takes_its_time(
+    tmp_path: Path, tiny_base: BaseModel
+) -> None:
+    out, over = tmp_path / "new.jsonl", threading.Event()
+    waited: list[int] = []
+
+    def thinking(system: str, user: str, seed: int) -> str:
+        if seed == 19:
+            signal.raise_signal(signal.SIGINT)
+            over.wait(20)
+            waited.append(seed)
+        return reword(system, user, seed)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with scripted_endpoint(thinking) as server:
+            propose = by_paraphrase(TRAIN, Endpoint(server.url, "k", "base", 0.5), seed=0)
+            with pytest.raises(KeyboardInterrupt):
+                run(out, 15, propose, tiny_base)
+            assert waited == []
+            assert len(rows_of(out)) == 7
+            over.set()
+            server.script = reword
+            assert run(out, 15, propose, tiny_base).accepted == 15
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_file_made_in_another_way_is_not_gone_on_with(
