@@ -24,7 +24,7 @@ from serving.engine.build import Parts, assemble
 from serving.engine.compiled_model import CompiledModel
 from serving.engine.hardware import LargePages, choose_device, choose_dtype
 from serving.engine.linear import CompiledLinear, Linear
-from serving.engine.lora import HostAdapter, LoraLayout
+from serving.engine.lora import HostAdapter
 from serving.engine.model import Model
 from serving.engine.model_runner import Forward
 from serving.engine.ops import Operators
@@ -93,12 +93,10 @@ def bodies(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> list[Fo
     return [torch_model, CompiledModel(spec, weights, library, LENGTH)]
 
 
-def load_adapters(
-    parts: Parts, spec: ModelSpec, count: int, dtype: torch.dtype
-) -> list[AdapterRef]:
+def load_adapters(parts: Parts, count: int, dtype: torch.dtype) -> list[AdapterRef]:
     """Put random adapters into the slots; returns how to name them, and prints the load time."""
     residency = parts.core.residency
-    layout = LoraLayout(spec.layers, spec.groups)
+    layout = residency.stacks.layout
     refs: list[AdapterRef] = []
     seconds: list[float] = []
     size = 0
@@ -171,7 +169,7 @@ def main() -> None:
         models = bodies(spec, dtype, device)
         engines = [assemble(model, _no_fetch, EngineSettings()) for model in models]
         most = max(1, *options.adapters)
-        named = [load_adapters(parts, spec, most, dtype) for parts in engines]
+        named = [load_adapters(parts, most, dtype) for parts in engines]
         print(f"{device} {dtype} threads={torch.get_num_threads()} context={options.context}")
         print(
             "columns: median and minimum, ms, of " + ", then of ".join(m.operators for m in models)

@@ -18,6 +18,7 @@ import torch
 from registry.home import default_cache
 from serving.engine.hardware import choose_dtype
 from serving.engine.linear import pack
+from serving.engine.lora import pack_b
 from serving.engine.ops.lora import Run
 from serving.engine.ops.native.library import Library, load_library
 from serving.engine.ops.rope import rope_angles
@@ -113,14 +114,14 @@ def attention_cases(ops: Library, rows: int) -> Iterator[Case]:
 def lora_case(ops: Library, rows: int, adapters: int) -> Case:
     """Gate and up: the widest group."""
     a = torch.randn(LAYERS, adapters, 2 * RANK, HIDDEN).to(ops.dtype)
-    bs = [torch.randn(LAYERS, adapters, RANK, WIDE).to(ops.dtype) for _ in range(2)]
+    bs = [pack_b(torch.randn(LAYERS, adapters, WIDE, RANK).to(ops.dtype), 0) for _ in range(2)]
     x, y = torch.randn(rows, HIDDEN).to(ops.dtype), torch.randn(rows, 2 * WIDE).to(ops.dtype)
     share = rows // adapters
     runs = [Run(i * share, (i + 1) * share, Slot(RANK, i)) for i in range(adapters)]
     parameters = RANK * (2 * HIDDEN + 2 * WIDE)
     return Case(
         f"lora gate_up, {adapters} adapters",
-        lambda i: ops.lora(y, x, {RANK: (a, *bs)}, i, runs),
+        lambda i: ops.lora(y, x, {RANK: (a, *bs)}, (WIDE, WIDE), i, runs),
         ops.dtype.itemsize * (adapters * parameters + rows * (HIDDEN + 4 * WIDE)),
         2 * rows * parameters,
     )

@@ -15,7 +15,7 @@ from registry.lora import AdapterConfig
 from registry.parts import Parts, sort_parts
 from registry.vectors import AnyConfig, parse_config
 from serving.engine.boundary import AdapterLoadFailed
-from serving.engine.lora import HostAdapter, LoraLayout, Unfit, write_modules
+from serving.engine.lora import HostAdapter, LoraLayout, Unfit
 from serving.engine.slots import bucket_of
 from serving.engine.spec import LinearGroup
 from serving.engine.vector_file import BaseLayers, read_vectors
@@ -67,17 +67,17 @@ def _low_rank(
     weights = torch.zeros(layout.size(bucket), dtype=dtype)
     stacks = layout.stacks(weights, bucket)
     groups = {name: tuple(half[:, 0] for half in halves) for name, halves in stacks.items()}
-    alike: dict[tuple[str, int, int, float], list[tuple[int, Pair]]] = defaultdict(list)
+    alike: dict[tuple[LinearGroup, int, int, float], list[tuple[int, Pair]]] = defaultdict(list)
     for module, pair in sorted(pairs.items()):
         assert isinstance(config, AdapterConfig)  # no other has A and B
         group, part, layer = layout.place(module)
         rank = config.rank(module)
         _check_shapes(module, *pair, rank, group, part)
-        alike[group.name, part, rank, config.scale(module)].append((layer, pair))
-    for (name, part, _, scale), found in alike.items():  # layers at once: calls take most time
+        alike[group, part, rank, config.scale(module)].append((layer, pair))
+    for (group, part, _, scale), found in alike.items():  # layers at once: calls take most time
         layers, pairs = zip(*sorted(found, key=itemgetter(0)), strict=True)
         a, b = (torch.stack(halves) for halves in zip(*pairs, strict=True))
-        write_modules(groups[name], part, layers, a, b, scale)
+        layout.write(groups[group.name], (group, part), layers, a, b, scale)
     if not weights.sum().isfinite():  # or only the sum is too large, which the next look tells
         for name, halves in groups.items():
             if not all(tensor.isfinite().all() for tensor in halves):

@@ -135,7 +135,7 @@ def _library(dtype: torch.dtype) -> Library:
 def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     """Build everything around a model that can be run."""
     spec, dtype, device = model.spec, model.dtype, model.device
-    layout = LoraLayout(spec.layers, spec.groups, spec.prefix)
+    layout = LoraLayout(spec.layers, spec.groups, spec.prefix, model.packed_lora)
     table = _slot_table(layout, settings, dtype, device)
     stacks = LoraStacks(layout, table.pages, dtype, device)
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)

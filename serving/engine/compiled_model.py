@@ -43,6 +43,8 @@ def check_compilable(spec: ModelSpec) -> None:
 class CompiledModel:
     """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
 
+    packed_lora = True
+
     def __init__(
         self,
         spec: ModelSpec,

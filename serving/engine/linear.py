@@ -53,7 +53,7 @@ class PackedLinear:
         self, weight: torch.Tensor, bias: torch.Tensor | None, pages: LargePages | None = None
     ) -> None:
         self.outputs, self.inputs = weight.shape
-        packed = pack(weight)
+        packed = pack(weight).flatten()
         self.weight, self.bias = packed if pages is None else pages.copy(packed), bias
 
     def dense(self) -> torch.Tensor:
@@ -100,14 +100,16 @@ class CompiledLinear(PackedLinear):
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Lay a weight [out, in] out as [panels, in / step, 32, step], as ops/native/linear.h reads it.
+    """Lay weights [..., out, in] out as [..., panels, in · 32], as ops/native/panel.h reads them.
 
-    A step is one float32 or two bfloat16; outputs beyond the last are zero.
+    A panel is [in / step, 32, step]; a step is one float32 or two bfloat16, and outputs beyond the
+    last are zero.
     """
-    padded = F.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL))
+    *many, outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     step = _step(weight)
-    panels = padded.view(-1, PANEL, weight.shape[1] // step, step)
-    return panels.transpose(1, 2).contiguous().flatten()
+    panels = padded.view(*many, -1, PANEL, inputs // step, step)
+    return panels.transpose(-3, -2).reshape(*many, -1, inputs * PANEL)
 
 
 def _step(weight: torch.Tensor) -> int:

@@ -1,9 +1,10 @@
 """Adapters as the operators read them: converted on the host, in slots on the device.
 
 For one fused group of linears an adapter is one A [layers, parts · rank, in], because the parts
-read the same input, and a B [layers, rank, out] for each part, with the scale in it. The rank is
-that of its bucket; rows above the adapter's own rank, and modules it does not target, are zero, and
-loading overwrites the whole slot, so nothing of an earlier adapter can be left.
+read the same input, and a B [layers, rank, out] for each part, with the scale in it. The compiled
+operators read B in panels, as the weight of a linear. The rank is that of its bucket; rows above
+the adapter's own rank, and modules it does not target, are zero, and loading overwrites the whole
+slot, so nothing of an earlier adapter can be left.
 
 An adapter is one piece of memory, as large as its bucket's rank is and with its vectors behind, and
 all slots lie in one arena of a fixed size. Every bucket sees the whole arena as a stack of its own
@@ -17,8 +18,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
 from serving.engine.hardware import lazy_zeros
+from serving.engine.linear import PANEL, pack
 from serving.engine.ops.lora import Weights
 from serving.engine.slots import BUCKETS, Slot
 from serving.engine.spec import LinearGroup
@@ -77,6 +80,7 @@ class LoraLayout:
     layers: int
     groups: tuple[LinearGroup, ...]
     prefix: str = "model.layers."  # of a layer's modules, before its number
+    packed: bool = False  # every B lies as `pack_b` makes it
 
     def size(self, bucket: int) -> int:
         """Return the numbers of one adapter. They grow as the rank does."""
@@ -88,7 +92,8 @@ class LoraLayout:
         """See contiguous memory as adapters of a bucket, one behind the other.
 
         Returns for each group A [layers, slots, parts · rank, in] and B's [layers, slots, rank,
-        out]. What does not make a whole adapter at the end is left out.
+        out] or, packed, [layers, slots, panels, rank · 32]. What does not make a whole adapter at
+        the end is left out.
         """
         size, offset = self.size(bucket), memory.storage_offset()
         found: dict[str, Halves] = {}
@@ -117,33 +122,52 @@ class LoraLayout:
             raise Unfit(f"{module} is not a linear layer that this base model can adapt.")
         return *found, int(head)
 
+    def write(
+        self,
+        halves: Halves,
+        place: tuple[LinearGroup, int],
+        layers: Sequence[int],
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Put A [n, rank, in] and B [n, out, rank], times the scale, of n layers into their places.
+
+        `halves` are those of one slot, `layers` are ascending. A scaled number is rounded once, to
+        the numbers of the slots.
+        """
+        (group, part), stack_a, rank = place, halves[0], a.shape[1]
+        bucket = stack_a.shape[1] // len(group.modules)
+        # All between two layers are written as a slice: a list of them takes half as long again.
+        whole = len(layers) == layers[-1] - layers[0] + 1
+        where = slice(layers[0], layers[-1] + 1) if whole else layers
+        b = ((b if b.dtype == stack_a.dtype else b.float()) * scale).to(stack_a.dtype)
+        stack_a[where, part * bucket : part * bucket + rank] = a.to(stack_a.dtype)
+        if self.packed:
+            halves[1 + part][where] = pack_b(F.pad(b, (0, bucket - rank)), _offset(group, part))
+        else:
+            halves[1 + part][where, :rank] = b.mT
+
     def _shapes(self, group: LinearGroup, bucket: int) -> Sequence[tuple[int, int]]:
-        return (
-            (len(group.modules) * bucket, group.inputs),
-            *((bucket, out) for out in group.outputs),
-        )
+        parts = range(len(group.modules))
+        if self.packed:
+            panels = (-(-(_offset(group, p) + group.outputs[p]) // PANEL) for p in parts)
+            bs = [(count, bucket * PANEL) for count in panels]
+        else:
+            bs = [(bucket, out) for out in group.outputs]
+        return ((len(parts) * bucket, group.inputs), *bs)
 
 
-def write_modules(
-    halves: Halves,
-    part: int,
-    layers: Sequence[int],
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-) -> None:
-    """Put A [n, rank, in] and B [n, out, rank], times the scale, of n layers into their places.
+def pack_b(b: torch.Tensor, offset: int) -> torch.Tensor:
+    """Lay B's [..., out, rank] out in the panels of their group, as [..., panels, rank · 32].
 
-    `layers` are ascending. A scaled number is rounded once, to the numbers of the slots.
+    `offset` outputs of the first panel belong to the part before; they are zero here.
     """
-    stack_a, stack_b = halves[0], halves[1 + part]
-    first, rank = part * stack_b.shape[1], a.shape[1]
-    # All between two layers are written as a slice: a list of them takes half as long again.
-    whole = len(layers) == layers[-1] - layers[0] + 1
-    where = slice(layers[0], layers[-1] + 1) if whole else layers
-    b = b if b.dtype == stack_b.dtype else b.float()
-    stack_a[where, first : first + rank] = a.to(stack_a.dtype)
-    stack_b[where, :rank] = (b.mT * scale).to(stack_b.dtype)
+    return pack(F.pad(b, (0, 0, offset, 0)))
+
+
+def _offset(group: LinearGroup, part: int) -> int:
+    return sum(group.outputs[:part]) % PANEL
 
 
 class LoraStacks:
@@ -169,7 +193,7 @@ class LoraStacks:
         return self._stacks.keys()
 
     def weights(self, group: str, layer: int) -> Weights:
-        """Return bucket → A [slots, parts · rank, in], then each part's B [slots, rank, out]."""
+        """Return bucket → A [slots, parts · rank, in], then each part's B, as `stacks` has it."""
         return self._by_layer[group][layer]
 
     def whole(self, group: str) -> dict[int, Halves]:

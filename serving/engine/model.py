@@ -29,6 +29,8 @@ from serving.engine.weights import ModelWeights
 class Model:
     """Frozen weights, and the arithmetic over them."""
 
+    packed_lora = False
+
     def __init__(
         self,
         spec: ModelSpec,

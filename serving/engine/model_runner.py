@@ -26,6 +26,7 @@ class Forward(Protocol):
     dtype: torch.dtype
     device: torch.device
     length: int  # tokens of one sequence
+    packed_lora: bool  # it reads every B as `lora.pack_b` makes it
     greedy: Greedy  # of its logits
     sample: Sample
     operators: str  # what computes, for people

@@ -92,7 +92,7 @@ class TransformersModel:
         self.spec, self.network, self.library = spec, network, library
         self.dtype, self.device = network.dtype, network.device
         self.length = length  # tokens of one sequence
-        self.base_layers = None
+        self.base_layers, self.packed_lora = None, library is not None
         bodies = library or Operators()
         self.greedy, self.sample = bodies.greedy, bodies.sample
         self.operators = f"{name} in transformers' forward pass of {spec.architecture}"
@@ -142,7 +142,7 @@ class _Step:
         if len(x) != len(self.batch.ids):
             raise RuntimeError(f"{group} reads {len(x)} rows of a step of {len(self.batch.ids)}.")
         if self.library is not None and self.runs:
-            self.library.lora(y, x, self.stacks.whole(group), layer, self.runs)
+            self.library.lora(y, x, self.stacks.whole(group), y.shape[1:], layer, self.runs)
         elif self.lora is not None:
             apply_lora(y, x, self.stacks.weights(group, layer), self.lora)
 

@@ -22,6 +22,8 @@ from serving.engine.weights import LayerWeights, ModelWeights
 class TritonModel:
     """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
 
+    packed_lora = False
+
     def __init__(self, spec: ModelSpec, weights: ModelWeights[Linear], length: int) -> None:
         self.spec, self.weights, self.length = spec, weights, length
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device

@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from registry.home import default_cache
-from serving.engine.linear import CompiledLinear, Linear, PackedLinear, pack
+from serving.engine.linear import PANEL, CompiledLinear, Linear, PackedLinear, pack
+from serving.engine.lora import pack_b
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
 from serving.engine.ops.native.library import Library, load_library
 from serving.engine.ops.native.target import TARGETS, Target, choose_target
@@ -203,6 +204,13 @@ def lora_case(
     return x, y, (a, *bs)
 
 
+def packed(halves: tuple[torch.Tensor, ...], outputs: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """A as it is, and every B as the compiled operators read it."""
+    a, *bs = halves
+    offsets = [sum(outputs[:part]) % PANEL for part in range(len(outputs))]
+    return (a, *(pack_b(b.mT, offset) for b, offset in zip(bs, offsets, strict=True)))
+
+
 def lora_exact(
     y: torch.Tensor, x: torch.Tensor, halves: tuple[torch.Tensor, ...], runs: list[Run]
 ) -> torch.Tensor:
@@ -227,37 +235,40 @@ def test_lora_equals_float64_for_every_rank_bucket(
     exact = lora_exact(y, x, halves, runs)
     for given in (x, strided(x)):
         own = strided(y.clone())
-        library.lora(own, given, {rank: halves}, 1, runs)
+        library.lora(own, given, {rank: packed(halves, outputs)}, outputs, 1, runs)
         close(library, own, exact, 2.0)
         assert torch.equal(own[7:10], y[7:10])
         assert torch.equal(own[128:], y[128:])
 
 
 def test_lora_mixes_rank_buckets_in_one_call(library: Library) -> None:
-    x, y, narrow = lora_case(8, library.dtype, 20, 64, (48, 16))
-    wide = lora_case(64, library.dtype, 20, 64, (48, 16))[2]
+    outputs = (48, 16)
+    x, y, narrow = lora_case(8, library.dtype, 20, 64, outputs)
+    wide = lora_case(64, library.dtype, 20, 64, outputs)[2]
     runs = [Run(0, 3, Slot(64, 2)), Run(3, 4, Slot(8, 4)), Run(6, 20, Slot(64, 0))]
     exact = lora_exact(lora_exact(y, x, wide, runs[::2]), x, narrow, runs[1:2])
-    library.lora(y, x, {64: wide, 8: narrow}, 1, runs)
+    stacks = {64: packed(wide, outputs), 8: packed(narrow, outputs)}
+    library.lora(y, x, stacks, outputs, 1, runs)
     close(library, y, exact, 2.0)
 
 
 def test_lora_of_a_wrong_slot_exceeds_the_bound(library: Library) -> None:
     x, y, halves = lora_case(16, library.dtype, 6, 64, (48,))
     exact = lora_exact(y, x, halves, [Run(0, 6, Slot(16, 1))])
-    library.lora(y, x, {16: halves}, 1, [Run(0, 6, Slot(16, 2))])
+    library.lora(y, x, {16: packed(halves, (48,))}, (48,), 1, [Run(0, 6, Slot(16, 2))])
     with pytest.raises(AssertionError):
         close(library, y, exact, 2.0)
 
 
 def test_lora_in_torch_and_in_cpp_agree(library: Library) -> None:
-    x, y, halves = lora_case(16, library.dtype, 12, 96, (96, 32, 32))
+    outputs = (96, 32, 32)
+    x, y, halves = lora_case(16, library.dtype, 12, 96, outputs)
     worn = [(Slot(16, 0), 1), (Slot(16, 3), 2), (Slot(16, 1), 9)]
     plan = plan_lora(worn, torch.device("cpu"))
     assert isinstance(plan, LoraPlan)
     ours, theirs = y.clone(), y.clone()
     runs = [Run(0, 1, worn[0][0]), Run(1, 3, worn[1][0]), Run(3, 12, worn[2][0])]
-    library.lora(ours, x, {16: halves}, 0, runs)
+    library.lora(ours, x, {16: packed(halves, outputs)}, outputs, 0, runs)
     apply_lora(theirs, x, {16: tuple(half[0] for half in halves)}, plan)
     close(library, ours, theirs.double(), 2.0)
 
@@ -272,7 +283,7 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -
     weight, gain = pack(torch.randn(40, 64).to(library.dtype)), torch.ones(64).to(library.dtype)
     keys = torch.randn(13, 2, 70, 16).to(library.dtype)
     slots, positions = torch.arange(13), torch.arange(13) * 5
-    halves = lora_case(8, library.dtype, 1, 64, (40,))[2]
+    halves = packed(lora_case(8, library.dtype, 1, 64, (40,))[2], (40,))
 
     def outputs(x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield library.linear(x, weight, None, 40)
@@ -281,7 +292,7 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -
         yield library.greedy(x)[0]
         yield library.attention(x.view(13, 4, 16), keys, keys, slots, positions)
         y = torch.zeros(13, 40).to(library.dtype)
-        library.lora(y, x, {8: halves}, 0, [Run(2, 9, Slot(8, 1))])
+        library.lora(y, x, {8: halves}, (40,), 0, [Run(2, 9, Slot(8, 1))])
         yield y
 
     for healthy, poisoned in zip(outputs(x), outputs(sick), strict=True):

@@ -5,7 +5,6 @@
 #include "activation.h"
 #include "attention.h"
 #include "linear.h"
-#include "lora.h"
 #include "vectors.h"
 
 struct Linear {
@@ -154,20 +153,21 @@ class Forward {
   // y = or += linear(x) and, for rows that wear an adapter, what it adds.
   void linear(int64_t layer, int group, const Number* x, Number* y, bool add) {
     if (s.vectors && add) set_aside(group, y);
+    if (!loras.empty()) loras[group].shrink(layer, x, groups[group].inputs);
     multiply(layer * 4 + group, x, y, s.rows, add);
-    if (!loras.empty()) loras[group].run(layer, x, groups[group].inputs, y, groups[group].width());
     if (s.vectors) dress_all(layer, group, y, add);
   }
 
   // Of the linears in the order in which they run, 4 of each layer and the head, number n.
   void multiply(int64_t n, const Number* x, Number* y, int64_t rows, bool add) {
     const int64_t inputs = group(n).inputs, outputs = group(n).width();
-    const Panels after = n < m.layers * 4 ? panels(n + 1) : Panels{};
-    const Product product{x, panels(n), own(n).bias, y, inputs, outputs, outputs, add};
-    if (loras.empty() || n == m.layers * 4)
-      product.run(rows, taken[n], after);
-    else
-      product.run(rows, taken[n], after, loras[n % 4].pieces, n / 4);
+    const Product product{x, dressed(n), own(n).bias, y, inputs, outputs, outputs, add};
+    product.run(rows, taken[n], n < m.layers * 4 ? dressed(n + 1) : Dressed{});
+  }
+
+  Dressed dressed(int64_t n) const {
+    const Panels panels{own(n).weight, group(n).inputs, group(n).width()};
+    return {panels, loras.empty() || n == m.layers * 4 ? nullptr : &loras[n % 4], n / 4};
   }
 
   const Linear& own(int64_t n) const {
@@ -175,6 +175,4 @@ class Forward {
   }
 
   const Group& group(int64_t n) const { return groups[n < m.layers * 4 ? n % 4 : 4]; }
-
-  Panels panels(int64_t n) const { return {own(n).weight, group(n).inputs, group(n).width()}; }
 };

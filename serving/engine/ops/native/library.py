@@ -146,12 +146,15 @@ class Library:
         y: torch.Tensor,
         x: torch.Tensor,
         stacks: Stacks,
+        outputs: Sequence[int],
         layer: int,
         runs: Sequence[Run],
     ) -> None:
-        """Add B(A(x)) of each run's own adapter to y in place."""
+        """Add B(A(x)) of each run's own adapter to y in place; `outputs` are those of the parts.
+
+        Every B is packed, as `engine.lora.pack_b` does it.
+        """
         x, y = self._rows(x), self._own(y)
-        outputs = [b.shape[-1] for b in next(iter(stacks.values()))[1:]]
         group = GroupC(x.shape[1], len(outputs), (c_int64 * MOST_PARTS)(*outputs))
         self._calls.lora(
             *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0)),

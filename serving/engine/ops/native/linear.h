@@ -1,87 +1,120 @@
-// y = x Wᵀ + b for a frozen W, packed by `pack` in linear.py: panels of 32 outputs, and inside a
-// panel the weights that one step multiplies side by side, so that W is read once, in order.
+// y = x Wᵀ + b for a frozen, packed W, and what the adapters of the rows add to it.
 #pragma once
 #include <omp.h>
 
 #include <atomic>
-#include <utility>
-#include <vector>
 
-#include "vector.h"
+#include "lora.h"
 
-constexpr int COLUMNS = 2;  // vectors of outputs in a panel
-constexpr int PANEL = COLUMNS * LANES;
-constexpr int64_t LINE = 64;  // bytes that memory is read in
 #if defined(__AVX512F__)
 constexpr int TILE = 12;  // rows of x at once: 24 of 32 registers are sums
 #else
 constexpr int TILE = 2;
 #endif
 
-// A packed weight [outputs, inputs].
-struct Panels {
-  const Number* w = nullptr;
-  int64_t steps = 0, count = 0;
+constexpr int64_t SPREAD = 4;  // tiles that fetch; those behind them multiply only
 
-  Panels() = default;
-  Panels(const Number* w, int64_t inputs, int64_t outputs)
-      : w(w), steps(inputs / STEP), count((outputs + PANEL - 1) / PANEL) {}
-
-  const Number* at(int64_t panel) const { return w + panel * steps * PANEL * STEP; }
+// A linear of one layer and what its rows wear on it.
+struct Dressed {
+  Panels w;
+  const Lora* lora = nullptr;
+  int64_t layer = 0;
 };
 
-// Memory of one layer that is read soon, as much as a panel; of the next layer, `stride` beyond it.
-struct Piece {
-  const char* first;
-  int64_t stride;  // bytes
-};
+// What a thread fetches while it multiplies, so that memory and multipliers are busy at the same
+// time: its next panel and the B's for that, then the A's that it reads before the next linear.
+// It is spread evenly over the tiles of a panel: in one go it would stop the multipliers.
+class Ahead {
+ public:
+  Ahead(const Dressed& own, const Dressed& after)
+      : after(after), a(omp_get_thread_num()), threads(omp_get_num_threads()),
+        share(after.lora ? chunks(after.lora->a_bytes()) / own.w.count + 1 : 0) {}
 
-// What a thread's tiles ask for beside their own work: each tile one piece.
-struct Ahead {
-  const void* panel;  // the first to be asked for, or null
-  const Piece *piece, *end;
-  int64_t layer, threads;
+  // The next panel is this one of `linear`, or null; so many rows are computed before it.
+  void begin(const Dressed* linear, int64_t panel, int64_t rows) {
+    next = linear, number = panel, b = 0;
+    tiles = std::min(SPREAD, (rows + TILE - 1) / TILE);
+    left = share;
+    piece = {};
+    if (!next) return;
+    piece = {(const char*)next->w.at(panel), next->w.bytes()};
+    left += chunks(piece.bytes) + (next->lora ? chunks(next->lora->b_bytes()) : 0);
+  }
 
-  const void* take() {
-    if (panel) return std::exchange(panel, nullptr);
-    if (piece >= end) return nullptr;
-    const char* first = piece->first + layer * piece->stride;
-    piece += threads;  // between them are those of the other threads
-    return first;
+  // How many chunks to fetch beside the next tile.
+  int64_t portion() {
+    if (tiles == 0) return 0;
+    const int64_t now = (left + tiles - 1) / tiles;
+    left -= now, tiles--;
+    return now;
+  }
+
+  // For each chunk of a tile's weights, STREAMS distances from it to memory to fetch; 0: nothing.
+  template <int STREAMS>
+  const int64_t* plan(const Number* weights, int64_t steps, int64_t wanted) {
+    const int64_t slots = (steps + CHUNK - 1) / CHUNK * STREAMS;
+    distances.assign(slots, 0);
+    wanted = std::min(wanted, slots);
+    const int64_t pace = wanted ? (slots << 16) / wanted : 0;
+    for (int64_t at = 0; wanted > 0 && (piece.bytes > 0 || advance());) {
+      const int64_t count = std::min(wanted, chunks(piece.bytes));
+      for (int64_t i = 0; i < count; i++, at += pace, piece.first += CHUNK_BYTES) {
+        const int64_t slot = at >> 16;
+        distances[slot] = piece.first - ((const char*)weights + slot / STREAMS * CHUNK_BYTES);
+      }
+      piece.bytes -= count * CHUNK_BYTES, wanted -= count;
+    }
+    return distances.data();
+  }
+
+ private:
+  const Dressed& after;
+  const Dressed* next = nullptr;
+  int64_t number = 0, tiles = 0, left = 0;
+  Piece piece;
+  size_t a, b = 0;  // of the pieces of the adapters
+  const size_t threads;
+  const int64_t share;
+  std::vector<int64_t> distances;
+
+  static int64_t chunks(int64_t bytes) { return (bytes + CHUNK_BYTES - 1) / CHUNK_BYTES; }
+
+  // Go on to the next piece; a piece may be empty. False: there is none.
+  bool advance() {
+    if (next && next->lora && b < next->lora->b_pieces()) {
+      piece = next->lora->b_piece(next->layer, number, b++);
+    } else if (after.lora && a < after.lora->a_pieces()) {
+      piece = after.lora->a_piece(after.layer, a);
+      a += threads;
+    } else {
+      return false;
+    }
+    return true;
   }
 };
 
 // x [rows, inputs], y [rows, outputs], bias [outputs] or null; add: y += instead of y =.
 struct Product {
   const Number* x;
-  const Panels w;
+  const Dressed own;
   const Number* bias;
   Number* y;
   int64_t x_stride, y_stride, outputs;
   bool add;
 
-  // While it multiplies, a tile asks for memory that is as large as its panel and read soon.
-  template <int N>
-  void tile(int64_t row, int64_t panel, const void* soon) const {
-    const Number* weights = w.at(panel);
-    const int64_t ahead = soon ? (const char*)soon - (const char*)weights : 0;
-    const Number* rows[(N + 2) / 3];  // every third: a processor adds one or two strides for free
-    for (int i = 0; i < N; i += 3) rows[i / 3] = x + (row + i) * x_stride;
+  // `soon` says what to fetch beside each chunk of weights, STREAMS pieces as large as the chunk.
+  template <int N, int STREAMS>
+  void tile(int64_t row, int64_t panel, const int64_t* soon) const {
+    const Number* weights = own.w.at(panel);
+    Rows<N> rows(x + row * x_stride, x_stride);
     Floats totals[N][COLUMNS] = {};
-    for (int64_t k = 0; k < w.steps; k++, weights += PANEL * STEP) {
-      for (int c = 0; c < COLUMNS; c++)
-        __builtin_prefetch((const char*)weights + ahead + c * LINE, 0, 2);
-      Words own[COLUMNS];
-      for (int c = 0; c < COLUMNS; c++) own[c] = lanes(weights + c * LANES * STEP);
-#pragma GCC unroll 12
-      for (int i = 0; i < N; i++) {
-        const Words input = broadcast(rows[i / 3] + i % 3 * x_stride);
-#pragma GCC unroll 2
-        for (int c = 0; c < COLUMNS; c++) totals[i][c] = multiply_add(own[c], input, totals[i][c]);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < (N + 2) / 3; i++) rows[i] += STEP;
+    for (int64_t k = 0; k < own.w.steps; k++, weights += PANEL * STEP) {
+      for (int i = 0; i < STREAMS; i++)
+        for (int c = 0; c < COLUMNS; c++)
+          __builtin_prefetch((const char*)weights + soon[k / CHUNK * STREAMS + i] + c * LINE, 0, 2);
+      rows.template step<0>(weights, totals);
     }
+    if (own.lora) own.lora->expand(own.layer, row, panel, totals);
     for (int i = 0; i < N; i++)
       for (int c = 0; c < COLUMNS; c++) finish(row + i, panel * PANEL + c * LANES, totals[i][c]);
   }
@@ -97,21 +130,30 @@ struct Product {
 
   template <int N = TILE>
   void tiles(int64_t row, int64_t rows, int64_t panel, Ahead& ahead) const {
-    for (; rows >= N; row += N, rows -= N) tile<N>(row, panel, ahead.take());
+    for (; rows >= N; row += N, rows -= N) {
+      const int64_t wanted = ahead.portion();
+      if (wanted == 0)
+        tile<N, 0>(row, panel, nullptr);
+      else if (wanted * CHUNK <= own.w.steps)
+        tile<N, 1>(row, panel, ahead.plan<1>(own.w.at(panel), own.w.steps, wanted));
+      else
+        tile<N, 2>(row, panel, ahead.plan<2>(own.w.at(panel), own.w.steps, wanted));
+    }
     if constexpr (N > 1) tiles<N - 1>(row, rows, panel, ahead);
   }
 
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.
-  // A thread takes its next panel before it computes one, and fetches it in the meantime, and then
-  // `pieces`: memory and multipliers are busy at the same time. Beside its last panel it fetches
-  // one of `after`.
-  void run(int64_t rows, std::atomic<int64_t>& taken, const Panels& after = {},
-           const std::vector<Piece>& pieces = {}, int64_t layer = 0) const {
+  // A thread takes its next panel before it computes one, and fetches it in the meantime; beside its
+  // last panel it fetches one of `after`.
+  void run(int64_t rows, std::atomic<int64_t>& taken, const Dressed& after = {}) const {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Ahead ahead{nullptr, pieces.data() + thread, pieces.data() + pieces.size(), layer, threads};
-    for (int64_t panel = thread, next; panel < w.count; panel = next) {
+    Ahead ahead(own, after);
+    for (int64_t panel = thread, next; panel < own.w.count; panel = next) {
       next = threads + taken.fetch_add(1, std::memory_order_relaxed);
-      ahead.panel = next < w.count ? w.at(next) : thread < after.count ? after.at(thread) : nullptr;
+      if (next < own.w.count)
+        ahead.begin(&own, next, rows);
+      else
+        ahead.begin(thread < after.w.count ? &after : nullptr, thread, rows);
       tiles(0, rows, panel, ahead);
     }
 #pragma omp barrier

@@ -1,14 +1,17 @@
-// y += B(A(x)) with another adapter for each run of neighbouring rows. What lies between A and B
-// stays float.
+// B(A(x)) with another adapter for each run of neighbouring rows. A(x) is computed before a linear;
+// B, which lies in panels as the linear's own weight does, is multiplied into the sums of the linear
+// while they are still in registers. A(x) is rounded to a Number in between, as PEFT does.
 #pragma once
+#include <omp.h>
+
+#include <utility>
 #include <vector>
 
-#include "linear.h"
+#include "panel.h"
 
 constexpr int64_t MOST_PARTS = 3;
 constexpr int64_t ROWS = 16;    // of x in one task
 constexpr int64_t NARROW = 32;  // rows of A in one task
-constexpr int64_t WIDE = 256;   // columns of B in one task
 constexpr int EIGHT = 8;        // rows of A at once: every rank bucket is a multiple of it
 
 // Matrices [layers, slots, …]; the strides say how far apart those of two layers and two slots are.
@@ -17,7 +20,8 @@ struct Half {
   int64_t layer, slot;
   const Number* of(int64_t l, int64_t s) const { return first + l * layer + s * slot; }
 };
-// One bucket: a of [parts · rank, inputs], b of each part [rank, outputs].
+// One bucket: a of [parts · rank, inputs], b of each part [panels, rank / step, 32, step]. The panels
+// of a part are those of the group that it lies in; outputs of another part are zero in them.
 struct Stack {
   int64_t rank;
   Half a, b[MOST_PARTS];
@@ -32,78 +36,173 @@ struct Group {
 
   int64_t width() const { return outputs[0] + outputs[1] + outputs[2]; }
 };
-struct Task {
-  const Run* run;
-  const Stack* stack;
-  int64_t row, rows;   // of x
-  int64_t narrow;      // offset of the run's first row in A(x)
-  int64_t part, from;  // shrink: first row of A; expand: the part and its first column
+// Memory that is read soon.
+struct Piece {
+  const char* first = nullptr;
+  int64_t bytes = 0;
 };
 
 // What a step adds to one group of linears; the same tasks for every layer.
 class Lora {
  public:
   Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count)
-      : group(group), parts(group.parts) {
-    int64_t offset = 0;
+      : group(group), parts(group.parts), rows(count ? runs[count - 1].stop : 0), places(rows) {
+    int64_t offset = 0, output = 0;
     for (const Run* run = runs; run < runs + count; run++) {
       const Stack* stack = stacks + run->stack;
-      for (int64_t row = run->start; row < run->stop; row += ROWS) {
-        const int64_t rows = std::min(ROWS, run->stop - row);
+      worn.push_back({run, stack, offset});
+      for (int64_t row = run->start; row < run->stop; row += ROWS)
         for (int64_t from = 0; from < parts * stack->rank; from += NARROW)
-          shrinks.push_back({run, stack, row, rows, offset, 0, from});
-        for (int64_t part = 0; part < parts; part++)
-          for (int64_t from = 0; from < group.outputs[part]; from += WIDE)
-            expands.push_back({run, stack, row, rows, offset, part, from});
-      }
+          tasks.push_back({worn.size() - 1, row, std::min(ROWS, run->stop - row), from});
       offset += (run->stop - run->start) * parts * stack->rank;
+      a_size += parts * stack->rank * group.inputs * sizeof(Number);
+      b_size += stack->rank * PANEL * sizeof(Number);
     }
     narrow.resize(offset);
-    for (const Run* run = runs; run < runs + count; run++) {
-      const Stack& stack = stacks[run->stack];
-      cut(stack.a, run->slot, parts * stack.rank * group.inputs);
-      for (int64_t part = 0; part < parts; part++)
-        cut(stack.b[part], run->slot, stack.rank * group.outputs[part]);
+    for (int64_t part = 0; part < parts; part++) {
+      panels[part].first = output / PANEL;
+      output += group.outputs[part];
+      panels[part].end = (output + PANEL - 1) / PANEL;
     }
+    for (const Worn& each : worn) {
+      const int64_t rank = each.stack->rank;
+      for (int64_t row = each.run->start; row < each.run->stop; row++) {
+        Place& place = places[row];
+        place.narrow = narrow.data() + narrow_row(each, row);
+        place.width = parts * rank, place.rank = rank, place.stop = each.run->stop;
+        for (int64_t part = 0; part < parts; part++)
+          place.b[part] = {b(each, 0, part, panels[part].first), each.stack->b[part].layer};
+      }
+    }
+    for (int64_t row = rows; row-- > 0;)
+      if (!places[row].rank)
+        places[row].stop = row + 1 < rows && !places[row + 1].rank ? places[row + 1].stop : row + 1;
+  }
+  Lora(const Lora&) = delete;  // places point into narrow
+  Lora(Lora&&) = default;
+
+  int64_t last_row() const { return rows; }
+
+  // Compute A(x) of one layer, x [rows, inputs]. Called by every thread of a parallel region.
+  void shrink(int64_t layer, const Number* x, int64_t x_stride) {
+#pragma omp for schedule(static, 1)
+    for (size_t i = 0; i < tasks.size(); i++) shrink(tasks[i], layer, x, x_stride);
   }
 
-  // The adapters' memory, to be fetched while the linear itself computes.
-  std::vector<Piece> pieces;
+  // Memory of A that thread i % threads reads in `shrink`.
+  Piece a_piece(int64_t layer, size_t i) const {
+    const Task& task = tasks[i];
+    const Worn& own = worn[task.worn];
+    if (task.row > own.run->start) return {};  // the same as that of an earlier task
+    const int64_t count = std::min(NARROW, parts * own.stack->rank - task.from);
+    return piece(own.stack->a.of(layer, own.run->slot) + task.from * group.inputs,
+                 count * group.inputs);
+  }
+  size_t a_pieces() const { return tasks.size(); }
+  int64_t a_bytes() const { return a_size; }
 
-  // x [rows, inputs], y [rows, sum of outputs]. Called by every thread of a parallel region.
-  void run(int64_t layer, const Number* x, int64_t x_stride, Number* y, int64_t y_stride) {
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < shrinks.size(); i++) shrink(shrinks[i], layer, x, x_stride);
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < expands.size(); i++) expand(expands[i], layer, y, y_stride);
+  // Memory of B that is read for one panel; i runs over all adapters and parts.
+  Piece b_piece(int64_t layer, int64_t panel, size_t i) const {
+    const Worn& own = worn[i / parts];
+    const int64_t part = i % parts;
+    if (!panels[part].has(panel)) return {};
+    return piece(b(own, layer, part, panel), own.stack->rank * PANEL);
+  }
+  size_t b_pieces() const { return worn.size() * parts; }
+  int64_t b_bytes() const { return b_size; }  // of one panel
+
+  // Add B(A(x)) of N rows from `row` on to the sums of one panel.
+  template <int N>
+  __attribute__((always_inline)) void expand(int64_t layer, int64_t row, int64_t panel,
+                                             Floats (&totals)[N][COLUMNS]) const {
+    if (row >= rows) return;
+    const bool alike = places[row].stop >= row + N;
+    if (alike && !places[row].rank) return;
+    for (int64_t part = 0; part < parts; part++)
+      if (panels[part].has(panel)) {
+        if (alike)
+          rows_of<N, 0>(layer, row, panel, part, totals);
+        else
+          one_by_one(layer, row, panel, part, totals, std::make_index_sequence<N>());
+      }
   }
 
  private:
-  const Group group;
-  const int64_t parts;
-  std::vector<float> narrow;  // A(x): [rows, parts · rank] of each run, one run behind the other
-  std::vector<Task> shrinks, expands;
+  struct Worn {
+    const Run* run;
+    const Stack* stack;
+    int64_t narrow;  // offset of its first row in A(x)
+  };
+  struct Place {  // of a row; its rank is 0 where it wears nothing
+    const Number* narrow = nullptr;  // A(x)
+    int64_t width = 0, rank = 0;     // of A(x), of each part of it
+    struct {
+      const Number* first;
+      int64_t layer;
+    } b[MOST_PARTS] = {};
+    int64_t stop = 0;  // of the neighbours that wear the same
+  };
+  struct Task {
+    size_t worn;
+    int64_t row, rows;  // of x
+    int64_t from;       // first row of A
+  };
+  struct Range {
+    int64_t first = 0, end = 0;
+    bool has(int64_t panel) const { return first <= panel && panel < end; }
+  };
 
-  void cut(const Half& half, int64_t slot, int64_t size) {
-    for (int64_t at = 0; at < size; at += PANEL * group.inputs)
-      pieces.push_back({(const char*)(half.of(0, slot) + at), half.layer * (int64_t)sizeof(Number)});
+  const Group group;
+  const int64_t parts, rows;
+  int64_t a_size = 0, b_size = 0;  // bytes
+  std::vector<Number> narrow;  // A(x): [rows, parts · rank] of each run, one run behind the other
+  std::vector<Worn> worn;
+  std::vector<Place> places;
+  std::vector<Task> tasks;
+  Range panels[MOST_PARTS];
+
+  static Piece piece(const Number* first, int64_t count) {
+    return {(const char*)first, count * (int64_t)sizeof(Number)};
   }
 
-  float* narrow_row(const Task& task, int64_t row) {
-    return narrow.data() + task.narrow + (row - task.run->start) * parts * task.stack->rank;
+  const Number* b(const Worn& own, int64_t layer, int64_t part, int64_t panel) const {
+    return own.stack->b[part].of(layer, own.run->slot) +
+           (panel - panels[part].first) * own.stack->rank * PANEL;
+  }
+
+  size_t narrow_row(const Worn& own, int64_t row) const {
+    return own.narrow + (row - own.run->start) * parts * own.stack->rank;
+  }
+
+  template <int N, int FROM, int M>
+  __attribute__((always_inline)) void rows_of(int64_t layer, int64_t row, int64_t panel,
+                                              int64_t part, Floats (&totals)[M][COLUMNS]) const {
+    const Place& place = places[row];
+    const Number* weights = place.b[part].first + layer * place.b[part].layer +
+                            (panel - panels[part].first) * place.rank * PANEL;
+    multiply<N, FROM>(weights, place.rank / STEP, place.narrow + part * place.rank, place.width,
+                      totals);
+  }
+
+  template <int N, size_t... I>
+  __attribute__((always_inline)) void one_by_one(int64_t layer, int64_t row, int64_t panel,
+                                                 int64_t part, Floats (&totals)[N][COLUMNS],
+                                                 std::index_sequence<I...>) const {
+    ((row + (int64_t)I < rows && places[row + I].rank
+          ? rows_of<1, I>(layer, row + I, panel, part, totals) : void()), ...);
   }
 
   void shrink(const Task& task, int64_t layer, const Number* x, int64_t x_stride) {
-    const int64_t width = parts * task.stack->rank;
-    const Number* a = task.stack->a.of(layer, task.run->slot);
-    const int64_t to = std::min(task.from + NARROW, width);
+    const Worn& own = worn[task.worn];
+    const Number* a = own.stack->a.of(layer, own.run->slot);
+    const int64_t to = std::min(task.from + NARROW, parts * own.stack->rank);
     for (int64_t k = task.from; k < to; k += EIGHT)
       for (int64_t i = 0; i < task.rows; i += 2) {
         const int64_t one = task.row + i, two = std::min(one + 1, task.row + task.rows - 1);
-        float both[LANES];
+        Number both[LANES];
         store(both, dot(a + k * group.inputs, x + one * x_stride, x + two * x_stride));
-        std::copy_n(both, EIGHT, narrow_row(task, one) + k);
-        if (two > one) std::copy_n(both + EIGHT, EIGHT, narrow_row(task, two) + k);
+        std::copy_n(both, EIGHT, &narrow[narrow_row(own, one) + k]);
+        if (two > one) std::copy_n(both + EIGHT, EIGHT, &narrow[narrow_row(own, two) + k]);
       }
   }
 
@@ -127,60 +226,5 @@ class Lora {
       products[k] = multiply_add(weights, first, products[k]);
       products[EIGHT + k] = multiply_add(weights, second, products[EIGHT + k]);
     }
-  }
-
-  void expand(const Task& task, int64_t layer, Number* y, int64_t y_stride) {
-    for (int64_t part = 0; part < task.part; part++) y += group.outputs[part];
-    const int64_t last = task.row + task.rows;
-    int64_t row = task.row;
-    for (; row + 4 <= last; row += 4)
-      widen<4, 4>(task, layer, row, task.from, y + row * y_stride, y_stride);
-    for (; row < last; row++)
-      widen<1, 16>(task, layer, row, task.from, y + row * y_stride, y_stride);
-  }
-
-  // R rows from `row` on, V vectors of columns at once from `column` to the end of the task.
-  template <int R, int V>
-  void widen(const Task& task, int64_t layer, int64_t row, int64_t column, Number* y,
-             int64_t y_stride) {
-    const int64_t to = std::min(task.from + WIDE, group.outputs[task.part]);
-    for (; column + V * LANES <= to; column += V * LANES)
-      block<R, V>(task, layer, row, column, V * LANES, y, y_stride);
-    if constexpr (V > 1)
-      widen<R, V / 2>(task, layer, row, column, y, y_stride);
-    else if (column < to)
-      block<R, 1>(task, layer, row, column, to - column, y, y_stride);
-  }
-
-  template <int R, int V>
-  void block(const Task& task, int64_t layer, int64_t row, int64_t column, int64_t n, Number* y,
-             int64_t y_stride) {
-    const int64_t rank = task.stack->rank, out = group.outputs[task.part];
-    const Number* b = task.stack->b[task.part].of(layer, task.run->slot) + column;
-    const float* scales[R];
-    Floats totals[R][V];
-    for (int r = 0; r < R; r++) {
-      scales[r] = narrow_row(task, row + r) + task.part * rank;
-      for (int v = 0; v < V; v++)
-        totals[r][v] = part<V>(y + r * y_stride + column + v * LANES, n);
-    }
-    for (int64_t k = 0; k < rank; k++, b += out)
-#pragma GCC unroll 16
-      for (int v = 0; v < V; v++) {
-        const Floats weights = part<V>(b + v * LANES, n);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) totals[r][v] += scales[r][k] * weights;
-      }
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) {
-        Number* to = y + r * y_stride + column + v * LANES;
-        V > 1 ? store(to, totals[r][v]) : store(to, totals[r][v], n);
-      }
-  }
-
-  // Of several vectors each is whole; one alone may have n numbers only.
-  template <int V>
-  static Floats part(const Number* from, int64_t n) {
-    return V > 1 ? load(from) : load(from, n);
   }
 };

@@ -8,7 +8,7 @@ extern "C" {
 
 void linear(const Number* x, int64_t x_stride, const Number* weight, const Number* bias, Number* y,
             int64_t y_stride, int64_t rows, int64_t inputs, int64_t outputs, int64_t add) {
-  const Product product{x, {weight, inputs, outputs}, bias, y, x_stride, y_stride, outputs, add != 0};
+  const Product product{x, {{weight, inputs, outputs}}, bias, y, x_stride, y_stride, outputs, add != 0};
   std::atomic<int64_t> taken{0};
 #pragma omp parallel
   product.run(rows, taken);
@@ -43,8 +43,15 @@ void attention(const Number* q, int64_t stride, int64_t rows, int64_t heads, con
 void lora(const Number* x, int64_t x_stride, Number* y, int64_t y_stride, const Group* group,
           const Stack* stacks, const Run* runs, int64_t count, int64_t layer) {
   Lora work(*group, stacks, runs, count);
+  // A product with nothing: what is there before stays, and what is worn is added.
+  const Dressed nothing{{nullptr, 0, group->width()}, &work, layer};
+  const Product product{x, nothing, nullptr, y, x_stride, y_stride, group->width(), true};
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel
-  work.run(layer, x, x_stride, y, y_stride);
+  {
+    work.shrink(layer, x, x_stride);
+    product.run(work.last_row(), taken);
+  }
 }
 
 void greedy_rows(const Number* scores, int64_t stride, int64_t rows, int64_t size, int64_t* tokens,
