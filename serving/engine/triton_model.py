@@ -9,9 +9,9 @@ from serving.engine.linear import Linear
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.rope import rope_angles
 from serving.engine.ops.sampling import greedy, sample
-from serving.engine.ops.triton.activation import silu_mul
+from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
 from serving.engine.ops.triton.attention import chunk_attention, decode_attention
-from serving.engine.ops.triton.lora import Arena, lora
+from serving.engine.ops.triton.lora import DECODE_HEIGHT, Arena, lora
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
 from serving.engine.spec import ModelSpec
@@ -55,7 +55,7 @@ class TritonModel:
         for index, (layer, norm) in enumerate(zip(layers, following, strict=True)):
             attended = self._attention(index, h, step, cache)
             h = add_rms_norm(x, *self._linear("o", index, attended, step), layer.mlp_norm, eps)
-            h = silu_mul(*self._linear("gate_up", index, h, step))
+            h = self._gated(index, h, step)
             h = add_rms_norm(x, *self._linear("down", index, h, step), norm, eps)
         return h[step.sampled]
 
@@ -64,13 +64,14 @@ class TritonModel:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what the linear gives and what adapters add to it.
 
-        In a captured step they are computed side by side; otherwise the forks would cost the host
-        more than they save.
+        In a captured step of few rows they are computed side by side. Linears of many rows leave
+        no room on the device, and uncaptured forks would cost the host more than they save.
         """
         linear = self.weights.layers[index].linears[name]
         if step.worn is None:
             return linear(x), None
-        if self._aside is None or not torch.cuda.is_current_stream_capturing():
+        captured = self._aside is not None and torch.cuda.is_current_stream_capturing()
+        if self._aside is None or not captured or step.worn.height != DECODE_HEIGHT:
             return linear(x), lora(x, step.worn, self._arena, name, index)
         steps = torch.cuda.current_stream()
         self._aside.wait_stream(steps)
@@ -79,6 +80,12 @@ class TritonModel:
         y = linear(x)
         steps.wait_stream(self._aside)
         return y, added
+
+    def _gated(self, index: int, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
+        if step.worn is None or step.worn.height == DECODE_HEIGHT:
+            return silu_mul(*self._linear("gate_up", index, x, step))
+        gate_up = self.weights.layers[index].linears["gate_up"](x)
+        return adapted_silu_mul(gate_up, x, step.worn, self._arena, "gate_up", index)
 
     def _attention(
         self, index: int, x: torch.Tensor, step: DeviceStep, cache: KVCache

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from serving.engine.lora import LoraLayout, LoraStacks
 from serving.engine.ops.rope import rope_angles
 from serving.engine.ops.triton import attention, lora
-from serving.engine.ops.triton.activation import silu_mul
+from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
 from serving.engine.spec import LinearGroup
@@ -32,6 +32,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+OPTIONS = {"num_stages", "num_warps", "maxnreg"}
 ALIGNED = [["tt.divisibility", 16]]
 HEADS, KV_HEADS, DIM, HIDDEN = 32, 8, 128, 4096
 
@@ -42,7 +43,7 @@ def compile_launches(capability: int) -> None:
     def run(
         kernel: JITFunction[Any], *args: object, grid: object, warmup: bool, **named: object
     ) -> None:
-        options = {name: named.pop(name) for name in named.keys() & {"num_stages"}}
+        options = {name: named.pop(name) for name in named.keys() & OPTIONS}
         given = inspect.signature(kernel.fn).bind(*args, **named).arguments
         types, fixed, attributes = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
@@ -73,9 +74,13 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     keys, out = torch.zeros(4, KV_HEADS, 64, DIM, dtype=dtype), qkv[:, :HEADS].contiguous()
     angles = rope_angles(torch.ones(DIM // 2), 64)
     store = (qkv, *angles, numbers, numbers, keys, keys)
-    group = LinearGroup("qkv", ("q", "k", "v"), HIDDEN, (HIDDEN, 1024, 1024))
-    stacks = LoraStacks(LoraLayout(2, (group,)), 1, dtype, torch.device("cpu"))
-    arena, gate_up = lora.Arena(stacks), torch.zeros(4, 2 * HIDDEN, dtype=dtype)
+    groups = (
+        LinearGroup("qkv", ("q", "k", "v"), HIDDEN, (HIDDEN, 1024, 1024)),
+        LinearGroup("gate_up", ("gate", "up"), HIDDEN, (14336, 14336)),
+    )
+    stacks = LoraStacks(LoraLayout(2, groups), 1, dtype, torch.device("cpu"))
+    arena, gate_up = lora.Arena(stacks), torch.zeros(4, 2 * 14336, dtype=dtype)
+    high = lora.LoraTiles(tiles, lora.PROMPT_HEIGHT)
 
     def adapt(height: int) -> None:
         lora.lora(x, lora.LoraTiles(tiles, height), arena, "qkv", 1)
@@ -93,6 +98,7 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: attention.chunk_attention(qkv, keys, keys, tiles, None, out),
         lambda: adapt(lora.DECODE_HEIGHT),
         lambda: adapt(lora.PROMPT_HEIGHT),
+        lambda: adapted_silu_mul(gate_up, x, high, arena, "gate_up", 1),
     ]
 
 

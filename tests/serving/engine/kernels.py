@@ -1,6 +1,8 @@
 """Where the Triton kernels can run here: in Triton's interpreter, or on a GPU."""
 
 import os
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,5 +35,11 @@ def share_out_to_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give few programs all the work: the interpreter runs one after the other."""
     if INTERPRETED:
         monkeypatch.setattr(attention, "PROGRAMS", 1)
-        monkeypatch.setattr(lora, "TILE_PROGRAMS", dict.fromkeys(lora.TILE_PROGRAMS, 2))
-        monkeypatch.setattr(lora, "RANK_PROGRAMS", 1)
+        for height, shares in lora.SHARES.items():
+            monkeypatch.setitem(lora.SHARES, height, replace(shares, walkers=2, rank_programs=1))
+
+
+def new_nan(x: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
+    """Stand for Tensor.new_empty: what nobody wrote is NaN."""
+    new = torch.empty(shape, **({"dtype": x.dtype, "device": x.device} | options))
+    return new.fill_(float("nan")) if new.is_floating_point() else new

@@ -26,7 +26,7 @@ from serving.engine.triton_model import TritonModel
 from serving.engine.weights import read_weights
 from tests import tiny
 from tests.serving.engine.driving import Folders, Oracle, base_of, request, run_all
-from tests.serving.engine.kernels import on_every_device, share_out_to_few
+from tests.serving.engine.kernels import new_nan, on_every_device, share_out_to_few
 
 BOUND = 1e-4
 LENGTH = 64
@@ -231,11 +231,6 @@ def check_prompts(
                 for slot, filled in ((0, 1), (1, 1 + long), (2, 1), (3, 3)):
                     assert after[slot, :, :filled].all()
                     assert not after[slot, :, filled:].any()
-
-
-def new_nan(x: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
-    new = torch.empty(shape, **({"dtype": x.dtype, "device": x.device} | options))
-    return new.fill_(float("nan")) if new.is_floating_point() else new
 
 
 def prompt_row(folders: Folders, name: str | None, slot: int, start: int, count: int) -> Row:

@@ -21,12 +21,12 @@ from serving.engine.ops.lora import Worn
 from serving.engine.ops.norm import rms_norm as torch_rms_norm
 from serving.engine.ops.rope import rope, rope_angles, rope_tables
 from serving.engine.ops.triton import attention, lora
-from serving.engine.ops.triton.activation import silu_mul
+from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
 from serving.engine.slots import Slot
 from serving.engine.spec import LinearGroup
-from tests.serving.engine.kernels import INTERPRETED, on_every_device
+from tests.serving.engine.kernels import INTERPRETED, new_nan, on_every_device, share_out_to_few
 
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 TOLERANCE = {  # relative, absolute
@@ -230,11 +230,15 @@ class Wardrobe:
         self.stacks.load(slot, HostAdapter("", slot.bucket, weights))
         self.worn[slot] = tuple(half.to(self.arena.memory.device) for half in halves)
 
-    def apply(self, x: torch.Tensor, worn: Worn, height: int, dead: int = 0) -> torch.Tensor:
-        """Return what the kernels add on layer 1; `dead` tiles follow those of `worn`."""
+    def tiles(self, worn: Worn, height: int, dead: int = 0) -> lora.LoraTiles:
+        """Cut tiles; `dead` ones follow those of `worn`."""
         tiles = [*lora.cut_tiles(worn, height), *[0] * lora.TILE * dead]
-        table = numbers(tiles, x.device).view(-1, lora.TILE)
-        return lora.lora(x, lora.LoraTiles(table, height), self.arena, "group", 1)
+        table = numbers(tiles, self.arena.memory.device).view(-1, lora.TILE)
+        return lora.LoraTiles(table, height)
+
+    def apply(self, x: torch.Tensor, worn: Worn, height: int, dead: int = 0) -> torch.Tensor:
+        """Return what the kernels add on layer 1."""
+        return lora.lora(x, self.tiles(worn, height, dead), self.arena, "group", 1)
 
     def exact(self, x: torch.Tensor, worn: Worn) -> torch.Tensor:
         outputs = sum(self.arena.places["group"].outputs)
@@ -267,6 +271,40 @@ def test_lora_of_every_rank_equals_float64_in_one_batch(
     close(ours, wardrobe.exact(x, worn), 2.0)
     assert not ours[:2].any()
     assert not ours[-1].any()
+
+
+MANY = 2 * lora.PROMPT_HEIGHT + 9  # rows
+
+
+@pytest.mark.parametrize(
+    ("height", "fewest"),
+    [(lora.PROMPT_HEIGHT, False), (lora.PROMPT_HEIGHT, True), (lora.DECODE_HEIGHT, True)],
+)
+def test_prompts_equal_float64_whoever_wears_what(
+    device: torch.device,
+    dtype: torch.dtype,
+    height: int,
+    fewest: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inputs are split, programs walk from tile to tile, and what nobody wrote is NaN."""
+    if fewest:
+        share_out_to_few(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
+    slots = [Slot(8, 3), Slot(64, 1), Slot(256, 1)]
+    wardrobe = Wardrobe(331, (101, 101), slots, device, dtype)
+    wardrobe.stacks.arena[: wardrobe.arena.unit] = math.nan  # an empty slot
+    worn = [(slots[1], 3), (None, 2), (slots[0], MANY - 12), (slots[2], 6), (None, 1)]
+    x = torch.randn(MANY, 331, device=device).to(dtype)
+    exact, tiles = wardrobe.exact(x, worn), wardrobe.tiles(worn, height, dead=20)
+    close(wardrobe.apply(x, worn, height, dead=20), exact, 2.0)
+    gate_up = torch.randn(MANY, 202, device=device).to(dtype)
+    gated = adapted_silu_mul(gate_up, x, tiles, wardrobe.arena, "group", 1)
+    close(gated, torch_silu_mul(gate_up.double() + exact), 4.0)
+    again = adapted_silu_mul(gate_up, x, tiles, wardrobe.arena, "group", 1)
+    assert torch.equal(gated, again)
+    with pytest.raises(AssertionError):
+        close(gated, torch_silu_mul(gate_up.double()), 4.0)
 
 
 def test_lora_of_a_wrong_slot_exceeds_the_bound(device: torch.device, dtype: torch.dtype) -> None:

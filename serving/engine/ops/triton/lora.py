@@ -27,15 +27,29 @@ from serving.engine.slots import BUCKETS
 DECODE_HEIGHT = 16  # rows of a tile: what a product takes at least
 PROMPT_HEIGHT = 64
 TILE = 4  # numbers of a tile: first row, rows, rank, row of the stack
-# Programs that walk through the tiles. Where there is room for more tiles than there are as a rule,
-# the same programs look at the others, and there are none that only end.
-TILE_PROGRAMS = {DECODE_HEIGHT: 64, PROMPT_HEIGHT: 16}
-RANK_PROGRAMS = 4
-PROGRAMS = 512  # about four for each multiprocessor of a large device
-MOST_SPLITS = {DECODE_HEIGHT: 8, PROMPT_HEIGHT: 2}
-STAGES = {DECODE_HEIGHT: 5, PROMPT_HEIGHT: 3}  # loads under way; those of a prompt are large
-RANKS, INPUTS = 16, 128  # that one program multiplies at once
-OUTPUTS = {DECODE_HEIGHT: 256, PROMPT_HEIGHT: 128}
+RANKS = tl.constexpr(16)  # of B that one program multiplies at once
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How the work on tiles of one height is shared out to programs."""
+
+    walkers: int  # programs that walk through the tiles, of which few may be there
+    rank_programs: int
+    ranks: int  # of A, that one program multiplies at once
+    inputs: int
+    outputs: int
+    splits: int  # at most
+    stages: tuple[int, int]  # loads under way of A, and of B
+    warps: int  # that multiply with B
+
+
+SHARES = {
+    DECODE_HEIGHT: Shares(64, 4, 16, 128, 256, 8, (5, 3), 4),
+    PROMPT_HEIGHT: Shares(16, 1, 64, 64, 128, 16, (4, 1), 8),
+}
+TILES_AND_SPLITS = 128  # about one for each multiprocessor of a large device
+SUMS = 1024  # splits times blocks of outputs at most: each block adds the splits up
 # Ranks are multiples of the lowest bucket, and so is where an A or B begins.
 ALIGNED = tl.constexpr(BUCKETS[0])
 
@@ -86,54 +100,80 @@ class Arena:
 
 def lora(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int) -> torch.Tensor:
     """Return every row's own B(A(x)), [rows, out], for x [rows, in], which lies dense."""
-    place, rows, count = arena.places[group], len(x), len(tiles.table)
-    parts, outputs = len(place.outputs), sum(place.outputs)
-    most = parts * BUCKETS[-1]
-    walkers, block = min(TILE_PROGRAMS[tiles.height], count), OUTPUTS[tiles.height]
-    splits = _splits(walkers * RANK_PROGRAMS, place.inputs, MOST_SPLITS[tiles.height])
-    shrunk = x.new_empty(splits, rows, most, dtype=torch.float32)
-    y = x.new_empty(rows, outputs)
-    _shrink[(walkers, RANK_PROGRAMS, splits)](
-        *(x, shrunk, tiles.table, arena.memory, layer, rows, count),
-        UNIT=arena.unit,
-        START=place.a,
-        PARTS=parts,
-        MOST=most,
-        WIDTH=place.inputs,
-        HEIGHT=tiles.height,
-        RANKS=RANKS,
-        BLOCK=INPUTS,
-        num_stages=STAGES[tiles.height],
-    )
-    _expand[(sum(triton.cdiv(out, block) for out in place.outputs), walkers)](
-        *(y, shrunk, tiles.table, arena.memory, layer, rows, count),
+    place, shares, count = arena.places[group], SHARES[tiles.height], len(tiles.table)
+    shrunk, y = shrink(x, tiles, arena, group, layer), x.new_empty(len(x), sum(place.outputs))
+    _expand[(_blocks(place, shares), min(shares.walkers, count))](
+        *(y, shrunk, tiles.table, arena.memory, layer, len(x), count),
         UNIT=arena.unit,
         START=place.b,
         LAYERS=arena.layers,
         OUTS=place.outputs,
-        MOST=most,
-        WIDTH=outputs,
+        MOST=shrunk.shape[2],
+        WIDTH=y.shape[1],
         HEIGHT=tiles.height,
-        RANKS=RANKS,
-        BLOCK=block,
-        SPLITS=splits,
+        BLOCK=shares.outputs,
+        SPLITS=len(shrunk),
+        num_stages=shares.stages[1],
+        num_warps=shares.warps,
     )
     return y
 
 
-def _splits(programs: int, inputs: int, most: int) -> int:
+def shrink(x: torch.Tensor, tiles: LoraTiles, arena: Arena, group: str, layer: int) -> torch.Tensor:
+    """Return A(x), [splits, rows, ranks] in float32, which the splits add up to.
+
+    The ranks of each part are behind those of the part before. Others are not written.
+    """
+    place, shares, count = arena.places[group], SHARES[tiles.height], len(tiles.table)
+    splits, parts = _splits(place, len(x), tiles), len(place.outputs)
+    shrunk = x.new_empty(splits, len(x), parts * BUCKETS[-1], dtype=torch.float32)
+    _shrink[(min(shares.walkers, count), shares.rank_programs, splits)](
+        *(x, shrunk, tiles.table, arena.memory, layer, len(x), count),
+        UNIT=arena.unit,
+        START=place.a,
+        PARTS=parts,
+        MOST=shrunk.shape[2],
+        WIDTH=place.inputs,
+        HEIGHT=tiles.height,
+        RANKS=shares.ranks,
+        BLOCK=shares.inputs,
+        num_stages=shares.stages[0],
+    )
+    return shrunk
+
+
+def _splits(place: Place, rows: int, tiles: LoraTiles) -> int:
     """Return a power of two, so that few kernels are compiled."""
-    wanted = max(1, min(most, PROGRAMS // programs, inputs // INPUTS))
-    return 1 << (wanted.bit_length() - 1)
+    shares = SHARES[tiles.height]
+    busy = min(shares.walkers, len(tiles.table))
+    if tiles.height == PROMPT_HEIGHT:  # there is room for many tiles, and most of them are full
+        busy = min(busy, -(-rows // PROMPT_HEIGHT))
+    wanted = min(
+        shares.splits,
+        SUMS // _blocks(place, shares),
+        place.inputs // shares.inputs,
+        TILES_AND_SPLITS // busy,
+    )
+    return 1 << (max(1, wanted).bit_length() - 1)
+
+
+def _blocks(place: Place, shares: Shares) -> int:
+    return sum(-(-out // shares.outputs) for out in place.outputs)
 
 
 @triton.jit
-def _tile(tiles, t, HEIGHT: tl.constexpr):
+def alive(tiles, t, count):
+    """Return the rows of a tile. Behind the first that has none there are no others."""
+    return tl.load(tiles + 4 * t + 1, mask=t < count, other=0)
+
+
+@triton.jit
+def tile(tiles, t, HEIGHT: tl.constexpr):
     """Return a tile's rank, its row of the stack, its rows, and which of them live."""
-    start, alive = tl.load(tiles + 4 * t), tl.load(tiles + 4 * t + 1)
+    start, rows = tl.load(tiles + 4 * t), tl.load(tiles + 4 * t + 1)
     rank, slot = tl.load(tiles + 4 * t + 2), tl.load(tiles + 4 * t + 3)
     tall = tl.arange(0, HEIGHT)
-    return rank, slot, (start + tall).to(tl.int64), tall < alive
+    return tl.multiple_of(rank, ALIGNED), slot, (start + tall).to(tl.int64), tall < rows
 
 
 @triton.jit(do_not_specialize=["layer", "rows", "count"])
@@ -155,12 +195,12 @@ def _shrink(
     BLOCK: tl.constexpr,
 ):
     """shrunk[split, row] = A · (the split's inputs of x), for this program's tiles and ranks."""
-    split, splits = tl.program_id(2), tl.num_programs(2)
-    for t in range(tl.program_id(0), count, tl.num_programs(0)):
-        rank, slot, row, live = _tile(tiles, t, HEIGHT)
+    t, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    while alive(tiles, t, count) > 0:
+        rank, slot, row, live = tile(tiles, t, HEIGHT)
         all_ranks = rank * PARTS
-        first = rank.to(tl.int64) * (slot.to(tl.int64) * UNIT + START + layer * (PARTS * WIDTH))
-        a = arena + tl.multiple_of(first, ALIGNED)
+        numbers = slot.to(tl.int64) * UNIT + START + layer * (PARTS * WIDTH)
+        a = arena + rank.to(tl.int64) * numbers
         for low in range(tl.program_id(1) * RANKS, all_ranks, tl.num_programs(1) * RANKS):
             narrow = low + tl.arange(0, RANKS)
             ranked = narrow < all_ranks
@@ -184,6 +224,44 @@ def _shrink(
                 found,
                 mask=live[:, None] & ranked[None, :],
             )
+        t += tl.num_programs(0)
+
+
+@triton.jit
+def product(
+    shrunk,
+    rank,
+    part,
+    row,
+    live,
+    rows,
+    b,
+    wide,
+    column,
+    MOST: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Return shrunk[row, ranks of a part] · B[column], where B [rank, wide] begins at b."""
+    found = tl.zeros((HEIGHT, BLOCK), tl.float32)
+    for low in range(0, rank, RANKS):
+        narrow = low + tl.arange(0, RANKS)
+        ranked = narrow < rank
+        left = tl.zeros((HEIGHT, RANKS), tl.float32)
+        for split in tl.static_range(SPLITS):
+            left += tl.load(
+                shrunk + (split * rows + row[:, None]) * MOST + part * rank + narrow[None, :],
+                mask=live[:, None] & ranked[None, :],
+                other=0.0,
+            )
+        right = tl.load(
+            b + narrow[:, None] * wide + column[None, :],
+            mask=ranked[:, None] & (column < wide)[None, :],
+            other=0.0,
+        )
+        found += tl.dot(left.to(right.dtype), right, input_precision="ieee")
+    return found
 
 
 @triton.jit(do_not_specialize=["layer", "rows", "count"])
@@ -202,7 +280,6 @@ def _expand(
     MOST: tl.constexpr,
     WIDTH: tl.constexpr,
     HEIGHT: tl.constexpr,
-    RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -213,31 +290,17 @@ def _expand(
             part, first, left_edge, wide = p, (block - blocks) * BLOCK, before, OUTS[p]
         blocks += tl.cdiv(OUTS[p], BLOCK)
         before += OUTS[p]
-    column = first + tl.arange(0, BLOCK)
-    inside = column < wide
-    for t in range(tl.program_id(1), count, tl.num_programs(1)):
-        rank, slot, row, live = _tile(tiles, t, HEIGHT)
+    column, t = first + tl.arange(0, BLOCK), tl.program_id(1)
+    while alive(tiles, t, count) > 0:
+        rank, slot, row, live = tile(tiles, t, HEIGHT)
         numbers = slot.to(tl.int64) * UNIT + START + LAYERS * left_edge + layer * wide
-        b = arena + tl.multiple_of(rank.to(tl.int64) * numbers, ALIGNED)
-        found = tl.zeros((HEIGHT, BLOCK), tl.float32)
-        for low in range(0, rank, RANKS):
-            narrow = low + tl.arange(0, RANKS)
-            ranked = narrow < rank
-            left = tl.zeros((HEIGHT, RANKS), tl.float32)
-            for split in tl.static_range(SPLITS):
-                left += tl.load(
-                    shrunk + (split * rows + row[:, None]) * MOST + part * rank + narrow[None, :],
-                    mask=live[:, None] & ranked[None, :],
-                    other=0.0,
-                )
-            right = tl.load(
-                b + narrow[:, None] * wide + column[None, :],
-                mask=ranked[:, None] & inside[None, :],
-                other=0.0,
-            )
-            found += tl.dot(left.to(right.dtype), right, input_precision="ieee")
+        b = arena + rank.to(tl.int64) * numbers
+        found = product(
+            shrunk, rank, part, row, live, rows, b, wide, column, MOST, HEIGHT, BLOCK, SPLITS
+        )
         tl.store(
             y + row[:, None] * WIDTH + left_edge + column[None, :],
             found.to(y.dtype.element_ty),
-            mask=live[:, None] & inside[None, :],
+            mask=live[:, None] & (column < wide)[None, :],
         )
+        t += tl.num_programs(1)
