@@ -14,6 +14,7 @@ without shares.
 import argparse
 import asyncio
 import contextlib
+import math
 import random
 import tempfile
 from collections import Counter
@@ -137,7 +138,7 @@ def fill_registry(home: Path, base: BaseModel, bases: Bases, *, one_tenant: bool
             write_adapter(home / "made" / tenant, base, seed=2000 + number)
             pushed = registry.push(home / "made" / tenant, name, actor="benchmark")
             registry.promote(name, pushed.version.number, reason="benchmark", actor="benchmark")
-            if one_tenant:
+            if one_tenant and tenant != NOISY:
                 registry.share(name, NOISY)
         owners = [NOISY if one_tenant else tenant for tenant in TENANTS]
         return {
@@ -187,16 +188,17 @@ def report(share: float, quiet: list[Phase], noisy: list[Phase], crowded: Phase)
     lines = [
         f"A tenant's share is {share:.2f} requests a second.",
         "",
-        "| others' time to first token | requests | p50 ms | p99 ms | refused |",
+        "| others' time to first token | answered | p50 ms | p99 ms | refused |",
         "|---|---|---|---|---|",
     ]
     tails: list[float] = []
     for name, phases in (("quiet", quiet), ("noisy", noisy)):
-        ttft = [value for phase in phases for value in phase.ttft()]
+        ttft = [value for phase in phases for value in phase.ttft()] or [math.nan]
         refused = sum(phase.refused[tenant] for phase in phases for tenant in OTHERS)
+        answered = sum(len(phase.records[tenant]) for phase in phases for tenant in OTHERS)
         tails.append(percentile(ttft, 99))
         lines.append(
-            f"| {name} | {len(ttft)} | {percentile(ttft, 50):.0f} | {tails[-1]:.0f} | {refused} |"
+            f"| {name} | {answered} | {percentile(ttft, 50):.0f} | {tails[-1]:.0f} | {refused} |"
         )
     answered = sum(len(phase.records[NOISY]) for phase in noisy)
     refused = sum(phase.refused[NOISY] for phase in noisy)

@@ -252,6 +252,8 @@ def _refusal(reason: str) -> GrammarRefused:
 def _reason(message: str) -> str:
     """Return what is wrong. An expression is repeated in its error: a long one is left out."""
     message = message.removesuffix("<non-verbose/>").strip()
+    if message == "NoExtensionBias":  # as llguidance calls it
+        return "there is no text that it allows."
     if len(message) <= MAX_REASON_CHARACTERS:
         return message
     found = re.search(r"^error: .*", message, re.MULTILINE)
