@@ -1,4 +1,4 @@
-"""Ctrl-C before a command has begun."""
+"""Ctrl-C before a command has begun, and in one."""
 
 import subprocess
 import sys
@@ -46,3 +46,21 @@ def test_behind_the_imports_ctrl_c_is_an_exception_again() -> None:
 def test_who_ignores_ctrl_c_goes_on_doing_so() -> None:
     """As a job in the background of a shell does."""
     assert run("sqlalchemy", "SIG_IGN") == (0, "imported\n", "")
+
+
+def test_an_interrupt_in_a_command_says_the_same() -> None:
+    script = """
+import sys
+import wardrobe
+
+@wardrobe.app.command()
+def hang() -> None:
+    raise KeyboardInterrupt
+
+sys.argv = ["wardrobe", "hang"]
+wardrobe.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
