@@ -74,7 +74,8 @@ class Load:
         self._url, self._sessions, self._pool = url, sessions, pool
         self._random = random.Random(1)
 
-    async def one(self, tenant: str, phase: Phase) -> None:
+    async def one(self, tenant: str, phase: Phase) -> bool:
+        """Send one request; tell whether it was answered."""
         prompt = self._random.choice(self._pool)
         try:
             record = await one_request(
@@ -82,14 +83,16 @@ class Load:
             )
         except Refused:
             phase.refused[tenant] += 1
-            return
+            return False
         phase.records[tenant].append(record)
         phase.served[tenant] += PROMPT_WEIGHT * len(prompt) + OUTPUT_WEIGHT * record.tokens
+        return True
 
     async def keep(self, tenant: str, phase: Phase) -> None:
-        """Send one after the other for ever."""
+        """Send one after the other for ever, and wait a second where there is no room."""
         while True:
-            await self.one(tenant, phase)
+            if not await self.one(tenant, phase):
+                await asyncio.sleep(1)
 
     async def at_random(self, tenant: str, phase: Phase, rate: float) -> None:
         """Send `rate` requests a second, whether or not the earlier ones have been answered."""
@@ -202,12 +205,13 @@ def report(share: float, quiet: list[Phase], noisy: list[Phase], crowded: Phase)
         )
     answered = sum(len(phase.records[NOISY]) for phase in noisy)
     refused = sum(phase.refused[NOISY] for phase in noisy)
+    served = [crowded.served[tenant] for tenant in TENANTS]
     lines += [
         "",
         f"p99 noisy ÷ quiet: {tails[1] / tails[0]:.2f}. The noisy tenant was answered {answered} "
         f"times and refused {refused} times.",
         f"Jain's index of tokens, everybody asking for more than there is: "
-        f"{jain([crowded.served[tenant] for tenant in TENANTS]):.3f}",
+        f"{jain(served) if any(served) else math.nan:.3f}",
     ]
     return "\n".join(lines)
 

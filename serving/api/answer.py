@@ -22,6 +22,7 @@ from serving.engine.boundary import Engine, GrammarRefused
 from serving.tokens import Tokens
 
 DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = "\x85\u2028\u2029"  # the others are control characters, which JSON escapes itself
 
 
 @dataclass(slots=True)
@@ -205,4 +206,16 @@ _EVENT_STREAM = [
 
 async def _send_events(send: Send, events: bytes) -> None:
     if events:
-        await send({"type": "http.response.body", "body": events, "more_body": True})
+        body = _without_line_ends(events)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _without_line_ends(events: bytes) -> bytes:
+    """Escape what ends a line in Unicode, though neither in JSON nor in an event stream.
+
+    Clients that read text by lines, such as httpx' `iter_lines`, would cut an event in two there.
+    """
+    if not events.isascii():
+        for character in _LINE_ENDS:
+            events = events.replace(character.encode(), f"\\u{ord(character):04x}".encode())
+    return events

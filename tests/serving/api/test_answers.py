@@ -44,6 +44,21 @@ def test_a_chat_stream_has_the_chunks_of_the_openai_api_in_their_order(speaking:
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
+def test_a_client_that_splits_text_into_lines_reads_whole_events(
+    wardrobe: Wardrobe, tokens: Tokens
+) -> None:
+    """Python knows ten ends of a line; an event stream has three of them."""
+    said = "".join(f"a{end}" for end in "\v\f\x1c\x1d\x1e\x85\u2028\u2029\r\n")
+    with running(wardrobe, tokens, ScriptedEngine(says(said))) as live:
+        lines = live.post(CHAT | {"stream": True}).text.splitlines()
+        whole = live.post(CHAT).json()["choices"][0]["message"]["content"]
+        completion = live.post(COMPLETION | {"stream": True}, "/v1/completions")
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == said
+    assert whole == said
+    assert {line[:6] for line in completion.text.splitlines() if line} == {"data: "}
+
+
 def test_an_answer_can_be_sent_back_as_history(speaking: Running) -> None:
     client = speaking.openai()
     said = client.chat.completions.create(**CHAT).choices[0].message
