@@ -106,10 +106,11 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     last are zero.
     """
     *many, outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -outputs % PANEL))
-    step = _step(weight)
-    panels = padded.view(*many, -1, PANEL, inputs // step, step)
-    return panels.transpose(-3, -2).reshape(*many, -1, inputs * PANEL)
+    if outputs % PANEL:
+        weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
+    steps = weight.contiguous().view(torch.int32)  # one number each, which is moved in one go
+    panels = steps.view(*many, -1, PANEL, steps.shape[-1]).mT.contiguous()
+    return panels.view(weight.dtype).view(*many, -1, inputs * PANEL)
 
 
 def _step(weight: torch.Tensor) -> int:

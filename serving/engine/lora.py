@@ -144,7 +144,8 @@ class LoraLayout:
         b = ((b if b.dtype == stack_a.dtype else b.float()) * scale).to(stack_a.dtype)
         stack_a[where, part * bucket : part * bucket + rank] = a.to(stack_a.dtype)
         if self.packed:
-            halves[1 + part][where] = pack_b(F.pad(b, (0, bucket - rank)), _offset(group, part))
+            b = b if rank == bucket else F.pad(b, (0, bucket - rank))
+            halves[1 + part][where] = pack_b(b, _offset(group, part))
         else:
             halves[1 + part][where, :rank] = b.mT
 
@@ -163,7 +164,7 @@ def pack_b(b: torch.Tensor, offset: int) -> torch.Tensor:
 
     `offset` outputs of the first panel belong to the part before; they are zero here.
     """
-    return pack(F.pad(b, (0, 0, offset, 0)))
+    return pack(F.pad(b, (0, 0, offset, 0)) if offset else b)
 
 
 def _offset(group: LinearGroup, part: int) -> int:
