@@ -1,11 +1,12 @@
 // The forward pass of the Llama family over one step's rows: one call, one parallel region.
 #pragma once
 #include <list>
+#include <optional>
 
 #include "activation.h"
 #include "attention.h"
 #include "linear.h"
-#include "vectors.h"
+#include "step.h"
 
 struct Linear {
   const Number *weight, *bias;  // packed; [outputs] or null
@@ -24,26 +25,11 @@ struct Model {
   Linear head;
   const float *cos, *sin;  // [length, dim / 2]
 };
-struct Step {
-  int64_t rows, sampled;
-  const int64_t *ids, *positions, *slots;  // [rows]
-  const int64_t* sampled_rows;             // [sampled]
-  int64_t cache_slots, cache_length;
-  Number *keys, *values;  // [layers, cache_slots, kv_heads, cache_length, dim]
-  int64_t runs;
-  const Run* run;
-  const Stack* stacks[4];  // of qkv, o, gate_up, down; read when there are runs
-  const Vectors* const* vectors;   // [rows], null where a row wears none; null when none does
-  const Number* const* embedded;   // [rows] the input where it is not the token's; may be null
-  // Space for rows × hidden, hidden, (heads + 2 kv_heads) · dim, heads · dim, 2 · intermediate and
-  // intermediate numbers.
-  Number *x, *h, *qkv, *attended, *gate_up, *activated;
-  Number* logits;  // [sampled, vocab]
-};
 
-class Forward {
+// What the layers do to the rows of a step; every thread of a parallel region calls it.
+class Layers {
  public:
-  Forward(const Model& model, const Step& step)
+  Layers(const Model& model, const Step& step)
       : m(model), s(step), queries(m.heads * m.dim), keys(m.kv_heads * m.dim),
         groups{{m.hidden, 3, {queries, keys, keys}},
                {queries, 1, {m.hidden}},
@@ -55,15 +41,56 @@ class Forward {
     for (int64_t i = 0; i < m.layers; i++) attentions.push_back(attention(m.layer[i].window));
   }
 
-  // Called by every thread of a parallel region.
-  void run() {
-    embed();
-    for (int64_t i = 0; i < m.layers; i++) layer(i);
+  void embed() {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.sampled; i++)
-      normalise(s.x + s.sampled_rows[i] * m.hidden, norm(s.sampled_rows[i], 2 * m.layers, m.norm),
-                s.h + i * m.hidden, m.hidden, m.eps);
-    multiply(m.layers * 4, s.h, s.logits, s.sampled, false);
+    for (int64_t row = 0; row < s.rows; row++) {
+      Number* to = s.x + row * m.hidden;
+      if (s.embedded && s.embedded[row])
+        memcpy(to, s.embedded[row], m.hidden * sizeof(Number));
+      else if (m.embedding)
+        memcpy(to, m.embedding + s.ids[row] * m.hidden, m.hidden * sizeof(Number));
+      else
+        unpack(m.head.weight, s.ids[row], m.hidden, to);
+    }
+  }
+
+  // The first part of a layer: queries into qkv, keys and values into the cache.
+  void write(int64_t i) {
+    const Rope rope{m.cos, m.sin, m.layer[i].query_norm, m.layer[i].key_norm, m.eps};
+    const Cache own = cache(i);
+    normalise_all(2 * i, m.layer[i].attention_norm);
+    linear(i, 0, s.h, s.qkv, false);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++)
+      rope.row(s.qkv + row * width(), m.heads, s.slots[row], s.positions[row], own);
+  }
+
+  // The second part: what the queries find in the cache, then the MLP.
+  void read(int64_t i) {
+    attentions[i]->run(s.qkv, width(), cache(i), s.attended);
+    linear(i, 1, s.attended, s.x, true);
+    normalise_all(2 * i + 1, m.layer[i].mlp_norm);
+    linear(i, 2, s.h, s.gate_up, false);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.rows; row++)
+      silu_mul(s.gate_up + row * 2 * m.intermediate, s.activated + row * m.intermediate,
+               m.intermediate);
+    linear(i, 3, s.activated, s.x, true);
+  }
+
+  // Move rows in the middle of a layer, after `write`, to the front; `numbers` [rows] is ascending.
+  // Called by one thread.
+  void gather(const int64_t* numbers) {
+    for (int64_t row = 0; row < s.rows; row++) {
+      memmove(s.x + row * m.hidden, s.x + numbers[row] * m.hidden, m.hidden * sizeof(Number));
+      memmove(s.qkv + row * width(), s.qkv + numbers[row] * width(), queries * sizeof(Number));
+    }
+  }
+
+  // Logits of all rows.
+  void head() {
+    normalise_all(2 * m.layers, m.norm);
+    multiply(m.layers * 4, s.h, s.logits, false);
   }
 
  private:
@@ -84,40 +111,12 @@ class Forward {
     return &windows.back().second;
   }
 
-  void layer(int64_t i) {
-    const Layer& own = m.layer[i];
+  Cache cache(int64_t i) const {
     const int64_t kv = i * s.cache_slots * m.kv_heads * s.cache_length * m.dim;
-    const Cache cache{s.keys + kv, s.values + kv, m.kv_heads, s.cache_length, m.dim};
-    const Rope rope{m.cos, m.sin, own.query_norm, own.key_norm, m.eps};
-    const int64_t width = queries + 2 * keys;
-    normalise_all(2 * i, own.attention_norm);
-    linear(i, 0, s.h, s.qkv, false);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < s.rows; row++)
-      rope.row(s.qkv + row * width, m.heads, s.slots[row], s.positions[row], cache);
-    attentions[i]->run(s.qkv, width, cache, s.attended);
-    linear(i, 1, s.attended, s.x, true);
-    normalise_all(2 * i + 1, own.mlp_norm);
-    linear(i, 2, s.h, s.gate_up, false);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < s.rows; row++)
-      silu_mul(s.gate_up + row * 2 * m.intermediate, s.activated + row * m.intermediate,
-               m.intermediate);
-    linear(i, 3, s.activated, s.x, true);
+    return {s.keys + kv, s.values + kv, m.kv_heads, s.cache_length, m.dim};
   }
 
-  void embed() {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < s.rows; row++) {
-      Number* to = s.x + row * m.hidden;
-      if (s.embedded && s.embedded[row])
-        memcpy(to, s.embedded[row], m.hidden * sizeof(Number));
-      else if (m.embedding)
-        memcpy(to, m.embedding + s.ids[row] * m.hidden, m.hidden * sizeof(Number));
-      else
-        unpack(m.head.weight, s.ids[row], m.hidden, to);
-    }
-  }
+  int64_t width() const { return groups[0].width(); }  // of qkv
 
   void normalise_all(int64_t number, const Number* weight) {
 #pragma omp for schedule(static)
@@ -154,15 +153,15 @@ class Forward {
   void linear(int64_t layer, int group, const Number* x, Number* y, bool add) {
     if (s.vectors && add) set_aside(group, y);
     if (!loras.empty()) loras[group].shrink(layer, x, groups[group].inputs);
-    multiply(layer * 4 + group, x, y, s.rows, add);
+    multiply(layer * 4 + group, x, y, add);
     if (s.vectors) dress_all(layer, group, y, add);
   }
 
   // Of the linears in the order in which they run, 4 of each layer and the head, number n.
-  void multiply(int64_t n, const Number* x, Number* y, int64_t rows, bool add) {
+  void multiply(int64_t n, const Number* x, Number* y, bool add) {
     const int64_t inputs = group(n).inputs, outputs = group(n).width();
     const Product product{x, dressed(n), own(n).bias, y, inputs, outputs, outputs, add};
-    product.run(rows, taken[n], n < m.layers * 4 ? dressed(n + 1) : Dressed{});
+    product.run(s.rows, taken[n], n < m.layers * 4 ? dressed(n + 1) : Dressed{});
   }
 
   Dressed dressed(int64_t n) const {
@@ -175,4 +174,33 @@ class Forward {
   }
 
   const Group& group(int64_t n) const { return groups[n < m.layers * 4 ? n % 4 : 4]; }
+};
+
+// The whole pass. Of a row that nobody samples the last layer computes keys and values only.
+class Forward {
+ public:
+  Forward(const Model& model, const Step& step)
+      : last(model.layers - 1), sampled(step), all(model, step) {
+    if (step.sampled < step.rows) few.emplace(model, sampled.step);
+  }
+
+  // Called by every thread of a parallel region.
+  void run() {
+    all.embed();
+    for (int64_t i = 0; i < last; i++) all.write(i), all.read(i);
+    all.write(last);
+    if (few) {
+#pragma omp single
+      few->gather(sampled.step.sampled_rows);
+    }
+    Layers& rest = few ? *few : all;
+    rest.read(last);
+    rest.head();
+  }
+
+ private:
+  const int64_t last;
+  const Sampled sampled;
+  Layers all;
+  std::optional<Layers> few;  // the sampled rows, where they are not all
 };

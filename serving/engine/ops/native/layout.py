@@ -1,4 +1,4 @@
-"""The structures of forward.h, field by field, and how tensors become them."""
+"""The structures of forward.h and step.h, field by field, and how tensors become them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
