@@ -149,11 +149,16 @@ class Blobs:
             return
         path = self._local / key
         for part in (path, path.parent, self._local):
-            descriptor = os.open(part, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(part)
+
+
+def sync(path: Path) -> None:
+    """Wait until what is in a file, or which names are in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _linked(source: Path, target: Path) -> bool:

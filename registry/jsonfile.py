@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +47,8 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     if _deeper_than(found, MAX_DEPTH):
         raise refused("json_invalid", f"{what} is nested deeper than {MAX_DEPTH} levels.")
     try:
-        canonical(found)
+        if b"\\u" in data:
+            canonical(found)
     except UnicodeEncodeError as error:
         # The escape \ud800 is JSON, and half a character that no file or database can hold.
         raise refused("json_invalid", f"{what} holds a text that is not Unicode.") from error
@@ -89,7 +91,7 @@ def _deeper_than(value: object, levels: int) -> bool:
     return True
 
 
-def _children(value: object) -> list[object]:
+def _children(value: object) -> Iterable[object]:
     if isinstance(value, dict):
-        return list(cast("dict[str, object]", value).values())
-    return list(cast("list[object]", value)) if isinstance(value, list) else []
+        return cast("dict[str, object]", value).values()
+    return cast("list[object]", value) if isinstance(value, list) else ()

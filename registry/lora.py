@@ -182,18 +182,19 @@ def first_match(patterns: Mapping[str, Number], module: str, default: Number) ->
     """
     if not patterns:
         return default
-    endings = {*_endings(module), f"^{module}"}
-    found = [key for key in endings if key in patterns]
+    ends = {*endings(module), f"^{module}"}
+    found = [key for key in ends if key in patterns]
     if len(found) > 1:
-        found = [next(key for key in patterns if key in endings)]
+        found = [next(key for key in patterns if key in ends)]
     return patterns[found[0]] if found else default
 
 
 def _ends_with(module: str, names: Collection[str]) -> bool:
-    return not _endings(module).isdisjoint(names)
+    return bool(names) and not endings(module).isdisjoint(names)
 
 
-def _endings(module: str) -> set[str]:
+def endings(module: str) -> set[str]:
+    """Return a name and what follows each of its dots, as peft compares names with."""
     parts = module.split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
 

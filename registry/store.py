@@ -2,7 +2,8 @@
 
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from registry.adapter import (
     check_tenant,
 )
 from registry.base import Bases
-from registry.blobs import Blobs
+from registry.blobs import Blobs, sync
 from registry.card import CARD_NAME, kind_of, system_prompt
 from registry.contents import COMPANIONS, CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
 from registry.convert import convert
@@ -46,7 +47,7 @@ from registry.records import (
     Share,
     VerifyReport,
 )
-from registry.upload import UploadedFile, copy_upload, read_upload, uploaded
+from registry.upload import UploadedFile, check_upload, copy_upload, uploaded
 from registry.validate import Checked, validate
 from registry.vectors import AnyConfig
 from registry.verify import Progress, verify
@@ -94,10 +95,19 @@ class Registry(Closing):
             return self._store(staging, copy_upload(source, staging), name, base, actor)
 
     def push_staged(
-        self, staging: Path, name: AdapterName, *, base: str | None = None, actor: str
+        self,
+        staging: Path,
+        files: Iterable[UploadedFile],
+        name: AdapterName,
+        *,
+        base: str | None = None,
+        actor: str,
     ) -> Push:
-        """As `push`, with files that were written into a folder of `staging`: none is copied."""
-        return self._store(staging, read_upload(staging), name, base, actor)
+        """As `push`, with the files that were written into a folder of `staging`: none is copied.
+
+        They are described as `IncomingFile` does it, and not hashed again.
+        """
+        return self._store(staging, check_upload(staging, files), name, base, actor)
 
     def _store(
         self,
@@ -109,7 +119,12 @@ class Registry(Closing):
     ) -> Push:
         if converted := convert(staging, self.bases, base=base):
             files[WEIGHTS_NAME] = uploaded(staging / WEIGHTS_NAME)
-        checked = validate(staging, self.bases, base=base)
+        with ThreadPoolExecutor(1, "push-sync") as beside:
+            # The gate needs the bytes, and not that the disk has them, which takes as long. What
+            # the disk says counts: it tells an error once, and `put` would not hear of it again.
+            on_disk = beside.submit(_sync_all, list(files.values()))
+            checked = validate(staging, self.bases, base=base)
+            on_disk.result()
         if converted:
             checked = replace(checked, warnings=(converted, *checked.warnings))
         if checked.config is not None:
@@ -442,6 +457,11 @@ class Registry(Closing):
             text = f"{known.ref.label} has the same content; its card was kept, this one was not."
             warnings = (*warnings, ("card_not_stored", text))
         return Push(known, False, warnings)
+
+
+def _sync_all(files: Iterable[UploadedFile]) -> None:
+    for file in files:
+        sync(file.path)
 
 
 def _write_config(staging: Path, config: AnyConfig) -> UploadedFile:

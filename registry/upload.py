@@ -4,11 +4,13 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from registry.contents import COMPANIONS, CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
-from registry.errors import NotFound, Problem, Refused, StoreUnavailable, refused
+from registry.errors import NotFound, Problem, Refused, refused
 
 MAX_FILES = 1000
 
@@ -46,6 +48,36 @@ class UploadedFile:
     size: int
 
 
+class IncomingFile:
+    """A file that is being written into the private copy: bounded, and hashed on the way.
+
+    Close it, whatever happens.
+    """
+
+    def __init__(self, staging: Path, name: str) -> None:
+        """Make the file. Raises Refused for a name that is not taken, and FileExistsError."""
+        if problems := check_name(name):
+            raise Refused.because(problems)
+        self.path, self._limit = staging / name, ALLOWED[name]
+        self._size, self._digest = 0, hashlib.sha256()
+        self._file = self.path.open("xb")
+
+    def write(self, pieces: Iterable[bytes]) -> None:
+        """Raises Refused for a file that becomes too large."""
+        for piece in pieces:
+            self._size += len(piece)
+            if self._size > self._limit:
+                text = f"{self.path.name} is over {self._limit} bytes."
+                raise refused("too_large", text)
+            self._digest.update(piece)
+            self._file.write(piece)
+
+    def close(self) -> UploadedFile:
+        """Return what was written up to now."""
+        self._file.close()
+        return UploadedFile(self.path, self._digest.hexdigest(), self._size)
+
+
 def copy_upload(source: Path, staging: Path) -> dict[str, UploadedFile]:
     """Copy the allowed files of `source` into `staging`, hashing them on the way.
 
@@ -55,17 +87,13 @@ def copy_upload(source: Path, staging: Path) -> dict[str, UploadedFile]:
         raise NotFound(f"There is no folder {source}. Give the one that holds the version's files.")
     _require_files(source)
     # Checked in the copy, which is what will be stored: the source may change at any time.
-    return _checked(
-        _copy(source / name, staging / name, limit)
-        for name, limit in ALLOWED.items()
-        if (source / name).exists()
-    )
+    return _checked(_copy(source / name, staging) for name in ALLOWED if (source / name).exists())
 
 
-def read_upload(staging: Path) -> dict[str, UploadedFile]:
-    """Return the files of a folder that nobody else can write to. Raises Refused."""
+def check_upload(staging: Path, files: Iterable[UploadedFile]) -> dict[str, UploadedFile]:
+    """Return all files of a folder that nobody else can write to, by name. Raises Refused."""
     _require_files(staging)
-    return _checked(uploaded(staging / name) for name in ALLOWED if (staging / name).exists())
+    return _checked(files)
 
 
 def uploaded(path: Path) -> UploadedFile:
@@ -136,19 +164,12 @@ def _check_head(path: Path) -> list[Problem]:
     return [("pickle_refused", f"{path.name} is {found}: convert the adapter to safetensors.")]
 
 
-def _copy(source: Path, target: Path, limit: int) -> UploadedFile:
-    digest, size = hashlib.sha256(), 0
+def _copy(source: Path, staging: Path) -> UploadedFile:
     # O_NOFOLLOW and the check on the open file: the entry may have been swapped since it was seen.
     descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+    with os.fdopen(descriptor, "rb") as reader:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise refused("not_a_regular_file", f"{source} is not a regular file.")
-        while chunk := reader.read(_CHUNK):
-            size += len(chunk)
-            if size > limit:
-                text = f"{source.name} grew over {limit} bytes while it was read."
-                raise refused("too_large", text)
-            digest.update(chunk)
-            if writer.write(chunk) != len(chunk):
-                raise StoreUnavailable(f"Cannot write {target}.")
-    return UploadedFile(target, digest.hexdigest(), size)
+        with closing(IncomingFile(staging, source.name)) as writer:
+            writer.write(iter(partial(reader.read, _CHUNK), b""))
+            return writer.close()

@@ -25,9 +25,9 @@ from registry.contents import (
 )
 from registry.errors import BaseMismatch, Problem, Refused, refused
 from registry.jsonfile import read_object
-from registry.lora import AdapterConfig
+from registry.lora import AdapterConfig, endings
 from registry.parts import Parts, check_parts, sort_parts
-from registry.tensors import ADAPTER_BOUNDS, Tensor, largest_magnitude, read_header
+from registry.tensors import ADAPTER_BOUNDS, Tensor, largest_magnitudes, read_header
 from registry.upload import ALLOWED
 from registry.vectors import AnyConfig, VectorConfig, parse_config
 from registry.whole import check_whole
@@ -88,12 +88,12 @@ def _validate_adapter(
     """Check the two files of an adapter; `problems` has what is wrong with its card."""
     config = _collect(problems, lambda: _read_config(folder))
     tensors = _collect(problems, lambda: read_header(folder / WEIGHTS_NAME, ADAPTER_BOUNDS))
+    parts = sort_parts(tensors or {})
     if tensors is not None:
-        problems += _check_names(tensors)
+        problems += _check_names(tensors, parts)
     if card is None or config is None or tensors is None:
         raise _refusal(problems)
     model = bases.get(base_id(config, card, base))
-    parts = sort_parts(tensors)
     problems += _check_structure(card, model)
     problems += _check_allowed(config, parts)
     problems += check_parts(_allowed(config, parts), config.tokens, config.peft_type, model)
@@ -103,7 +103,7 @@ def _validate_adapter(
         for module in sorted(modules):
             problems += _check_shapes(module, config, tensors, model)
     # Values are read last: only a file whose every size is right is worth a pass over its bytes.
-    value_problems, warnings = ([], []) if problems else _check_values(tensors)
+    value_problems, warnings = ([], []) if problems else _check_values(folder, tensors)
     if problems := problems + value_problems:
         raise _refusal(problems)
     warnings += _base_warning(config, model)
@@ -176,44 +176,48 @@ def _check_structure(card: dict[str, Any], model: BaseModel) -> list[Problem]:
     return [("base_mismatch", text)]
 
 
-def _check_names(tensors: dict[str, Tensor]) -> list[Problem]:
+def _check_names(tensors: dict[str, Tensor], parts: Parts[Tensor]) -> list[Problem]:
+    known = {tensor.name for own in parts.values() for tensor in own.values()}
     problems = [
         ("unknown_key", f"{name[:120]!r} is no tensor that peft saves for an adapter.")
         for name in tensors
-        if not sort_parts({name: None})
+        if name not in known
     ]
     return problems if tensors else [("no_tensors", f"{WEIGHTS_NAME} holds no tensor.")]
 
 
 def _check_allowed(config: AnyConfig, parts: Parts[Tensor]) -> list[Problem]:
     """Compare what the tensors are with what the config says was trained."""
+    allowed = config.parts
     problems = [
         ("unknown_key", f"{tensor.name}: the config says nothing of such a tensor.")
         for own in parts.values()
         for part, tensor in own.items()
-        if part not in config.parts
+        if part not in allowed
     ]
     found = {part for own in parts.values() for part in own}
     problems += [
         ("tensor_missing", f"The config names {what}, and no tensor belongs to them.")
         for part, what in (("norm", "modules that were saved"), ("tokens", "tokens"))
-        if part in config.parts and part not in found
+        if part in allowed and part not in found
     ]
     if isinstance(config, AdapterConfig):
+        needed = config.needed
         problems += [
             (
                 "orphan",
                 f"{module} has {', '.join(sorted(own))} without {', '.join(sorted(missing))}.",
             )
             for module, own in sorted(parts.items())
-            if own.keys() & config.needed and (missing := config.needed - own.keys())
+            if own.keys() & needed and (missing := needed - own.keys())
         ]
     return problems
 
 
 def _allowed(config: AnyConfig, parts: Parts[Tensor]) -> Parts[Tensor]:
+    allowed = config.parts
     return {
-        module: {part: tensor for part, tensor in own.items() if part in config.parts}
+        module: {part: tensor for part, tensor in own.items() if part in allowed}
         for module, own in parts.items()
     }
 
@@ -228,11 +232,11 @@ def _check_targets(config: AdapterConfig, modules: set[str]) -> list[Problem]:
         for module in sorted(modules)
         if not config.targets(module)
     ]
-    endings = {".".join(module.split(".")[i:]) for module in modules for i in range(32)}
+    found = {ending for module in modules for ending in endings(module)}
     problems += [
         ("target_missing", f"target_modules names {target!r}, and no tensor belongs to it.")
         for target in config.target_modules
-        if target not in endings
+        if target not in found
     ]
     return problems
 
@@ -269,13 +273,12 @@ def _check_shapes(
     return problems
 
 
-def _check_values(tensors: dict[str, Tensor]) -> tuple[list[Problem], list[Problem]]:
+def _check_values(folder: Path, tensors: dict[str, Tensor]) -> tuple[list[Problem], list[Problem]]:
     """Read every value once. Returns problems and warnings."""
     problems: list[Problem] = []
     warnings: list[Problem] = []
     any_b = False
-    for tensor in tensors.values():
-        largest = largest_magnitude(tensor)
+    for tensor, largest in largest_magnitudes(folder / WEIGHTS_NAME, tensors.values()):
         if not np.isfinite(largest):
             problems.append(("non_finite", f"{tensor.name} holds NaN or infinity."))
         elif largest > _SUSPICIOUS:

@@ -12,7 +12,7 @@ from registry.adapter import Version
 from registry.base import BaseModel
 from registry.contents import COMPANIONS, MODEL_NAME
 from registry.errors import Problem, Refused, refused
-from registry.tensors import BASE_BOUNDS, Tensor, largest_magnitude, read_folder, read_header
+from registry.tensors import BASE_BOUNDS, Tensor, largest_magnitudes, read_folder, read_header
 
 
 def companions(base: BaseModel) -> list[Path]:
@@ -31,8 +31,8 @@ def check_whole(folder: Path, base: BaseModel) -> list[Problem]:
     # Values are read last: only a file whose every size is right is worth a pass over its bytes.
     return problems or [
         ("non_finite", f"{tensor.name} holds NaN or infinity.")
-        for tensor in found.values()
-        if not math.isfinite(largest_magnitude(tensor))
+        for tensor, largest in largest_magnitudes(folder / MODEL_NAME, found.values())
+        if not math.isfinite(largest)
     ]
 
 

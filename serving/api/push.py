@@ -6,17 +6,17 @@ It only picks one of the few names a version may have, and never becomes a path 
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 from litestar import Request, Response, post
 from litestar.params import FromPath
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
-from registry.errors import Refused
 from registry.records import Push
-from registry.upload import ALLOWED, check_name
+from registry.upload import ALLOWED, IncomingFile, UploadedFile
 from serving.api.adapters import own_adapter
 from serving.api.auth import declare
 from serving.api.errors import RequestError
@@ -25,7 +25,7 @@ from serving.api.services import parameters_of, services_of
 from serving.tenants.keys import PUSH
 
 MULTIPART = "multipart/form-data"
-HELD_BYTES = 1 << 20  # of a push, before they are written
+HELD_BYTES = 1 << 20  # of a push, before they are written; the piece before is on its way then
 _encode = msgspec.json.Encoder().encode
 
 
@@ -38,9 +38,9 @@ async def push_version(
     adapter = own_adapter(request, namespace, name)
     base = parameters_of(request, {"base"}).get("base")
     with registry.staging() as folder:
-        await _receive(request.stream(), _boundary(request), folder)
+        files = await _receive(request.stream(), _boundary(request), folder)
         pushed = await asyncio.to_thread(
-            registry.push_staged, folder, adapter, base=base, actor=record.tenant
+            registry.push_staged, folder, files, adapter, base=base, actor=record.tenant
         )
     record.label, record.digest = pushed.version.ref.label, pushed.version.digest
     status = 201 if pushed.created else 200
@@ -74,51 +74,71 @@ def _boundary(request: Request[Any, Any, Any]) -> str:
     return options["boundary"]
 
 
-async def _receive(chunks: AsyncIterator[bytes], boundary: str, folder: Path) -> None:
+async def _receive(chunks: AsyncIterator[bytes], boundary: str, folder: Path) -> list[UploadedFile]:
     """Write the parts into the folder as they come. Raises Refused, RequestError."""
-    file: BinaryIO | None = None
-    room = held = 0
-    pieces: list[bytes] = []
+    files = _Files(folder)
     try:
         with PushMultipartParser(boundary, max_segment_count=len(ALLOWED)) as parser:
             async for chunk in chunks:
                 for part in parser.parse(chunk):
-                    if isinstance(part, MultipartSegment):
-                        name = part.name or ""
-                        file, room = _open(folder, name), ALLOWED[name]
-                    elif part and file is not None:
-                        room -= len(part)
-                        if room < 0:
-                            raise _too_large(file)
-                        pieces.append(part)
-                        held += len(part)
-                        if held >= HELD_BYTES:
-                            # Off the loop: a disk that is slow must not stop the streams. And not
-                            # for each piece of 64 KB: they wait for hundreds of turns, too.
-                            await asyncio.to_thread(file.writelines, pieces)
-                            pieces, held = [], 0
-                    elif file is not None:
-                        await asyncio.to_thread(file.writelines, pieces)
-                        pieces, held = [], 0
-                        file.close()
+                    await files.take(part)
     except MultipartError as error:
         raise RequestError(
             f"The body is not {MULTIPART}: {error}.", code="invalid_multipart"
         ) from error
     finally:
-        if file is not None:
-            file.close()
+        files.close()
+    return files.done
 
 
-def _open(folder: Path, name: str) -> BinaryIO:
-    if problems := check_name(name):
-        raise Refused.because(problems)
+class _Files:
+    """The files of one push. A thread writes and hashes a piece while the next one comes.
+
+    A disk that is slow must not stop the streams. And not for each chunk of 64 KB: they wait for
+    hundreds of turns, too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.done: list[UploadedFile] = []
+        self._folder = folder
+        self._file: IncomingFile | None = None
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self._thread = ThreadPoolExecutor(1, "push")
+        self._writing: Future[None] | None = None
+
+    async def take(self, part: MultipartSegment | bytes | bytearray | None) -> None:
+        """Take what the parser gives: the head of a file, a part of it, None at its end."""
+        if isinstance(part, MultipartSegment):
+            self._file = _open(self._folder, part.name or "")
+        elif part and self._file is not None:
+            self._pieces.append(bytes(part))
+            self._held += len(part)
+            if self._held >= HELD_BYTES:
+                await self._write(self._file)
+        elif self._file is not None:
+            await self._write(self._file)
+            await self._written()
+            self.done.append(self._file.close())
+
+    def close(self) -> None:
+        """Close the file behind what is still being written to it. Waits for nothing."""
+        if self._file is not None:
+            self._thread.submit(self._file.close)
+        self._thread.shutdown(wait=False)
+
+    async def _write(self, file: IncomingFile) -> None:
+        await self._written()
+        pieces, self._pieces, self._held = self._pieces, [], 0
+        self._writing = self._thread.submit(file.write, pieces)
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            await asyncio.wrap_future(self._writing)
+
+
+def _open(folder: Path, name: str) -> IncomingFile:
     try:
-        return (folder / name).open("xb")
+        return IncomingFile(folder, name)
     except FileExistsError:
         raise RequestError(f"There are two parts named {name}.", code="invalid_multipart") from None
-
-
-def _too_large(file: BinaryIO) -> Refused:
-    name = Path(file.name).name
-    return Refused.because([("too_large", f"{name} is over {ALLOWED[name]} bytes.")])

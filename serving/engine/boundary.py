@@ -95,7 +95,7 @@ class GenerateRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: AdapterRef | None = None  # None is the base model
-    tenant: str = ""  # whose share of the engine this takes
+    tenant: str = ""  # whose share of the engine this takes; empty for a check of its server's own
     priority: Priority = "normal"  # low takes what normal leaves, and delays nobody
 
 

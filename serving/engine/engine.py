@@ -33,6 +33,7 @@ from serving.engine.stream import Item, Stream, hand_over
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_SECONDS = 60
+ASKING_SECONDS = 0.005  # from the answer to a load call to the request for what it has loaded
 
 
 class TorchEngine:
@@ -206,6 +207,8 @@ class TorchEngine:
                     events = self._core.step()
                     self._stats = self._core.stats(self._parts.stats)
                     self._deliver(events)
+                    if any(isinstance(ticket, Warm) and ticket.keep for ticket, _ in events):
+                        self._await_request()
         except BaseException as error:  # a dead thread must say so: see check_health
             logger.exception("the step thread died")
             reason = f"The engine died: {error!r}. Restart the server."
@@ -226,6 +229,15 @@ class TorchEngine:
         for handle, ticket in messages:
             handle(ticket)
         return not closing
+
+    def _await_request(self) -> None:
+        """Wait a moment for whoever was told that an adapter is kept: it asks for it at once.
+
+        Without that its request comes just after a step has begun, and waits for all of it.
+        """
+        if self._stats.device == "cpu":
+            with self._changed:
+                self._changed.wait_for(lambda: self._inbox or self._closing, ASKING_SECONDS)
 
     def _deliver(self, events: list[Event]) -> None:
         """Hand the events to their callers; on a CPU, wait until these have written them."""

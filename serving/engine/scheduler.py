@@ -167,10 +167,11 @@ class Scheduler:
         """Return who takes no part in the step, so that first tokens of others come sooner.
 
         While a prompt is read, that is whoever has had more than its tenant will have had then.
-        Who sits out goes on later, with the same numbers.
+        Who sits out goes on later, with the same numbers. Nobody does for what is no tenant's.
         """
         counter = self.queues[priority].counter
-        least = min((due[s.request.tenant] for s in running if s.unread), default=math.inf)
+        reading = {s.request.tenant for s in running if s.unread}
+        least = min((due[tenant] for tenant in reading if tenant), default=math.inf)
         out = set[Sequence]()
         for sequence in running:
             if counter(sequence.request.tenant) > least and sequence.sat_out < SITS_OUT:

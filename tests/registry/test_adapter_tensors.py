@@ -14,7 +14,7 @@ from safetensors.torch import save_file as save_torch_file
 
 from registry.base import Bases
 from registry.errors import BaseMismatch, Refused
-from registry.tensors import ADAPTER_BOUNDS, largest_magnitude, read_header
+from registry.tensors import ADAPTER_BOUNDS, largest_magnitudes, read_header
 from registry.validate import validate
 from tests.registry.gate import F32, GOOD, WEIGHTS, Adapter, codes, gate, refused, with_value
 from tests.registry.making import UP, Q, adapter_tensors, key
@@ -98,7 +98,8 @@ def test_every_float_type_is_accepted_and_its_nan_and_infinity_are_found(
     assert validate(folder, bases).warnings == ()
     largest = max(float(tensor.abs().max()) for tensor in tensors.values())
     header = read_header(folder / WEIGHTS, ADAPTER_BOUNDS)
-    assert max(largest_magnitude(tensor) for tensor in header.values()) == largest
+    found = dict(largest_magnitudes(folder / WEIGHTS, header.values()))
+    assert max(found.values()) == largest
     for bad in (float("nan"), float("-inf")):
         spoiled = tensors[key(Q, "A")].clone()
         spoiled[1, 1] = bad

@@ -1,18 +1,20 @@
 """Files that do not belong into an adapter are refused, and what is checked is the copy."""
 
+import errno
 import os
 import pickle
 import shutil
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import save_file
 
 from registry.base import Bases
-from registry.errors import Refused
+from registry.errors import Refused, StoreUnavailable
 from registry.store import Registry
-from registry.upload import check_files, copy_upload
+from registry.upload import IncomingFile, check_files, copy_upload, uploaded
 from registry.validate import validate
 from tests.registry.gate import GOOD, WEIGHTS, Adapter, gate, refused
 from tests.registry.making import adapter_tensors
@@ -96,7 +98,8 @@ def test_staged_files_become_the_blobs_without_a_copy(adapter: Adapter, registry
     with registry.staging() as staging:
         shutil.copytree(source, staging, dirs_exist_ok=True)
         staged = (staging / "adapter_model.safetensors").stat().st_ino
-        version = registry.push_staged(staging, NAME, actor="test").version
+        files = [uploaded(path) for path in staging.iterdir()]
+        version = registry.push_staged(staging, files, NAME, actor="test").version
     sha256 = version.files["adapter_model.safetensors"]
     assert (registry.home / "blobs" / sha256[:2] / sha256).stat().st_ino == staged
     assert registry.verify().ok
@@ -107,12 +110,45 @@ def test_staged_files_pass_the_checks_of_a_push(adapter: Adapter, registry: Regi
     with registry.staging() as staging:
         shutil.copytree(adapter(), staging, dirs_exist_ok=True)
         (staging / "pytorch_model.bin").write_bytes(b"")
+        files = [uploaded(path) for path in staging.iterdir()]
         with pytest.raises(Refused, match=r"pytorch_model\.bin"):
-            registry.push_staged(staging, NAME, actor="test")
+            registry.push_staged(staging, files, NAME, actor="test")
         (staging / "pytorch_model.bin").unlink()
         (staging / "adapter_model.safetensors").write_bytes(b"PK\x03\x04")
+        files = [uploaded(path) for path in staging.glob("adapter_*")]
         with pytest.raises(Refused, match="a zip"):
-            registry.push_staged(staging, NAME, actor="test")
+            registry.push_staged(staging, files, NAME, actor="test")
+
+
+def test_a_disk_that_fails_beside_the_gate_fails_the_push(
+    adapter: Adapter, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells an error once: what is written later may go well."""
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("registry.store.sync", fail)
+        with pytest.raises(StoreUnavailable, match="Input/output error"):
+            registry.push(adapter(), NAME, actor="test")
+    assert registry.adapters() == []
+    assert list((registry.home / "staging").iterdir()) == []
+    assert registry.push(adapter(), NAME, actor="test").created
+
+
+def test_a_file_that_comes_in_pieces_is_hashed_and_bounded_on_the_way(tmp_path: Path) -> None:
+    with closing(IncomingFile(tmp_path, "README.md")) as file:
+        file.write([b"# Sup", b"port\n"])
+        assert file.close() == uploaded(tmp_path / "README.md")
+    with closing(IncomingFile(tmp_path, "wardrobe.json")) as file:
+        file.write([b" " * (1 << 20)])
+        with pytest.raises(Refused, match=r"wardrobe\.json is over 1048576 bytes"):
+            file.write([b" "])
+    assert (tmp_path / "wardrobe.json").stat().st_size == 1 << 20
+    for name in ("../README.md", "", "adapter_model.bin"):
+        with pytest.raises(Refused):
+            IncomingFile(tmp_path / "staging", name)
 
 
 def test_the_first_bytes_are_checked_in_the_copy_too(

@@ -178,6 +178,17 @@ def test_who_has_had_more_sits_out_while_a_prompt_of_somebody_else_is_read() -> 
     assert {row.sequence for row in steps.rows} == set(steps.scheduler.running)
 
 
+def test_nobody_sits_out_for_what_is_no_tenants() -> None:
+    """The check of a new adapter is not a first token that somebody waits for."""
+    steps = Steps()
+    steps.keep("noisy", 8, output=1000)
+    for _ in range(50):
+        steps.step()
+    steps.send("", prompt=4)
+    steps.step()
+    assert len(steps.rows) == 9
+
+
 def others_cost(sits_out: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Return the others' median time to a first token beside a flood, and all service a token."""
     monkeypatch.setattr("serving.engine.scheduler.SITS_OUT", sits_out)
