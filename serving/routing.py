@@ -164,6 +164,14 @@ class Router:
         """Return the version of a selector. Raises as `resolve` does."""
         return await self._version(_selector(model, principal.namespace), principal)
 
+    def runs(self, version: Version) -> bool:
+        """Tell whether a version was made for the base of this server."""
+        return version.base_id == self._base.id
+
+    def learn(self, version: Version) -> None:
+        """Know a version by its number without asking the registry: it never changes."""
+        self._remember(Selector(version.name, number=version.number), version)
+
     def known(self, target: Selector) -> Version | None:
         """Return what a selector means now, as far as this server knows without asking."""
         if target.alias is not None:
@@ -190,10 +198,13 @@ class Router:
         version = await asyncio.to_thread(self._registry.resolve, selector)
         # The beginning of a digest may become ambiguous with a later push: only whole ones stay.
         if selector.number is not None or selector.digest == version.digest:
-            self._pinned[selector] = version
-            if len(self._pinned) > MAX_PINNED:
-                self._pinned.popitem(last=False)
+            self._remember(selector, version)
         return version
+
+    def _remember(self, selector: Selector, version: Version) -> None:
+        self._pinned[selector] = version
+        if len(self._pinned) > MAX_PINNED:
+            self._pinned.popitem(last=False)
 
     async def _first_version(self, selector: Selector) -> Version:
         """Wait for an alias that was made moments ago, so that promote-then-ask just works."""
@@ -214,7 +225,7 @@ class Router:
         )
 
     def _check_base(self, version: Version) -> None:
-        if version.base_id != self._base.id:
+        if not self.runs(version):
             raise BaseMismatch(
                 f"{version.ref.label} was made for {version.base_id}; this server runs "
                 f"{self._base.id}. Ask a server that runs {version.base_id}."

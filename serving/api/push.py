@@ -15,13 +15,14 @@ from litestar import Request, Response, post
 from litestar.params import FromPath
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
+from registry.adapter import Version
 from registry.records import Push
 from registry.upload import ALLOWED, IncomingFile, UploadedFile
 from serving.api.adapters import own_adapter
 from serving.api.auth import declare
 from serving.api.errors import RequestError
 from serving.api.record import record_of
-from serving.api.services import parameters_of, services_of
+from serving.api.services import Services, parameters_of, services_of
 from serving.tenants.keys import PUSH
 
 MULTIPART = "multipart/form-data"
@@ -34,7 +35,8 @@ async def push_version(
     request: Request[Any, Any, Any], namespace: FromPath[str], name: FromPath[str]
 ) -> Response[bytes]:
     """Answer 201 with a new version, 200 with the one that has this content already."""
-    registry, record = services_of(request.app).registry, record_of(request.scope)
+    services, record = services_of(request.app), record_of(request.scope)
+    registry = services.registry
     adapter = own_adapter(request, namespace, name)
     base = parameters_of(request, {"base"}).get("base")
     with registry.staging() as folder:
@@ -42,9 +44,17 @@ async def push_version(
         pushed = await asyncio.to_thread(
             registry.push_staged, folder, files, adapter, base=base, actor=record.tenant
         )
+    _expect(services, pushed.version)
     record.label, record.digest = pushed.version.ref.label, pushed.version.digest
     status = 201 if pushed.created else 200
     return Response(_answer(pushed), status_code=status, media_type="application/json")
+
+
+def _expect(services: Services, version: Version) -> None:
+    """Be ready for a request for what has just been pushed here, which is likely."""
+    services.router.learn(version)
+    if version.adapter is not None and services.router.runs(version):
+        services.engine.prefetch(version.adapter)
 
 
 def _answer(pushed: Push) -> bytes:

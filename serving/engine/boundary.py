@@ -206,6 +206,13 @@ class Engine(Protocol):
         """
         ...
 
+    def prefetch(self, adapter: AdapterRef) -> None:
+        """Begin to bring the adapter into host memory, for who is about to ask for it.
+
+        Waits for nothing and raises nothing; does nothing when as many as may be are on their way.
+        """
+        ...
+
     async def release(self, adapter: AdapterRef) -> None:
         """Let the slot of a kept adapter be used by others when they need it. Idempotent."""
         ...

@@ -35,6 +35,7 @@ class Warm:
 
     def __init__(self, adapter: AdapterRef, *, keep: bool = False) -> None:
         self.adapter, self.keep = adapter, keep
+        self.held = False  # whether a step should wait for it was asked before
 
 
 Ticket = Sequence | Warm
@@ -76,6 +77,14 @@ class EngineCore:
     def has_work(self) -> bool:
         """Tell whether a step would get on; when all wait for loads it would not."""
         return bool(self.scheduler.running) or self._stirred or self.residency.filling
+
+    def holds(self) -> bool:
+        """Tell, once for each wish to keep an adapter, whether a step should wait for its load."""
+        new = [warm for warm in self.warming if warm.keep and not warm.held]
+        for warm in new:
+            warm.held = True
+        running = bool(self.scheduler.running)
+        return running and any(self.residency.is_loading(warm.adapter) for warm in new)
 
     def add(self, ticket: Ticket, load: Load | None = None) -> None:
         """Take a ticket; `load` is that of its adapter, if it has been begun."""

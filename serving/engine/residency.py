@@ -93,6 +93,11 @@ class Residency:
         self._place(ref, adapter, place)
         return self._fill(ref.digest)
 
+    def is_loading(self, ref: AdapterRef) -> bool:
+        """Tell whether somebody waits for the adapter and it is not in host memory yet."""
+        load = self._waits.get(ref.digest)
+        return load is not None and not load.done()
+
     def vectors(self, ref: AdapterRef) -> Vectors | None:
         """Return what a resident adapter has beside LoRA."""
         return self.stacks.vectors.get(self.table.slot_of(ref.digest))

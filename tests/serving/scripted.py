@@ -64,6 +64,7 @@ class ScriptedEngine:
     history: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     slots: int = 8
     kept: set[str] = field(default_factory=set[str])  # digests
+    prefetched: list[AdapterRef] = field(default_factory=list[AdapterRef])
     resident: dict[str, AdapterRef] = field(default_factory=dict[str, AdapterRef])
     asked: list[GenerateRequest] = field(default_factory=list[GenerateRequest])
     running: dict[str, GenerateRequest] = field(default_factory=dict[str, GenerateRequest])
@@ -161,6 +162,9 @@ class ScriptedEngine:
             raise AdapterLoadFailed(f"{adapter.label} cannot be kept: one slot stays free")
         await self.warm(adapter)
         self.kept.add(adapter.digest)
+
+    def prefetch(self, adapter: AdapterRef) -> None:
+        self.prefetched.append(adapter)
 
     async def release(self, adapter: AdapterRef) -> None:
         self.kept.discard(adapter.digest)

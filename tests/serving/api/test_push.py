@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,29 @@ def test_a_push_becomes_a_version_once(
     assert (first.json()["id"], first.json()["number"]) == ("acme/pushed@v1", 1)
     assert (first.json()["created"], second.json()["created"]) == (True, False)
     assert live.post({"model": "acme/pushed@v1", "prompt": "a"}, "/v1/completions").is_success
+
+
+def test_what_was_pushed_is_expected_to_be_asked_for(
+    live: Running, wardrobe: Wardrobe, files: dict[str, bytes]
+) -> None:
+    push(live, with_config(files, r=7))
+    assert live.engine.prefetched == [], "it was refused"
+    push(live, files)
+    stored = wardrobe.registry.resolve(Selector.parse("acme/pushed@v1"))
+    assert live.services.router.known(Selector.parse("acme/pushed@v1")) == stored
+    assert live.engine.prefetched == [stored.adapter]
+
+
+def test_what_was_pushed_for_another_base_is_not_loaded_here(
+    live: Running, wardrobe: Wardrobe, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    made = tmp_path / "other"
+    shutil.copytree(wardrobe.base.path, made)
+    (made / "base.json").unlink()
+    wardrobe.registry.bases.add("other", made, origin="test")
+    answer = push(live, with_config(files, base_model_name_or_path="other"))
+    assert (answer.status_code, answer.json()["base"]) == (201, "other")
+    assert live.engine.prefetched == []
 
 
 def refusals(files: dict[str, bytes]) -> dict[str, tuple[dict[str, bytes], int, str]]:

@@ -1,12 +1,14 @@
 """A kept adapter stays in its slot whoever waits, until it is released; one slot stays for all."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed
 from serving.engine.build import assemble, read_model
 from serving.engine.core import Event, Warm
@@ -44,6 +46,10 @@ def play(base: Path, folders: Folders, body: Callable[[TorchEngine], Awaitable[N
             await engine.aclose()
 
     asyncio.run(main())
+
+
+def paths(folders: Folders) -> dict[str, Path]:
+    return {name: folders.folders[ref.digest] for name, ref in folders.refs.items()}
 
 
 def resident(stats: object, folders: Folders) -> set[str]:
@@ -130,6 +136,55 @@ def test_what_is_kept_and_asked_at_once_is_asked_in_the_step_that_it_is_there_fo
     assert (core.counters.steps, core.counters.generated_tokens) == (1, 2)
 
 
+class Hanging(Folders):
+    """Folders that are handed out only once that is allowed."""
+
+    def __init__(self, folders: Folders) -> None:
+        super().__init__(paths(folders))
+        self.allowed = threading.Event()
+
+    def __call__(self, ref: AdapterRef) -> Path:
+        assert self.allowed.wait(30)
+        return super().__call__(ref)
+
+
+def test_a_step_waits_for_a_load_once_when_an_adapter_is_to_be_kept(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    folders = Hanging(tiny_folders)
+    core = assemble(read_model(base_of(tiny_base), SETTINGS), folders, SETTINGS).core
+    a, b, c = (folders.refs[name] for name in "abc")
+    core.add(Warm(a, keep=True))
+    assert not core.holds(), "nothing runs that the load would be beside"
+    core.add(Sequence(request("x", max_tokens=50)))
+    with torch.inference_mode():
+        core.step()
+        core.add(Warm(b))
+        assert not core.holds(), "nobody wants it kept"
+        core.add(Warm(c, keep=True))
+        assert core.holds()
+        assert not core.holds(), "it has been told"
+    folders.allowed.set()
+    core.residency.loader.load(b).result(10)
+    core.add(Warm(b, keep=True))
+    assert not core.holds(), "it is in memory"
+
+
+def test_streams_go_on_beside_a_load_that_hangs(tiny_base: Path, tiny_folders: Folders) -> None:
+    folders = Hanging(tiny_folders)
+
+    async def body(engine: TorchEngine) -> None:
+        runs = asyncio.create_task(complete(engine, request("x", max_tokens=40)))
+        await until(engine, lambda stats: stats.generated_tokens > 2)
+        kept = asyncio.create_task(engine.keep(folders.refs["a"]))
+        await runs
+        assert not kept.done()
+        folders.allowed.set()
+        await kept
+
+    play(tiny_base, folders, body)
+
+
 def test_the_last_slot_is_not_kept_and_a_broken_adapter_keeps_none(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
@@ -145,6 +200,23 @@ def test_the_last_slot_is_not_kept_and_a_broken_adapter_keeps_none(
         await engine.keep(b)
 
     play(tiny_base, tiny_folders, body)
+
+
+def test_what_is_prefetched_is_in_memory_and_takes_no_slot(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    folders = Folders(paths(tiny_folders))
+    a = folders.refs["a"]
+
+    async def body(engine: TorchEngine) -> None:
+        engine.prefetch(folders.refs["missing"])
+        engine.prefetch(a)
+        stats = await until(engine, lambda stats: stats.in_memory == 1)
+        assert (stats.resident, stats.loading) == ((), ())
+        await complete(engine, request("x", a, max_tokens=2))
+        assert folders.asked.count(a.digest) == 1, "it is not read again"
+
+    play(tiny_base, folders, body)
 
 
 def test_the_stats_tell_tiers_and_the_parts_of_loading(
