@@ -26,6 +26,7 @@ from serving.engine.boundary import (
 )
 from serving.engine.build import Parts, assemble, read_model
 from serving.engine.core import Event, Ticket, Warm
+from serving.engine.hardware import elsewhere
 from serving.engine.sequence import Sequence
 from serving.engine.settings import EngineSettings
 from serving.engine.stream import Item, Stream, hand_over
@@ -70,7 +71,8 @@ class TorchEngine:
         Raises EngineUnavailable when this engine cannot run the base, with the reason.
         """
         settings = settings or EngineSettings()
-        return cls(assemble(read_model(base, settings), fetch, settings), settings)
+        parts = elsewhere(lambda: assemble(read_model(base, settings), fetch, settings))
+        return cls(parts, settings)
 
     @property
     def max_model_len(self) -> int:
