@@ -17,6 +17,7 @@ import torch
 
 from registry.home import default_cache
 from serving.engine.hardware import choose_dtype
+from serving.engine.kv_cache import BLOCK
 from serving.engine.linear import pack
 from serving.engine.lora import pack_b
 from serving.engine.ops.lora import Run
@@ -92,20 +93,21 @@ def cases(ops: Library, rows: int) -> Iterator[Case]:
 
 
 def attention_cases(ops: Library, rows: int) -> Iterator[Case]:
-    cache = torch.randn(2, LAYERS, rows, KV_HEADS, LENGTH, DIM).to(ops.dtype)
+    values = torch.randn(LAYERS, rows, KV_HEADS, LENGTH, DIM).to(ops.dtype)
+    keys = pack(values, BLOCK)
     qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, DIM).to(ops.dtype)
     angles = rope_angles(torch.tensor([1e5 ** (-i / 32) for i in range(32)]), LENGTH)
     slots, positions = torch.arange(rows), torch.full((rows,), CONTEXT)
     row = ops.dtype.itemsize * rows * DIM
     yield Case(
         "rotate_and_store",
-        lambda i: ops.rotate_and_store(qkv, *angles, slots, positions, cache[0, i], cache[1, i]),
+        lambda i: ops.rotate_and_store(qkv, *angles, slots, positions, keys[i], values[i]),
         row * (2 * HEADS + 4 * KV_HEADS),
     )
     q = qkv[:, :HEADS]
     yield Case(
         f"attention, {CONTEXT} keys",
-        lambda i: ops.attention(q, cache[0, i], cache[1, i], slots, positions),
+        lambda i: ops.attention(q, keys[i], values[i], slots, positions),
         row * (2 * HEADS + 2 * KV_HEADS * (CONTEXT + 1)),
         4 * rows * HEADS * DIM * (CONTEXT + 1),
     )

@@ -138,7 +138,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     layout = LoraLayout(spec.layers, spec.groups, spec.prefix, model.packed_lora)
     table = _slot_table(layout, settings, dtype, device)
     stacks = LoraStacks(layout, table.pages, dtype, device)
-    cache = KVCache(spec, settings.kv_slots, model.length, dtype, device)
+    cache = KVCache(spec, settings.kv_slots, model.length, dtype, device, model.packed_keys)
     blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
     highest, base = min(settings.max_lora_rank, table.highest), model.base_layers
     if isinstance(model, Capturing):

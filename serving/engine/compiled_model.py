@@ -43,7 +43,7 @@ def check_compilable(spec: ModelSpec) -> None:
 class CompiledModel:
     """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
 
-    packed_lora = True
+    packed_lora = packed_keys = True
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class CompiledModel:
         space = [torch.empty(rows * width, dtype=self.dtype) for width in widths]
         step = StepC(
             *(rows, sampled, batch.ids.data_ptr(), batch.positions.data_ptr()),
-            *(batch.slots.data_ptr(), batch.sampled.data_ptr(), cache.slots, cache.length),
+            *(batch.slots.data_ptr(), batch.sampled.data_ptr(), *cache.values[0].shape[::2]),
             *(cache.keys[0].data_ptr(), cache.values[0].data_ptr()),
         )
         step.x, step.h, step.qkv, step.attended, step.gate_up, step.activated = (

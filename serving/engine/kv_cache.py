@@ -13,20 +13,34 @@ BLOCK = 16  # tokens
 
 
 class KVCache:
-    """[layers] tensors of shape [slots, kv_heads, length, head_dim], one behind the other.
+    """[layers] tensors of shape [slots, kv_heads, room, head_dim], one behind the other.
+
+    There is room for `length` tokens, in whole blocks. With `packed_keys`, the keys of a block are
+    a panel as `linear.pack` makes it, [slots, kv_heads, blocks, head_dim · BLOCK]: scores are then
+    a product like that of a linear.
 
     A slot that nobody holds is zero throughout. Attention multiplies masked positions by exactly
     0, and 0 · NaN is NaN: what a poisoned sequence left behind would reach the next one.
     """
 
     def __init__(
-        self, spec: DecoderSpec, slots: int, length: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: DecoderSpec,
+        slots: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        packed_keys: bool = False,
     ) -> None:
-        shape = (spec.layers, slots, spec.kv_heads, length, spec.head_dim)
+        blocks = -(-length // BLOCK)
+        shape = (spec.layers, slots, spec.kv_heads, blocks, BLOCK * spec.head_dim)
         self.slots = slots
         self.length = length
+        self._packed_keys = packed_keys
         self._all = lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device)
-        self.keys, self.values = (whole.unbind() for whole in self._all)
+        keys, values = (whole.view(*shape[:3], blocks * BLOCK, -1) for whole in self._all)
+        self.keys = (self._all[0] if packed_keys else keys).unbind()
+        self.values = values.unbind()
         self._free = list(range(slots))
 
     def take(self) -> int:
@@ -36,31 +50,48 @@ class KVCache:
     def release(self, slot: int, used: int) -> None:
         """Give a slot back; its first `used` positions were written."""
         for whole in self._all:
-            whole[:, slot, :, :used].zero_()
+            whole[:, slot, :, : -(-used // BLOCK)].zero_()
         heapq.heappush(self._free, slot)
 
     def write(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put keys and values [layers, kv_heads, n, head_dim] into a slot's first positions."""
-        for whole, own in zip(self._all, (keys, values), strict=True):
-            whole[:, slot, :, : own.shape[2]] = own
+        positions = torch.arange(keys.shape[2], device=keys.device)
+        slots = torch.full_like(positions, slot)
+        for layer, halves in enumerate(zip(keys, values, strict=True)):
+            self.store(layer, slots, positions, *(half.transpose(0, 1) for half in halves))
+
+    def store(
+        self,
+        layer: int,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Put keys and values [rows, kv_heads, head_dim] where slots and positions [rows] say."""
+        own = self.keys[layer]
+        if self._packed_keys:
+            step = 4 // keys.element_size()  # as `linear.pack` has it
+            panels = own.view(*own.shape[:3], -1, BLOCK, step)
+            steps = keys.reshape(*keys.shape[:2], -1, step)
+            panels[slots, :, positions // BLOCK, :, positions % BLOCK] = steps
+        else:
+            own[slots, :, positions] = keys
+        self.values[layer][slots, :, positions] = values
 
     def blocks(self, slot: int, first: int, count: int) -> list[torch.Tensor]:
         """Return views of the keys and of the values of a slot's tokens from `first` · BLOCK on.
 
-        Both are [count, layers, kv_heads, BLOCK, head_dim]. Token i of a sequence is at place i.
+        Both are [count, layers, kv_heads, BLOCK · head_dim]. Token i of a sequence is at place i.
         """
-        places = slice(first * BLOCK, (first + count) * BLOCK)
-        return [
-            whole[:, slot, :, places].unflatten(2, (count, BLOCK)).permute(2, 0, 1, 3, 4)
-            for whole in self._all
-        ]
+        return [whole[:, slot, :, first : first + count].permute(2, 0, 1, 3) for whole in self._all]
 
-    def is_finite(self, slot: int, start: int, stop: int) -> bool:
-        """Tell whether a slot has neither NaN nor infinity at these positions.
+    def is_finite(self, slot: int, first: int, count: int) -> bool:
+        """Tell whether a slot has neither NaN nor infinity in `count` blocks from `first` on.
 
         One of them would be in the sum. So are numbers whose sum overflows: a false alarm.
         """
-        sums = [whole[:, slot, :, start:stop].sum(dtype=torch.float32) for whole in self._all]
+        sums = [part.sum(dtype=torch.float32) for part in self.blocks(slot, first, count)]
         return bool(torch.isfinite(sums[0] + sums[1]))
 
 
@@ -73,7 +104,7 @@ class KVBlocks:
     def __init__(
         self, spec: DecoderSpec, count: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (count, 2, spec.layers, spec.kv_heads, BLOCK, spec.head_dim)
+        shape = (count, 2, spec.layers, spec.kv_heads, BLOCK * spec.head_dim)
         self.count = count
         self.size_bytes = block_bytes(spec, dtype)  # of one block
         self._all = lazy_zeros(shape, dtype, device) if count else torch.empty(shape)

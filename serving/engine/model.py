@@ -29,7 +29,7 @@ from serving.engine.weights import ModelWeights
 class Model:
     """Frozen weights, and the arithmetic over them."""
 
-    packed_lora = False
+    packed_lora = packed_keys = False
 
     def __init__(
         self,
@@ -111,9 +111,8 @@ class Model:
             q = self.ops.rms_norm(q, layer.query_norm, spec.eps)
             qk = torch.cat((q, self.ops.rms_norm(k, layer.key_norm, spec.eps)), dim=1)
         q, k = self.ops.rope(qk, *step.rotation).split((spec.heads, spec.kv_heads), dim=1)
+        step.cache.store(index, batch.slots, batch.positions, k, v)
         keys, values = step.cache.keys[index], step.cache.values[index]
-        keys[batch.slots, :, batch.positions] = k
-        values[batch.slots, :, batch.positions] = v
         attended = self.ops.attend(q, keys, values, step.attention, spec.windows[index])
         return attended.reshape(len(x), -1)
 

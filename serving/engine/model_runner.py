@@ -27,6 +27,7 @@ class Forward(Protocol):
     device: torch.device
     length: int  # tokens of one sequence
     packed_lora: bool  # it reads every B as `lora.pack_b` makes it
+    packed_keys: bool  # it reads and writes keys as `KVCache` says
     greedy: Greedy  # of its logits
     sample: Sample
     operators: str  # what computes, for people

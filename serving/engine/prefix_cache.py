@@ -81,7 +81,7 @@ class PrefixCache:
             return
         keys = self._keys(sequence)[:full]
         self._forget_reader(sequence, keys[kept:])
-        if not self._cache.is_finite(sequence.kv_slot, kept * BLOCK, full * BLOCK):
+        if not self._cache.is_finite(sequence.kv_slot, kept, full - kept):
             return
         sequence.kept = full
         self._touch(sequence, keys)

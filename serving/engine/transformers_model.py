@@ -92,14 +92,17 @@ class TransformersModel:
         self.spec, self.network, self.library = spec, network, library
         self.dtype, self.device = network.dtype, network.device
         self.length = length  # tokens of one sequence
-        self.base_layers, self.packed_lora = None, library is not None
+        self.base_layers = None
+        self.packed_lora = library is not None
+        # Torch's attention alone bends scores; a panel of keys is of pairs of numbers.
+        self.packed_keys = self.packed_lora and not spec.softcap and spec.head_dim % 2 == 0
         bodies = library or Operators()
         self.greedy, self.sample = bodies.greedy, bodies.sample
         self.operators = f"{name} in transformers' forward pass of {spec.architecture}"
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         plan, lora = None, None
-        if self.library is None or self.spec.softcap:
+        if not self.packed_keys:
             windows = self.spec.windows
             plan = plan_attention(batch, windows, cache.length, self.dtype, self.device)
         if self.library is None:
@@ -118,7 +121,7 @@ class _Step:
     cache: KVCache
     stacks: LoraStacks
     library: Library | None
-    plan: AttentionPlan | None  # of torch's attention, which alone bends scores
+    plan: AttentionPlan | None  # of torch's attention; None: the operators attend
     lora: LoraPlan | None  # of torch's LoRA
     runs: list[Run]
 
@@ -127,16 +130,15 @@ class _Step:
     ) -> torch.Tensor:
         q, k, v = heads
         slots, positions = self.batch.slots, self.batch.positions
+        self.cache.store(layer, slots, positions, k, v)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[slots, :, positions] = k
-        values[slots, :, positions] = v
         # The operators divide by sqrt(dim); a base that scales otherwise has it made up for here.
         factor = scale * q.shape[-1] ** 0.5
         q = (q if abs(factor - 1.0) < 1e-6 else q * factor).contiguous()
-        if self.library is not None and self.plan is None:
-            return self.library.attention(q, keys, values, slots, positions, window)
-        assert self.plan is not None
-        return attend(q, keys, values, self.plan, window, softcap)
+        if self.plan is not None:
+            return attend(q, keys, values, self.plan, window, softcap)
+        assert self.library is not None
+        return self.library.attention(q, keys, values, slots, positions, window)
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
         if len(x) != len(self.batch.ids):

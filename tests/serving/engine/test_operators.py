@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from registry.home import default_cache
+from serving.engine.kv_cache import BLOCK
 from serving.engine.linear import PANEL, CompiledLinear, Linear, PackedLinear, pack
 from serving.engine.lora import pack_b
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
@@ -46,6 +47,13 @@ def close(library: Library, actual: torch.Tensor, exact: torch.Tensor, scale: fl
     """Compare with float64; `scale` is the size of the numbers that were added up."""
     relative, absolute = TOLERANCE[library.dtype]
     assert_close(actual.double(), exact, rtol=relative, atol=absolute * scale)
+
+
+def unpacked(keys: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return keys [slots, kv_heads, length, dim] as they were before they were packed."""
+    step = 4 // keys.element_size()
+    panels = keys.view(*keys.shape[:3], dim // step, BLOCK, step).transpose(3, 4)
+    return panels.reshape(*keys.shape[:2], -1, dim)
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -139,12 +147,12 @@ def test_greedy_takes_the_first_of_the_largest_and_sees_what_is_not_finite(
 def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
     library: Library, heads: int, kv_heads: int, dim: int, normed: bool
 ) -> None:
-    rows, length = 9, 40
+    rows, length = 9, 3 * BLOCK
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim).to(library.dtype)
     norms = (torch.rand(dim).to(library.dtype), torch.rand(dim).to(library.dtype))
     frequencies = torch.tensor([100.0 ** (-i / dim) for i in range(0, dim, 2)])
     slots = torch.tensor([2, 2, 2, 0, 1, 1, 4, 4, 4])
-    positions = torch.tensor([3, 4, 5, 39, 0, 1, 7, 8, 9])
+    positions = torch.tensor([3, 4, 5, length - 1, 0, 1, 15, 16, 17])
     wide = qkv.double()
     qk, v = wide.split((heads + kv_heads, kv_heads), dim=1)
     if normed:
@@ -152,13 +160,14 @@ def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
         qk = torch.cat((q, rms_norm(qk[:, heads:], norms[1].double(), 1e-6)), dim=1)
     cos, sin = rope_tables(frequencies, length, torch.float64)
     exact = rope(qk, cos[positions], sin[positions])
-    keys = torch.full((5, kv_heads, length, dim), 7.0).to(library.dtype)
-    values = keys.clone()
+    values = torch.full((5, kv_heads, length, dim), 7.0).to(library.dtype)
+    packed_keys = pack(values, BLOCK)
     library.rotate_and_store(
-        *(qkv, *rope_angles(frequencies, length), slots, positions, keys, values),
+        *(qkv, *rope_angles(frequencies, length), slots, positions, packed_keys, values),
         norms if normed else None,
         1e-6,
     )
+    keys = unpacked(packed_keys, dim)
     close(library, qkv[:, :heads], exact[:, :heads])
     close(library, keys[slots, :, positions], exact[:, heads:])
     assert torch.equal(values[slots, :, positions].double(), v)
@@ -176,7 +185,7 @@ def test_attention_equals_float64_for_sequences_of_every_length(
     """Nothing beyond a row's own keys is read: it is NaN there."""
     positions = torch.tensor([0, 1, 15, 16, 63, 64, 130, 511, 512, 700, 1099])
     slots = torch.randperm(len(positions))
-    length = 1100
+    length = 69 * BLOCK
     q = torch.randn(len(positions), heads, dim).to(library.dtype)
     keys = torch.randn(11, kv_heads, length, dim).to(library.dtype)
     values = torch.randn(11, kv_heads, length, dim).to(library.dtype)
@@ -185,13 +194,35 @@ def test_attention_equals_float64_for_sequences_of_every_length(
         free[slot, : position + 1] = False
     for half in (keys, values):
         half.transpose(1, 2)[free] = math.nan
-    out = library.attention(q, keys, values, slots, positions, window)
+    out = library.attention(q, pack(keys, BLOCK), values, slots, positions, window)
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         seen = slice(max(0, position + 1 - (window or length)), position + 1)
         k, v = keys[slot, :, seen].double(), values[slot, :, seen].double()
         own = q[row].double().view(kv_heads, heads // kv_heads, dim)
         weights = torch.softmax(own @ k.transpose(1, 2) / math.sqrt(dim), dim=-1)
         close(library, out[row], (weights @ v).view(heads, dim))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(9, 3, 64), (7, 1, 32), (3, 3, 20), (30, 1, 8)]
+)
+@pytest.mark.parametrize("window", [None, 1, 70, 600])
+def test_attention_of_a_prompt_is_that_of_its_tokens_one_by_one(
+    library: Library, heads: int, kv_heads: int, dim: int, window: int | None
+) -> None:
+    """To the last bit, beside single tokens and another prompt, over splits and stretches."""
+    length = 36 * BLOCK
+    prompts = [(0, 20, 83), (1, 490, 540), (3, 63, 64), (2, 511, 513)]  # slot, positions
+    places = [(slot, i) for slot, first, last in prompts for i in range(first, last)]
+    slots, positions = (torch.tensor(column) for column in zip(*places, strict=True))
+    q = torch.randn(len(places), heads, dim).to(library.dtype)
+    keys = pack(torch.randn(4, kv_heads, length, dim).to(library.dtype), BLOCK)
+    values = torch.randn(4, kv_heads, length, dim).to(library.dtype)
+    together = library.attention(q, keys, values, slots, positions, window)
+    for row in range(len(places)):
+        one = slice(row, row + 1)
+        alone = library.attention(q[one], keys, values, slots[one], positions[one], window)
+        assert torch.equal(together[one], alone)
 
 
 def lora_case(
@@ -281,7 +312,8 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -
     sick[5, 3] = poison
     others = [i for i in range(13) if i != 5]
     weight, gain = pack(torch.randn(40, 64).to(library.dtype)), torch.ones(64).to(library.dtype)
-    keys = torch.randn(13, 2, 70, 16).to(library.dtype)
+    values = torch.randn(13, 2, 80, 16).to(library.dtype)
+    keys = pack(values, BLOCK)
     slots, positions = torch.arange(13), torch.arange(13) * 5
     halves = packed(lora_case(8, library.dtype, 1, 64, (40,))[2], (40,))
 
@@ -290,7 +322,7 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -
         yield library.rms_norm(x, gain, 1e-5)
         yield library.silu_mul(x)
         yield library.greedy(x)[0]
-        yield library.attention(x.view(13, 4, 16), keys, keys, slots, positions)
+        yield library.attention(x.view(13, 4, 16), keys, values, slots, positions)
         y = torch.zeros(13, 40).to(library.dtype)
         library.lora(y, x, {8: halves}, (40,), 0, [Run(2, 9, Slot(8, 1))])
         yield y

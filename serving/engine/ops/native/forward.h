@@ -36,7 +36,7 @@ class Layers {
                {m.hidden, 2, {m.intermediate, m.intermediate}},
                {m.intermediate, 1, {m.hidden}},
                {m.hidden, 1, {m.vocab}}},
-        taken(m.layers * 4 + 1) {
+        taken(m.layers * 4 + 1), looked(m.layers) {
     for (int i = 0; i < 4 && s.runs; i++) loras.emplace_back(groups[i], s.stacks[i], s.run, s.runs);
     for (int64_t i = 0; i < m.layers; i++) attentions.push_back(attention(m.layer[i].window));
   }
@@ -67,7 +67,7 @@ class Layers {
 
   // The second part: what the queries find in the cache, then the MLP.
   void read(int64_t i) {
-    attentions[i]->run(s.qkv, width(), cache(i), s.attended);
+    attentions[i]->run(s.qkv, width(), cache(i), s.attended, looked[i]);
     linear(i, 1, s.attended, s.x, true);
     normalise_all(2 * i + 1, m.layer[i].mlp_norm);
     linear(i, 2, s.h, s.gate_up, false);
@@ -98,7 +98,8 @@ class Layers {
   const Step& s;
   const int64_t queries, keys;
   const Group groups[5];  // qkv, o, gate_up, down, head
-  std::vector<std::atomic<int64_t>> taken;  // panels of each linear, in the order they run
+  std::vector<std::atomic<int64_t>> taken;   // panels of each linear, in the order they run
+  std::vector<std::atomic<int64_t>> looked;  // tasks of each layer's attention
   std::vector<Lora> loras;
   std::list<std::pair<int64_t, Attention>> windows;  // window → its plan; addresses stay
   std::vector<Attention*> attentions;                // of each layer

@@ -112,7 +112,8 @@ class Library:
     ) -> None:
         """Rotate the queries of qkv [rows, heads + 2 · kv_heads, dim] in place; store the rest.
 
-        cos and sin are float32 [length, dim / 2], keys and values [slots, kv_heads, length, dim].
+        cos and sin are float32 [length, dim / 2], values [slots, kv_heads, length, dim]; keys are
+        packed (see `KVCache`). The keys of qkv are rotated in place, too.
         """
         query_norm, key_norm = norms or (None, None)
         rope = RopeC(cos.data_ptr(), sin.data_ptr(), pointer(query_norm), pointer(key_norm), eps)
@@ -132,7 +133,10 @@ class Library:
         positions: torch.Tensor,
         window: int | None = None,
     ) -> torch.Tensor:
-        """Return [rows, heads, dim] for q of that shape: each row sees positions up to its own."""
+        """Return [rows, heads, dim] for q of that shape: each row sees positions up to its own.
+
+        Keys are packed (see `KVCache`).
+        """
         rows, out = self._rows(q.flatten(1)), q.new_empty(q.shape)
         self._calls.attention(
             *(rows.data_ptr(), rows.stride(0), len(rows), q.shape[1]),
@@ -203,7 +207,7 @@ class Library:
     def _cache(self, keys: torch.Tensor, values: torch.Tensor) -> CacheC:
         assert keys.is_contiguous()
         assert values.is_contiguous()
-        return CacheC(keys.data_ptr(), values.data_ptr(), *keys.shape[1:])
+        return CacheC(keys.data_ptr(), values.data_ptr(), *values.shape[1:])
 
 
 def load_library(dtype: torch.dtype, cache: Path, target: Target | None = None) -> Library:

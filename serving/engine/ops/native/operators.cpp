@@ -36,8 +36,9 @@ void rotate_and_store(Number* qkv, int64_t stride, int64_t rows, int64_t heads, 
 void attention(const Number* q, int64_t stride, int64_t rows, int64_t heads, const Cache* cache,
                const int64_t* slots, const int64_t* positions, int64_t window, Number* out) {
   Attention work(rows, slots, positions, heads, cache->kv_heads, cache->dim, window);
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel
-  work.run(q, stride, *cache, out);
+  work.run(q, stride, *cache, out, taken);
 }
 
 void lora(const Number* x, int64_t x_stride, Number* y, int64_t y_stride, const Group* group,

@@ -35,11 +35,16 @@ class Rows {
   __attribute__((always_inline)) void step(const Number* weights, Floats (&totals)[M][COLUMNS]) {
     Words own[COLUMNS];
     for (int c = 0; c < COLUMNS; c++) own[c] = lanes(weights + c * LANES * STEP);
+    step<FROM>(own, totals);
+  }
+
+  template <int FROM, int M, int C>
+  __attribute__((always_inline)) void step(const Words (&own)[C], Floats (&totals)[M][C]) {
 #pragma GCC unroll 12
     for (int i = 0; i < N; i++) {
       const Words input = broadcast(third[i / 3] + i % 3 * stride);
-#pragma GCC unroll 2
-      for (int c = 0; c < COLUMNS; c++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++)
         totals[FROM + i][c] = multiply_add(own[c], input, totals[FROM + i][c]);
     }
 #pragma GCC unroll 4

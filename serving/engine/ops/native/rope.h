@@ -2,13 +2,21 @@
 #pragma once
 #include "norm.h"
 
-// Keys and values [slots, kv_heads, length, dim] of one layer.
+// Keys and values of one layer: values [slots, kv_heads, length, dim]; keys lie in panels of LANES,
+// as the weights of a linear do: [slots, kv_heads, length / LANES, dim / STEP, LANES, STEP].
 struct Cache {
   Number *keys, *values;
   int64_t kv_heads, length, dim;
 
   int64_t place(int64_t slot, int64_t kv_head, int64_t position) const {
     return ((slot * kv_heads + kv_head) * length + position) * dim;
+  }
+
+  void write_key(int64_t slot, int64_t kv_head, int64_t position, const Number* key) const {
+    const int64_t lane = position % LANES;
+    Number* to = keys + place(slot, kv_head, position - lane) + lane * STEP;
+    for (int64_t i = 0; i < dim; i += STEP, to += LANES * STEP)
+      memcpy(to, key + i, STEP * sizeof(Number));
   }
 };
 
@@ -17,16 +25,18 @@ struct Rope {
   const Number *query_norm, *key_norm;  // [dim], or null: heads are not normalised
   float eps;
 
-  // Rotate one row [heads + 2 · kv_heads, dim]: queries in place, keys into the cache, values as
-  // they are beside them.
+  // Rotate queries and keys of one row [heads + 2 · kv_heads, dim] in place, and put keys and
+  // values into the cache.
   void row(Number* qkv, int64_t heads, int64_t slot, int64_t position, const Cache& cache) const {
     const int64_t dim = cache.dim, kv_heads = cache.kv_heads;
     for (int64_t head = 0; head < heads; head++)
       turn(qkv + head * dim, qkv + head * dim, dim, position, query_norm);
     for (int64_t head = 0; head < kv_heads; head++) {
-      const int64_t place = cache.place(slot, head, position);
-      turn(qkv + (heads + head) * dim, cache.keys + place, dim, position, key_norm);
-      memcpy(cache.values + place, qkv + (heads + kv_heads + head) * dim, dim * sizeof(Number));
+      Number* key = qkv + (heads + head) * dim;
+      turn(key, key, dim, position, key_norm);
+      cache.write_key(slot, head, position, key);
+      memcpy(cache.values + cache.place(slot, head, position), key + kv_heads * dim,
+             dim * sizeof(Number));
     }
   }
 

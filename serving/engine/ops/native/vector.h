@@ -98,29 +98,34 @@ inline Floats multiply_add(Words a, Words b, Floats sum) {
 #endif
 }
 
-// Sum the lanes of each of N vectors (a power of two, at most 16): sum i is lane i of the result.
-template <int N>
-Floats sums(Floats (&v)[N]) {
-  // Each round adds two vectors so that the lanes of both are half as many, side by side.
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// Put the lanes of each of N vectors (a power of two, at most 16) together by `two`: what vector i
+// gives is lane i of the result.
+template <int N, class Two>
+Floats together(Floats (&v)[N], const Two& two) {
+  // Each round joins two vectors so that the lanes of both are half as many, side by side.
   constexpr Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
 #pragma GCC unroll 4
   for (int n = N, left = LANES; left > 1; n = (n + 1) / 2, left /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < (n + 1) / 2; i++) {
       Floats a = v[2 * i], b = n > 1 ? v[2 * i + 1] : a;
-      v[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+      v[i] = two(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1));
     }
   return v[0];
 }
+template <int N>
+Floats sums(Floats (&v)[N]) {
+  return together(v, [](Floats a, Floats b) { return a + b; });
+}
+template <int N>
+Floats greatest(Floats (&v)[N]) {
+  return together(v, larger);
+}
 inline float sum(Floats v) {
   Floats one[1] = {v};
-  return sums<1>(one)[0];
-}
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-inline float largest(Floats v) {
-  float best = v[0];
-  for (int i = 1; i < LANES; i++) best = std::max(best, v[i]);
-  return best;
+  return sums(one)[0];
 }
 
 // e^x, within 2 units of the last place: e^x = 2^n · e^r with |r| <= ln 2 / 2 and the Taylor series
