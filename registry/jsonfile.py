@@ -22,10 +22,15 @@ class DuplicateKey(ValueError):
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
     """Read one JSON object. Refuses what is too large, too deep, ambiguous or not an object."""
+    check_size(path, max_bytes)
+    return parse_object(path.read_bytes(), path.name)
+
+
+def check_size(path: Path, max_bytes: int) -> None:
+    """Raise Refused for a file that is too large to be read."""
     size = path.stat().st_size
     if size > max_bytes:
         raise refused("too_large", f"{path.name} has {size} bytes, the limit is {max_bytes}.")
-    return parse_object(path.read_bytes(), path.name)
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:

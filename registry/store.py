@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -102,12 +102,14 @@ class Registry(Closing):
         *,
         base: str | None = None,
         actor: str,
+        passed: Callable[[Version], None] = lambda _: None,
     ) -> Push:
         """As `push`, with the files that were written into a folder of `staging`: none is copied.
 
-        They are described as `IncomingFile` does it, and not hashed again.
+        They are described as `IncomingFile` does it, and not hashed again. `passed` is told what
+        the version will be once the gate has let it through; it is none yet, and has no number.
         """
-        return self._store(staging, check_upload(staging, files), name, base, actor)
+        return self._store(staging, check_upload(staging, files), name, base, actor, passed)
 
     def _store(
         self,
@@ -116,6 +118,7 @@ class Registry(Closing):
         name: AdapterName,
         base: str | None,
         actor: str,
+        passed: Callable[[Version], None] = lambda _: None,
     ) -> Push:
         if converted := convert(staging, self.bases, base=base):
             files[WEIGHTS_NAME] = uploaded(staging / WEIGHTS_NAME)
@@ -130,6 +133,7 @@ class Registry(Closing):
         if checked.config is not None:
             files[CONFIG_NAME] = _write_config(staging, checked.config)
         version = _describe(name, checked, files)
+        passed(version)
         for file_name in version.files:
             self._blobs.put(files[file_name].path, files[file_name].sha256)
         return self._record(version, checked, actor)

@@ -5,8 +5,10 @@ It only picks one of the few names a version may have, and never becomes a path 
 """
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from litestar import Request, Response, post
 from litestar.params import FromPath
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
-from registry.adapter import Version
+from registry.adapter import AdapterRef, Version
+from registry.contents import CONFIG_NAME, WEIGHTS_NAME
 from registry.records import Push
 from registry.upload import ALLOWED, IncomingFile, UploadedFile
 from serving.api.adapters import own_adapter
@@ -23,10 +26,12 @@ from serving.api.auth import declare
 from serving.api.errors import RequestError
 from serving.api.record import record_of
 from serving.api.services import Services, parameters_of, services_of
+from serving.engine.boundary import AdapterFiles
 from serving.tenants.keys import PUSH
 
 MULTIPART = "multipart/form-data"
 HELD_BYTES = 1 << 20  # of a push, before they are written; the piece before is on its way then
+KEPT_BYTES = 64 << 20  # of weights, which then need not be read and hashed again to be worn
 _encode = msgspec.json.Encoder().encode
 
 
@@ -41,20 +46,24 @@ async def push_version(
     base = parameters_of(request, {"base"}).get("base")
     with registry.staging() as folder:
         files = await _receive(request.stream(), _boundary(request), folder)
-        pushed = await asyncio.to_thread(
-            registry.push_staged, folder, files, adapter, base=base, actor=record.tenant
-        )
-    _expect(services, pushed.version)
+        store = partial(registry.push_staged, folder, files.done, adapter)
+        passed = partial(_expect, services, files)
+        pushed = await asyncio.to_thread(store, base=base, actor=record.tenant, passed=passed)
+    services.router.learn(pushed.version)
     record.label, record.digest = pushed.version.ref.label, pushed.version.digest
     status = 201 if pushed.created else 200
     return Response(_answer(pushed), status_code=status, media_type="application/json")
 
 
-def _expect(services: Services, version: Version) -> None:
-    """Be ready for a request for what has just been pushed here, which is likely."""
-    services.router.learn(version)
-    if version.adapter is not None and services.router.runs(version):
-        services.engine.prefetch(version.adapter)
+def _expect(services: Services, files: "_Files", version: Version) -> None:
+    """Read what is about to be a version of this base: it is likely to be asked for at once.
+
+    Nobody can name it before it is one.
+    """
+    content = files.adapter(version)
+    if content is not None and services.router.runs(version):
+        ref = AdapterRef(version.digest, str(version.name))  # it has no number yet
+        services.engine.prefetch(ref, content)
 
 
 def _answer(pushed: Push) -> bytes:
@@ -84,7 +93,7 @@ def _boundary(request: Request[Any, Any, Any]) -> str:
     return options["boundary"]
 
 
-async def _receive(chunks: AsyncIterator[bytes], boundary: str, folder: Path) -> list[UploadedFile]:
+async def _receive(chunks: AsyncIterator[bytes], boundary: str, folder: Path) -> "_Files":
     """Write the parts into the folder as they come. Raises Refused, RequestError."""
     files = _Files(folder)
     try:
@@ -98,7 +107,7 @@ async def _receive(chunks: AsyncIterator[bytes], boundary: str, folder: Path) ->
         ) from error
     finally:
         files.close()
-    return files.done
+    return files
 
 
 class _Files:
@@ -114,6 +123,7 @@ class _Files:
         self._file: IncomingFile | None = None
         self._pieces: list[bytes] = []
         self._held = 0
+        self._weights: list[bytes] | None = []  # what was written of them, unless it is too much
         self._thread = ThreadPoolExecutor(1, "push")
         self._writing: Future[None] | None = None
 
@@ -131,6 +141,20 @@ class _Files:
             await self._written()
             self.done.append(self._file.close())
 
+    def adapter(self, version: Version) -> AdapterFiles | None:
+        """Return the files of an adapter, from memory, if they are those of the version.
+
+        The digest of the weights is that of these very bytes, taken while they were written.
+        """
+        if self._weights is None or version.files.keys() != {CONFIG_NAME, WEIGHTS_NAME}:
+            return None
+        config = (self._folder / CONFIG_NAME).read_bytes()
+        found = {file.path.name: file.sha256 for file in self.done}
+        found[CONFIG_NAME] = hashlib.sha256(config).hexdigest()  # the gate has written it anew
+        if any(found.get(name) != sha256 for name, sha256 in version.files.items()):
+            return None  # it was converted
+        return AdapterFiles(config, self._weights)
+
     def close(self) -> None:
         """Close the file behind what is still being written to it. Waits for nothing."""
         if self._file is not None:
@@ -140,6 +164,10 @@ class _Files:
     async def _write(self, file: IncomingFile) -> None:
         await self._written()
         pieces, self._pieces, self._held = self._pieces, [], 0
+        if file.path.name == WEIGHTS_NAME and self._weights is not None:
+            self._weights += pieces
+            if sum(map(len, self._weights)) > KEPT_BYTES:
+                self._weights = None
         self._writing = self._thread.submit(file.write, pieces)
 
     async def _written(self) -> None:

@@ -9,12 +9,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from registry.adapter import AdapterRef
+from registry.contents import CONFIG_NAME, WEIGHTS_NAME
 from registry.errors import WardrobeError
-from registry.jsonfile import read_object
+from registry.jsonfile import check_size, parse_object
 from registry.lora import AdapterConfig
 from registry.parts import Parts, sort_parts
 from registry.vectors import AnyConfig, parse_config
-from serving.engine.boundary import AdapterLoadFailed
+from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.lora import HostAdapter, LoraLayout, Unfit
 from serving.engine.slots import bucket_of
 from serving.engine.spec import LinearGroup
@@ -26,20 +27,22 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # A and B as the file has them
 
 
 def read_adapter(
-    folder: Path,
+    source: Path | AdapterFiles,
     ref: AdapterRef,
     layout: LoraLayout,
     dtype: torch.dtype,
     max_rank: int,
     base: BaseLayers | None = None,
 ) -> HostAdapter:
-    """Read and convert one adapter. Raises AdapterLoadFailed, and nothing else for bad files.
+    """Read and convert one adapter, from its folder or from memory.
 
+    Raises AdapterLoadFailed, and nothing else for bad files.
     Without `base` it may be nothing but LoRA.
     """
     try:
-        config = parse_config(read_object(folder / "adapter_config.json", MAX_CONFIG_BYTES))
-        tensors = load((folder / "adapter_model.safetensors").read_bytes())
+        files = _read_files(source) if isinstance(source, Path) else source
+        config = parse_config(parse_object(files.config, CONFIG_NAME))
+        tensors = load(b"".join(files.weights))
     except (WardrobeError, SafetensorError, OSError) as error:
         raise AdapterLoadFailed(f"{ref.label} cannot be loaded: {error}") from error
     try:
@@ -49,6 +52,12 @@ def read_adapter(
     except Unfit as fault:
         raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
     return HostAdapter.of(ref.digest, bucket, weights, vectors)
+
+
+def _read_files(folder: Path) -> AdapterFiles:
+    config = folder / CONFIG_NAME
+    check_size(config, MAX_CONFIG_BYTES)
+    return AdapterFiles(config.read_bytes(), [(folder / WEIGHTS_NAME).read_bytes()])
 
 
 def _low_rank(

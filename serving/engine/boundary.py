@@ -12,7 +12,7 @@ aliases or paths, so an engine can stand in this process, in another one, or be 
     └── RequestFailed           this request failed while running; other requests are not touched
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -127,6 +127,14 @@ class TokenDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """The files of an adapter, in memory."""
+
+    config: bytes
+    weights: Sequence[bytes]  # in pieces
+
+
+@dataclass(frozen=True, slots=True)
 class ResidentAdapter:
     """An adapter that sits in a slot now."""
 
@@ -206,10 +214,12 @@ class Engine(Protocol):
         """
         ...
 
-    def prefetch(self, adapter: AdapterRef) -> None:
-        """Begin to bring the adapter into host memory, for who is about to ask for it.
+    def prefetch(self, adapter: AdapterRef, files: AdapterFiles) -> None:
+        """Begin to read the adapter for who is about to ask for it, from its files in memory.
 
-        Waits for nothing and raises nothing; does nothing when as many as may be are on their way.
+        The caller has seen that they hash to the digest. The latest one that was read so stays in
+        host memory until it is asked for. For any thread. Waits for nothing and raises nothing;
+        does nothing when as many as may be are on their way.
         """
         ...
 

@@ -15,7 +15,7 @@ from registry.base import BaseModel
 from registry.home import default_cache
 from registry.tensors import tensor_files
 from serving.engine.adapter_file import read_adapter
-from serving.engine.boundary import EngineStats, EngineUnavailable
+from serving.engine.boundary import AdapterFiles, EngineStats, EngineUnavailable
 from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
@@ -144,8 +144,8 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     if isinstance(model, Capturing):
         model.capture(cache, stacks, settings.max_running, settings.max_batched_tokens)
 
-    def read(folder: Path, ref: AdapterRef) -> HostAdapter:
-        adapter = read_adapter(folder, ref, layout, dtype, highest, base)
+    def read(source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
+        adapter = read_adapter(source, ref, layout, dtype, highest, base)
         return adapter.pinned() if device.type == "cuda" else adapter
 
     loader = AdapterLoader(

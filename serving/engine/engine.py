@@ -15,6 +15,7 @@ import torch
 from registry.adapter import AdapterRef
 from registry.base import BaseModel
 from serving.engine.boundary import (
+    AdapterFiles,
     EngineBusy,
     EngineError,
     EngineStats,
@@ -101,10 +102,10 @@ class TorchEngine:
     async def keep(self, adapter: AdapterRef) -> None:
         await self._wish(Warm(adapter, keep=True))
 
-    def prefetch(self, adapter: AdapterRef) -> None:
+    def prefetch(self, adapter: AdapterRef, files: AdapterFiles) -> None:
         with self._changed:
             if not (self._death or self._closing):
-                self._core.residency.begin(adapter, len(self._inbox))
+                self._core.residency.begin(adapter, len(self._inbox), files)
 
     async def release(self, adapter: AdapterRef) -> None:
         with self._changed:

@@ -9,12 +9,12 @@ from threading import Lock
 from weakref import WeakValueDictionary
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import AdapterLoadFailed, LoadStage
+from serving.engine.boundary import AdapterFiles, AdapterLoadFailed, LoadStage
 from serving.engine.hardware import compute_alone
 from serving.engine.lora import HostAdapter
 
 Fetch = Callable[[AdapterRef], Path]
-Read = Callable[[Path, AdapterRef], HostAdapter]
+Read = Callable[[Path | AdapterFiles, AdapterRef], HostAdapter]
 Load = Future[HostAdapter]
 
 FAILURE_SECONDS = 1.0  # a failed load is not tried again for this long
@@ -31,14 +31,17 @@ class AdapterLoader:
         self._lock = Lock()
         # An ended load stays while somebody holds it: who asks before it is in a slot shares it.
         self._loads = WeakValueDictionary[str, Load]()
+        self._ahead: Load | None = None  # the latest one from files, until somebody asks for it
         self._failed: OrderedDict[str, tuple[float, Load]] = OrderedDict()
         self._cache: OrderedDict[str, tuple[int, Load]] = OrderedDict()  # digest → bytes, load
         self._bytes = 0
         self._fetches = self._reads = 0
         self._fetch_seconds = self._read_seconds = 0.0
 
-    def load(self, ref: AdapterRef) -> Load:
+    def load(self, ref: AdapterRef, files: AdapterFiles | None = None) -> Load:
         """Return the running, the recent failed or the cached load, or start one.
+
+        It reads from `files` when they are given, and fetches nothing.
 
         The future fails with AdapterLoadFailed. Never blocks on the load itself.
         """
@@ -52,8 +55,18 @@ class AdapterLoader:
             future = self._loads.get(ref.digest)
             if future is None:
                 future = self._loads[ref.digest] = Future()
-                self._pool.submit(self._run, ref, future)
+                self._pool.submit(self._run, ref, future, files)
+            if files is not None:
+                self._ahead = future
+            elif future is self._ahead:
+                self._ahead = None
             return future
+
+    @property
+    def running(self) -> int:
+        """How many loads have not ended, whether somebody waits for them or not."""
+        with self._lock:
+            return sum(not load.done() for load in self._loads.values())
 
     def cached_beside(self, digests: Container[str]) -> int:
         """Return how many adapters are in host memory beside these."""
@@ -72,9 +85,9 @@ class AdapterLoader:
         """Start no more loads. One that hangs in `fetch` must not hang whoever closes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, ref: AdapterRef, future: Load) -> None:
+    def _run(self, ref: AdapterRef, future: Load, files: AdapterFiles | None) -> None:
         try:
-            adapter = self._timed_read(self._timed_fetch(ref), ref)
+            adapter = self._timed_read(files or self._timed_fetch(ref), ref)
         except AdapterLoadFailed as error:
             self._settle(ref, future, error)
         except BaseException as error:  # a panic in a library's Rust is no Exception; unsettled, it
@@ -95,10 +108,10 @@ class AdapterLoader:
                 self._fetches += 1
                 self._fetch_seconds += time.monotonic() - started
 
-    def _timed_read(self, folder: Path, ref: AdapterRef) -> HostAdapter:
+    def _timed_read(self, source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
         started = time.monotonic()
         try:
-            return self._read(folder, ref)
+            return self._read(source, ref)
         finally:
             with self._lock:
                 self._reads += 1

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import AdapterLoadFailed, LoadStage, ResidentAdapter
+from serving.engine.boundary import AdapterFiles, AdapterLoadFailed, LoadStage, ResidentAdapter
 from serving.engine.loader import AdapterLoader, Load
 from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import Place, SlotTable
@@ -102,7 +102,7 @@ class Residency:
         """Return what a resident adapter has beside LoRA."""
         return self.stacks.vectors.get(self.table.slot_of(ref.digest))
 
-    def begin(self, ref: AdapterRef, ahead: int) -> Load | None:
+    def begin(self, ref: AdapterRef, ahead: int, files: AdapterFiles | None = None) -> Load | None:
         """Start a load for `prefetch` while a step still runs. The only method for any thread.
 
         `ahead` others have not been handed to `prefetch` yet. What it sees may be over when the
@@ -110,7 +110,9 @@ class Residency:
         """
         if ref.digest in self.table or len(self._waits) + ahead >= MAX_LOADS:
             return None
-        return self.loader.load(ref)
+        if files is not None and self.loader.running >= MAX_LOADS:
+            return None  # each holds its files
+        return self.loader.load(ref, files)
 
     def prefetch(self, ref: AdapterRef, load: Load | None = None) -> None:
         """Start loading what is not in a slot; the request may wait for other things meanwhile.

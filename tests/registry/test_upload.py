@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
+from registry.adapter import AdapterName, Version
 from registry.base import Bases
 from registry.errors import Refused, StoreUnavailable
 from registry.store import Registry
@@ -118,6 +119,25 @@ def test_staged_files_pass_the_checks_of_a_push(adapter: Adapter, registry: Regi
         files = [uploaded(path) for path in staging.glob("adapter_*")]
         with pytest.raises(Refused, match="a zip"):
             registry.push_staged(staging, files, NAME, actor="test")
+
+
+def test_what_passed_the_gate_is_told_before_it_is_a_version(
+    adapter: Adapter, registry: Registry
+) -> None:
+    told: list[tuple[str, list[AdapterName]]] = []
+
+    def passed(version: Version) -> None:
+        told.append((version.digest, registry.adapters()))
+
+    with registry.staging() as staging:
+        files = list(copy_upload(adapter(config={"r": 7}), staging).values())
+        with pytest.raises(Refused):
+            registry.push_staged(staging, files, NAME, actor="test", passed=passed)
+    assert told == []
+    with registry.staging() as staging:
+        files = list(copy_upload(adapter(), staging).values())
+        pushed = registry.push_staged(staging, files, NAME, actor="test", passed=passed)
+    assert told == [(pushed.version.digest, [])]
 
 
 def test_a_disk_that_fails_beside_the_gate_fails_the_push(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from registry.adapter import AdapterRef
 from serving.engine.boundary import (
+    AdapterFiles,
     AdapterLoadFailed,
     EngineBusy,
     EngineStats,
@@ -64,7 +65,9 @@ class ScriptedEngine:
     history: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     slots: int = 8
     kept: set[str] = field(default_factory=set[str])  # digests
-    prefetched: list[AdapterRef] = field(default_factory=list[AdapterRef])
+    prefetched: list[tuple[str, AdapterFiles]] = field(
+        default_factory=list[tuple[str, AdapterFiles]]
+    )
     resident: dict[str, AdapterRef] = field(default_factory=dict[str, AdapterRef])
     asked: list[GenerateRequest] = field(default_factory=list[GenerateRequest])
     running: dict[str, GenerateRequest] = field(default_factory=dict[str, GenerateRequest])
@@ -163,8 +166,8 @@ class ScriptedEngine:
         await self.warm(adapter)
         self.kept.add(adapter.digest)
 
-    def prefetch(self, adapter: AdapterRef) -> None:
-        self.prefetched.append(adapter)
+    def prefetch(self, adapter: AdapterRef, files: AdapterFiles) -> None:
+        self.prefetched.append((adapter.digest, files))
 
     async def release(self, adapter: AdapterRef) -> None:
         self.kept.discard(adapter.digest)

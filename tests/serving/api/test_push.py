@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def test_what_was_pushed_is_expected_to_be_asked_for(
     push(live, files)
     stored = wardrobe.registry.resolve(Selector.parse("acme/pushed@v1"))
     assert live.services.router.known(Selector.parse("acme/pushed@v1")) == stored
-    assert live.engine.prefetched == [stored.adapter]
+    [(digest, read)] = live.engine.prefetched
+    assert (digest, b"".join(read.weights)) == (stored.digest, files[WEIGHTS])
+    assert sha256(read.config).hexdigest() == stored.files[CONFIG]
 
 
 def test_what_was_pushed_for_another_base_is_not_loaded_here(

@@ -3,13 +3,14 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from registry.adapter import AdapterRef
-from serving.engine.boundary import AdapterLoadFailed
+from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.build import assemble, read_model
 from serving.engine.core import Event, Warm
 from serving.engine.engine import TorchEngine
@@ -34,11 +35,16 @@ SETTINGS = EngineSettings(
 )
 
 
-def play(base: Path, folders: Folders, body: Callable[[TorchEngine], Awaitable[None]]) -> None:
+def play(
+    base: Path,
+    folders: Folders,
+    body: Callable[[TorchEngine], Awaitable[None]],
+    settings: EngineSettings = SETTINGS,
+) -> None:
     """Run a body on an engine with two slots for adapters."""
 
     async def main() -> None:
-        engine = TorchEngine.create(base_of(base), folders, SETTINGS)
+        engine = TorchEngine.create(base_of(base), folders, settings)
         try:
             async with asyncio.timeout(30):
                 await body(engine)
@@ -202,21 +208,27 @@ def test_the_last_slot_is_not_kept_and_a_broken_adapter_keeps_none(
     play(tiny_base, tiny_folders, body)
 
 
-def test_what_is_prefetched_is_in_memory_and_takes_no_slot(
+def test_what_is_prefetched_from_its_files_is_fetched_from_nowhere(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
-    folders = Folders(paths(tiny_folders))
-    a = folders.refs["a"]
+    folder, a = paths(tiny_folders)["a"], tiny_folders.refs["a"]
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    config = (folder / "adapter_config.json").read_bytes()
+    files = AdapterFiles(config, [weights[:100], weights[100:]])
 
     async def body(engine: TorchEngine) -> None:
-        engine.prefetch(folders.refs["missing"])
-        engine.prefetch(a)
-        stats = await until(engine, lambda stats: stats.in_memory == 1)
-        assert (stats.resident, stats.loading) == ((), ())
-        await complete(engine, request("x", a, max_tokens=2))
-        assert folders.asked.count(a.digest) == 1, "it is not read again"
+        wanted = await complete(engine, request("x", a, max_tokens=4, logprobs=1))
+        copy = AdapterRef("0" * 64, "nowhere to be found")
+        engine.prefetch(copy, files)
+        await until(engine, lambda stats: stats.load_stages[1].count == 2)
+        assert await complete(engine, request("x", copy, max_tokens=4, logprobs=1)) == wanted
+        assert (await engine.stats()).in_memory == 0, "nothing is kept beside it"
+        broken = AdapterRef("1" * 64, "broken")
+        engine.prefetch(broken, AdapterFiles(config, [weights[:-1]]))
+        with pytest.raises(AdapterLoadFailed, match="cannot be loaded"):
+            await complete(engine, request("x", broken, max_tokens=1))
 
-    play(tiny_base, folders, body)
+    play(tiny_base, tiny_folders, body, replace(SETTINGS, adapter_host_memory=0))
 
 
 def test_the_stats_tell_tiers_and_the_parts_of_loading(
