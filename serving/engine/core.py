@@ -248,6 +248,7 @@ class EngineCore:
             self._write_prefix(sequence)
         if sequence.adapter is not None:
             self.residency.table.pin(sequence.adapter.digest)
+            sequence.share = self.residency.share(sequence.adapter)
         self._stirred = True
 
     def _write_prefix(self, sequence: Sequence) -> None:

@@ -35,7 +35,7 @@ from serving.engine.stream import Item, Stream, hand_over
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_SECONDS = 60
-LOADING_SECONDS = 0.025  # that a step waits for an adapter which is read meanwhile
+LOADING_SECONDS = 0.035  # that a step waits for an adapter which is read meanwhile
 ASKING_SECONDS = 0.005  # from the answer to a load call to the request for what it has loaded
 
 

@@ -88,6 +88,11 @@ class LoraLayout:
             prod(shape) for group in self.groups for shape in self._shapes(group, bucket)
         )
 
+    def share(self, bucket: int) -> float:
+        """Return the size of one adapter over that of the linears."""
+        linears = sum(group.inputs * sum(group.outputs) for group in self.groups)
+        return self.size(bucket) / (self.layers * linears)
+
     def stacks(self, memory: torch.Tensor, bucket: int) -> dict[str, Halves]:
         """See contiguous memory as adapters of a bucket, one behind the other.
 

@@ -102,6 +102,10 @@ class Residency:
         """Return what a resident adapter has beside LoRA."""
         return self.stacks.vectors.get(self.table.slot_of(ref.digest))
 
+    def share(self, ref: AdapterRef) -> float:
+        """Return the size of a resident adapter over that of the linears it is worn by."""
+        return self.stacks.layout.share(self.table.slot_of(ref.digest).bucket)
+
     def begin(self, ref: AdapterRef, ahead: int, files: AdapterFiles | None = None) -> Load | None:
         """Start a load for `prefetch` while a step still runs. The only method for any thread.
 

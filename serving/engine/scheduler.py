@@ -145,6 +145,7 @@ class Scheduler:
         as long as computing `ridge` tokens, so a step of n tokens takes about ridge + n, and with
         STRETCH (ridge + decoding) - ridge tokens it takes STRETCH times as long as without prompts.
         It may take once more when some sit out: fewer wait for it, and a whole prompt may fit in.
+        A prompt that needs several steps is read in even parts: none is longer than it has to be.
         """
         running, due = self._of(priority), self._due(priority)
         out = self._sit_out(priority, running, due)
@@ -152,11 +153,14 @@ class Scheduler:
         rows = [Row(s, s.computed, 1) for s in here if s.remaining == 1][:tokens]
         budget = tokens - len(rows)
         if decoding := sum(s.remaining == 1 for s in running):
-            longest = (STRETCH + bool(out)) * (self.ridge + decoding)
-            budget = min(budget, longest - self.ridge - len(rows))
+            ridge = self.ridge * (1 + _worn(running))
+            longest = (STRETCH + bool(out)) * (ridge + decoding)
+            budget = min(budget, int(longest - ridge) - len(rows))
         prompts = [sequence for sequence in here if sequence.unread]
         for sequence in sorted(prompts, key=lambda s: due[s.request.tenant]):
-            if count := min(budget, sequence.unread):
+            if budget > 0:
+                parts = math.ceil(sequence.unread / budget)
+                count = math.ceil(sequence.unread / parts)
                 rows.append(Row(sequence, sequence.computed, count))
                 budget -= count
         return rows
@@ -199,3 +203,9 @@ class Scheduler:
 
     def _queue(self, sequence: Sequence) -> FairQueue:
         return self.queues[sequence.request.priority]
+
+
+def _worn(running: list[Sequence]) -> float:
+    """Return what the adapters of those that decode take to be read, in times of the base."""
+    decoding = [s for s in running if s.remaining == 1 and s.adapter is not None]
+    return sum({s.adapter: s.share for s in decoding}.values())

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from benchmarks.workload import jain, percentile
+from registry.adapter import AdapterRef
 from serving.engine.boundary import GenerateRequest, Priority, SamplingParams
 from serving.engine.fair_queue import CREDIT, OUTPUT_WEIGHT, PROMPT_WEIGHT
 from serving.engine.scheduler import LOW_SHARE, SITS_OUT, STRETCH, Scheduler
@@ -342,6 +343,42 @@ def test_prompts_make_a_step_no_more_than_three_times_as_long() -> None:
         decoding = sum(row.count == 1 for row in steps.rows)
         tokens = sum(row.count for row in steps.rows)
         assert not decoding or RIDGE + tokens <= STRETCH * (RIDGE + decoding)
+
+
+def alone_beside(decoding: int, prompt: int, share: float = 0.0) -> list[int]:
+    """Return in which parts a prompt is read beside sequences that decode, each in its adapter."""
+    scheduler = Scheduler(PLACES, 0, max_batched_tokens=512, ridge=RIDGE)
+    for i in range(decoding):
+        ref = AdapterRef(f"{i % 4}", "")
+        scheduler.add(Request(GenerateRequest("r", (1,), SamplingParams(max_tokens=100), ref)))
+    late = Request(GenerateRequest("r", (1,) * prompt, SamplingParams()))
+    scheduler.add(late)
+    for move in scheduler.admit(lambda _: True):
+        move.starts.share = share
+    parts: list[int] = []
+    while late.unread:
+        for row in scheduler.schedule():
+            row.sequence.advance(row)
+            if row.sequence is late:
+                parts.append(row.count)
+            else:
+                row.sequence.tokens.append(0)
+    return parts
+
+
+def test_a_prompt_is_read_in_as_few_steps_as_may_be_and_in_even_parts() -> None:
+    assert (STRETCH - 1) * (RIDGE + 8) == 48, "the most in one step"
+    assert alone_beside(8, 48) == [48]
+    assert alone_beside(8, 49) == [25, 24]
+    assert alone_beside(8, 100) == [34, 33, 33]
+
+
+def test_what_adapters_take_to_be_read_makes_room_for_prompts_once_each() -> None:
+    """Four of a quarter of the base's size, worn by four or by eight: twice as much is read."""
+    for decoding in (4, 8):
+        most = (STRETCH - 1) * (2 * RIDGE + decoding)
+        assert alone_beside(decoding, most, share=0.25) == [most]
+        assert len(alone_beside(decoding, most + 1, share=0.25)) == 2
 
 
 def test_nobody_waits_for_an_adapter_of_somebody_else() -> None:
