@@ -86,14 +86,6 @@ class KVCache:
         """
         return [whole[:, slot, :, first : first + count].permute(2, 0, 1, 3) for whole in self._all]
 
-    def is_finite(self, slot: int, first: int, count: int) -> bool:
-        """Tell whether a slot has neither NaN nor infinity in `count` blocks from `first` on.
-
-        One of them would be in the sum. So are numbers whose sum overflows: a false alarm.
-        """
-        sums = [part.sum(dtype=torch.float32) for part in self.blocks(slot, first, count)]
-        return bool(torch.isfinite(sums[0] + sums[1]))
-
 
 class KVBlocks:
     """Room for keys and values of `count` times BLOCK tokens, each block in one piece.
@@ -113,6 +105,14 @@ class KVBlocks:
         """Copy as many blocks of a slot here, from its block `first` on."""
         for here, there in self._pairs(blocks, cache, slot, first):
             here.copy_(there)
+
+    def are_finite(self, blocks: Sequence[int]) -> bool:
+        """Tell whether blocks have neither NaN nor infinity.
+
+        One of them would be in the sum. So are numbers whose sum overflows: a false alarm.
+        """
+        sums = [self._all[block].sum(dtype=torch.float32) for block in blocks]
+        return not sums or bool(torch.stack(sums).isfinite().all())
 
     def read(self, blocks: Sequence[int], cache: KVCache, slot: int) -> None:
         """Copy blocks to the beginning of a slot."""
