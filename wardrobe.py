@@ -168,8 +168,8 @@ def serve(
 ) -> None:
     """Serve the base and every adapter of the registry over HTTP."""
     # A thread of torch's that waits for work keeps its core for milliseconds unless it is told
-    # otherwise before torch is imported; the event loop needs that core now.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # otherwise before torch is imported; the event loop, or the load of an adapter, needs it now.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from serving.api.hosts import AllowedHost
     from serving.api.listener import listen
     from serving.api.settings import ServerSettings
