@@ -14,6 +14,7 @@ import torch
 from registry.adapter import AdapterRef
 from serving.engine.batch import Batch
 from serving.engine.boundary import (
+    AdapterFiles,
     AdapterLoadFailed,
     EngineUnavailable,
     RequestFailed,
@@ -175,7 +176,7 @@ def test_an_ended_load_is_shared_until_nobody_holds_it(tiny_folders: Folders) ->
     reads: list[str] = []
     ref = tiny_folders.refs["a"]
 
-    def read(_: Path, ref: AdapterRef) -> HostAdapter:
+    def read(_: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
         reads.append(ref.digest)
         return HostAdapter(ref.digest, 8, torch.zeros(8))
 
