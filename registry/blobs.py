@@ -17,6 +17,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore
 
+from registry.durable import sync
 from registry.errors import IntegrityError, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -150,15 +151,6 @@ class Blobs:
         path = self._local / key
         for part in (path, path.parent, self._local):
             sync(part)
-
-
-def sync(path: Path) -> None:
-    """Wait until what is in a file, or which names are in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _linked(source: Path, target: Path) -> bool:

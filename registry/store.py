@@ -3,7 +3,6 @@
 import secrets
 import shutil
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +21,12 @@ from registry.adapter import (
     check_tenant,
 )
 from registry.base import Bases
-from registry.blobs import Blobs, sync
-from registry.card import CARD_NAME, kind_of, system_prompt
-from registry.contents import COMPANIONS, CONFIG_NAME, MODEL_NAME, WEIGHTS_NAME
-from registry.convert import convert
-from registry.database import Closing, Database, now
-from registry.errors import StoreUnavailable, VersionNotFound, refused
-from registry.jsonfile import canonical
+from registry.blobs import Blobs
+from registry.contents import WEIGHTS_NAME
+from registry.database import Closing, Database
+from registry.errors import Problem, StoreUnavailable, VersionNotFound, refused
+from registry.gate import pass_gate
 from registry.leftovers import sweep
-from registry.manifest import config_bytes, digest_of
 from registry.materialize import export, materialize
 from registry.migrations import SCHEMA
 from registry.records import (
@@ -47,9 +43,7 @@ from registry.records import (
     Share,
     VerifyReport,
 )
-from registry.upload import UploadedFile, check_upload, copy_upload, uploaded
-from registry.validate import Checked, validate
-from registry.vectors import AnyConfig
+from registry.upload import UploadedFile, check_upload, copy_upload
 from registry.verify import Progress, verify
 from registry.whole import companions, refuse_whole
 
@@ -120,23 +114,12 @@ class Registry(Closing):
         actor: str,
         passed: Callable[[Version], None] = lambda _: None,
     ) -> Push:
-        if converted := convert(staging, self.bases, base=base):
-            files[WEIGHTS_NAME] = uploaded(staging / WEIGHTS_NAME)
-        with ThreadPoolExecutor(1, "push-sync") as beside:
-            # The gate needs the bytes, and not that the disk has them, which takes as long. What
-            # the disk says counts: it tells an error once, and `put` would not hear of it again.
-            on_disk = beside.submit(_sync_all, list(files.values()))
-            checked = validate(staging, self.bases, base=base)
-            on_disk.result()
-        if converted:
-            checked = replace(checked, warnings=(converted, *checked.warnings))
-        if checked.config is not None:
-            files[CONFIG_NAME] = _write_config(staging, checked.config)
-        version = _describe(name, checked, files)
-        passed(version)
-        for file_name in version.files:
-            self._blobs.put(files[file_name].path, files[file_name].sha256)
-        return self._record(version, checked, actor)
+        through = pass_gate(staging, files, name, self.bases, base)
+        passed(through.version)
+        for file_name in through.version.files:
+            file = through.files[file_name]
+            self._blobs.put(file.path, file.sha256)
+        return self._record(through.version, through.warnings, actor)
 
     @contextmanager
     def staging(self) -> Generator[Path, None, None]:
@@ -446,9 +429,8 @@ class Registry(Closing):
 
     # Inside
 
-    def _record(self, version: Version, checked: Checked, actor: str) -> Push:
+    def _record(self, version: Version, warnings: tuple[Problem, ...], actor: str) -> Push:
         """Give the version its number; version and event appear in one transaction."""
-        warnings = checked.warnings
         with self._database.write() as connection:
             known = versions.find_digest(connection, version.name, version.digest)
             if known is None:
@@ -461,46 +443,6 @@ class Registry(Closing):
             text = f"{known.ref.label} has the same content; its card was kept, this one was not."
             warnings = (*warnings, ("card_not_stored", text))
         return Push(known, False, warnings)
-
-
-def _sync_all(files: Iterable[UploadedFile]) -> None:
-    for file in files:
-        sync(file.path)
-
-
-def _write_config(staging: Path, config: AnyConfig) -> UploadedFile:
-    """Replace the maker's config by the resolved one: logical base id, never a path."""
-    path = staging / CONFIG_NAME
-    path.write_bytes(config_bytes(config))
-    return uploaded(path)
-
-
-def _describe(name: AdapterName, checked: Checked, files: dict[str, UploadedFile]) -> Version:
-    beside = (CARD_NAME, *COMPANIONS)
-    stored = {file_name: file for file_name, file in files.items() if file_name not in beside}
-    version = Version(
-        name=name,
-        number=0,  # given when the row is written
-        digest="",
-        kind=kind_of(checked.card),
-        base_id=checked.base.id,
-        base_fingerprint=checked.card.get("base", {}).get("fingerprint", ""),
-        rank=checked.rank,
-        size_bytes=_size(checked, files),
-        created_at=now(),
-        files={file_name: file.sha256 for file_name, file in stored.items()},
-        system_prompt=system_prompt(checked.card),
-        card=checked.card,
-    )
-    return replace(version, digest=digest_of(version))
-
-
-def _size(checked: Checked, files: dict[str, UploadedFile]) -> int:
-    """Return the bytes that make the version special: its weights, else its prompt."""
-    for file_name in (WEIGHTS_NAME, MODEL_NAME):
-        if file_name in files:
-            return files[file_name].size
-    return len(canonical(checked.card["prompt"]))
 
 
 def _check_reason(reason: str) -> None:

@@ -12,7 +12,6 @@ again, an interrupted one is continued, and a changed recipe never mixes with an
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from registry.durable import sync
 from registry.jsonfile import canonical
 from training.errors import RunFailed
 from training.processes import is_first_process, wait_for_all
@@ -100,10 +100,10 @@ class Run:
     def publish(self, prepared: Path) -> None:
         """Let the finished adapter appear, then drop what only resuming needed."""
         for path in prepared.iterdir():
-            _sync(path)
-        _sync(prepared)
+            sync(path)
+        sync(prepared)
         prepared.rename(self.adapter)
-        _sync(self.folder)
+        sync(self.folder)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
@@ -143,17 +143,9 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file that is either the old or the new one, whenever the power goes."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -149,7 +149,7 @@ def test_a_disk_that_fails_beside_the_gate_fails_the_push(
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("registry.store.sync", fail)
+        patch.setattr("registry.gate.sync", fail)
         with pytest.raises(StoreUnavailable, match="Input/output error"):
             registry.push(adapter(), NAME, actor="test")
     assert registry.adapters() == []
