@@ -17,7 +17,6 @@ import torch
 
 from registry.home import default_cache
 from serving.engine.hardware import choose_dtype
-from serving.engine.kv_cache import BLOCK
 from serving.engine.linear import pack
 from serving.engine.lora import pack_b
 from serving.engine.ops.lora import Run
@@ -93,8 +92,7 @@ def cases(ops: Library, rows: int) -> Iterator[Case]:
 
 
 def attention_cases(ops: Library, rows: int) -> Iterator[Case]:
-    values = torch.randn(LAYERS, rows, KV_HEADS, LENGTH, DIM).to(ops.dtype)
-    keys = pack(values, BLOCK)
+    keys, values = torch.randn(2, LAYERS, rows, KV_HEADS, LENGTH, DIM).to(ops.dtype)
     qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, DIM).to(ops.dtype)
     angles = rope_angles(torch.tensor([1e5 ** (-i / 32) for i in range(32)]), LENGTH)
     slots, positions = torch.arange(rows), torch.full((rows,), CONTEXT)

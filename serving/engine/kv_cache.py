@@ -15,9 +15,10 @@ BLOCK = 16  # tokens
 class KVCache:
     """[layers] tensors of shape [slots, kv_heads, room, head_dim], one behind the other.
 
-    There is room for `length` tokens, in whole blocks. With `packed_keys`, the keys of a block are
-    a panel as `linear.pack` makes it, [slots, kv_heads, blocks, head_dim · BLOCK]: scores are then
-    a product like that of a linear.
+    There is room for `length` tokens, in whole blocks. With `packed_keys`, the keys of a block lie
+    as the weights of a linear do, [slots, kv_heads, blocks, head_dim · BLOCK], where a block is
+    [head_dim / step, BLOCK, step] and a step one float32 or two bfloat16: scores are then a product
+    like that of a linear.
 
     A slot that nobody holds is zero throughout. Attention multiplies masked positions by exactly
     0, and 0 · NaN is NaN: what a poisoned sequence left behind would reach the next one.
@@ -71,7 +72,7 @@ class KVCache:
         """Put keys and values [rows, kv_heads, head_dim] where slots and positions [rows] say."""
         own = self.keys[layer]
         if self._packed_keys:
-            step = 4 // keys.element_size()  # as `linear.pack` has it
+            step = 4 // keys.element_size()
             panels = own.view(*own.shape[:3], -1, BLOCK, step)
             steps = keys.reshape(*keys.shape[:2], -1, step)
             panels[slots, :, positions // BLOCK, :, positions % BLOCK] = steps

@@ -99,18 +99,18 @@ class CompiledLinear(PackedLinear):
         return y[:, columns.start - first :]
 
 
-def pack(weight: torch.Tensor, panel: int = PANEL) -> torch.Tensor:
-    """Lay weights [..., out, in] out in panels, as ops/native/panel.h reads them.
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Lay weights [..., out, in] out as [..., panels, in · 32], as ops/native/panel.h reads them.
 
-    Returns [..., panels, in · panel]. A panel is [in / step, panel, step]; a step is one float32 or
-    two bfloat16, and outputs beyond the last are zero.
+    A panel is [in / step, 32, step]; a step is one float32 or two bfloat16, and outputs beyond the
+    last are zero.
     """
     *many, outputs, inputs = weight.shape
-    if outputs % panel:
-        weight = F.pad(weight, (0, 0, 0, -outputs % panel))
+    if outputs % PANEL:
+        weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     steps = weight.contiguous().view(torch.int32)  # one number each, which is moved in one go
-    panels = steps.view(*many, -1, panel, steps.shape[-1]).mT.contiguous()
-    return panels.view(weight.dtype).view(*many, -1, inputs * panel)
+    panels = steps.view(*many, -1, PANEL, steps.shape[-1]).mT.contiguous()
+    return panels.view(weight.dtype).view(*many, -1, inputs * PANEL)
 
 
 def _step(weight: torch.Tensor) -> int:

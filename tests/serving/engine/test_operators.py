@@ -49,6 +49,14 @@ def close(library: Library, actual: torch.Tensor, exact: torch.Tensor, scale: fl
     assert_close(actual.double(), exact, rtol=relative, atol=absolute * scale)
 
 
+def in_panels(keys: torch.Tensor) -> torch.Tensor:
+    """Return keys [slots, kv_heads, length, dim] as `KVCache` has them with `packed_keys`."""
+    *many, length, dim = keys.shape
+    step = 4 // keys.element_size()
+    rows = keys.reshape(*many, length // BLOCK, BLOCK, dim // step, step)
+    return rows.transpose(-3, -2).reshape(*many, length // BLOCK, dim * BLOCK)
+
+
 def unpacked(keys: torch.Tensor, dim: int) -> torch.Tensor:
     """Return keys [slots, kv_heads, length, dim] as they were before they were packed."""
     step = 4 // keys.element_size()
@@ -161,7 +169,7 @@ def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
     cos, sin = rope_tables(frequencies, length, torch.float64)
     exact = rope(qk, cos[positions], sin[positions])
     values = torch.full((5, kv_heads, length, dim), 7.0).to(library.dtype)
-    packed_keys = pack(values, BLOCK)
+    packed_keys = in_panels(values)
     library.rotate_and_store(
         *(qkv, *rope_angles(frequencies, length), slots, positions, packed_keys, values),
         norms if normed else None,
@@ -194,7 +202,7 @@ def test_attention_equals_float64_for_sequences_of_every_length(
         free[slot, : position + 1] = False
     for half in (keys, values):
         half.transpose(1, 2)[free] = math.nan
-    out = library.attention(q, pack(keys, BLOCK), values, slots, positions, window)
+    out = library.attention(q, in_panels(keys), values, slots, positions, window)
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         seen = slice(max(0, position + 1 - (window or length)), position + 1)
         k, v = keys[slot, :, seen].double(), values[slot, :, seen].double()
@@ -216,7 +224,7 @@ def test_attention_of_a_prompt_is_that_of_its_tokens_one_by_one(
     places = [(slot, i) for slot, first, last in prompts for i in range(first, last)]
     slots, positions = (torch.tensor(column) for column in zip(*places, strict=True))
     q = torch.randn(len(places), heads, dim).to(library.dtype)
-    keys = pack(torch.randn(4, kv_heads, length, dim).to(library.dtype), BLOCK)
+    keys = in_panels(torch.randn(4, kv_heads, length, dim).to(library.dtype))
     values = torch.randn(4, kv_heads, length, dim).to(library.dtype)
     together = library.attention(q, keys, values, slots, positions, window)
     for row in range(len(places)):
@@ -313,7 +321,7 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -
     others = [i for i in range(13) if i != 5]
     weight, gain = pack(torch.randn(40, 64).to(library.dtype)), torch.ones(64).to(library.dtype)
     values = torch.randn(13, 2, 80, 16).to(library.dtype)
-    keys = pack(values, BLOCK)
+    keys = in_panels(values)
     slots, positions = torch.arange(13), torch.arange(13) * 5
     halves = packed(lora_case(8, library.dtype, 1, 64, (40,))[2], (40,))
 
