@@ -139,7 +139,8 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     table = _slot_table(layout, settings, dtype, device)
     stacks = LoraStacks(layout, table.pages, dtype, device)
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device, model.packed_keys)
-    blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
+    count = _prefix_blocks(spec, settings, dtype, device)
+    blocks = KVBlocks(spec, count, dtype, device, model.copy_blocks)
     highest, base = min(settings.max_lora_rank, table.highest), model.base_layers
     if isinstance(model, Capturing):
         model.capture(cache, stacks, settings.max_running, settings.max_batched_tokens)

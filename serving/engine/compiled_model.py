@@ -58,6 +58,7 @@ class CompiledModel:
         self.embedding = None if spec.tied else weights.embedding
         self.layers, self.norm, self.head = weights.layers, weights.norm, weights.head
         self.greedy, self.sample = library.greedy, library.sample
+        self.copy_blocks = library.copy_blocks
         self.operators = f"C++ ({library.target.name})"
         frequencies = torch.tensor(spec.inverse_frequencies)
         self._angles = rope_angles(frequencies, length, spec.rotary_scale)

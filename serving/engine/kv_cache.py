@@ -1,12 +1,12 @@
 """Keys and values: a slot for each running sequence, and blocks of what may be wanted again."""
 
 import heapq
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 import torch
 
 from serving.engine.hardware import lazy_zeros
+from serving.engine.ops.blocks import CopyBlocks
 from serving.engine.spec import DecoderSpec
 
 BLOCK = 16  # tokens
@@ -38,9 +38,10 @@ class KVCache:
         self.slots = slots
         self.length = length
         self._packed_keys = packed_keys
-        self._all = lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device)
-        keys, values = (whole.view(*shape[:3], blocks * BLOCK, -1) for whole in self._all)
-        self.keys = (self._all[0] if packed_keys else keys).unbind()
+        # Keys and values: [layers, slots, kv_heads, blocks, BLOCK · head_dim].
+        self.whole = lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device)
+        keys, values = (whole.view(*shape[:3], blocks * BLOCK, -1) for whole in self.whole)
+        self.keys = (self.whole[0] if packed_keys else keys).unbind()
         self.values = values.unbind()
         self._free = list(range(slots))
 
@@ -50,7 +51,7 @@ class KVCache:
 
     def release(self, slot: int, used: int) -> None:
         """Give a slot back; its first `used` positions were written."""
-        for whole in self._all:
+        for whole in self.whole:
             whole[:, slot, :, : -(-used // BLOCK)].zero_()
         heapq.heappush(self._free, slot)
 
@@ -80,13 +81,6 @@ class KVCache:
             own[slots, :, positions] = keys
         self.values[layer][slots, :, positions] = values
 
-    def blocks(self, slot: int, first: int, count: int) -> list[torch.Tensor]:
-        """Return views of the keys and of the values of a slot's tokens from `first` · BLOCK on.
-
-        Both are [count, layers, kv_heads, BLOCK · head_dim]. Token i of a sequence is at place i.
-        """
-        return [whole[:, slot, :, first : first + count].permute(2, 0, 1, 3) for whole in self._all]
-
 
 class KVBlocks:
     """Room for keys and values of `count` times BLOCK tokens, each block in one piece.
@@ -95,40 +89,26 @@ class KVBlocks:
     """
 
     def __init__(
-        self, spec: DecoderSpec, count: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: DecoderSpec,
+        count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        copy_blocks: CopyBlocks,
     ) -> None:
         shape = (count, 2, spec.layers, spec.kv_heads, BLOCK * spec.head_dim)
         self.count = count
         self.size_bytes = block_bytes(spec, dtype)  # of one block
         self._all = lazy_zeros(shape, dtype, device) if count else torch.empty(shape)
+        self._copy = copy_blocks
 
-    def write(self, blocks: Sequence[int], cache: KVCache, slot: int, first: int) -> None:
-        """Copy as many blocks of a slot here, from its block `first` on."""
-        for here, there in self._pairs(blocks, cache, slot, first):
-            here.copy_(there)
-
-    def are_finite(self, blocks: Sequence[int]) -> bool:
-        """Tell whether blocks have neither NaN nor infinity.
-
-        One of them would be in the sum. So are numbers whose sum overflows: a false alarm.
-        """
-        sums = [self._all[block].sum(dtype=torch.float32) for block in blocks]
-        return not sums or bool(torch.stack(sums).isfinite().all())
+    def write(self, blocks: Sequence[int], cache: KVCache, slot: int, first: int) -> bool:
+        """Copy as many blocks of a slot here, from its block `first` on; tell if all is finite."""
+        return self._copy(self._all, cache.whole, blocks, slot, first, back=False)
 
     def read(self, blocks: Sequence[int], cache: KVCache, slot: int) -> None:
         """Copy blocks to the beginning of a slot."""
-        for here, there in self._pairs(blocks, cache, slot, 0):
-            there.copy_(here)
-
-    def _pairs(
-        self, blocks: Sequence[int], cache: KVCache, slot: int, first: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield views of blocks and of where they are in a slot; neighbours go in one copy."""
-        for _, run in groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0]):
-            (number, block), *others = run
-            count = 1 + len(others)
-            there = cache.blocks(slot, first + number, count)
-            yield from zip(self._all[block : block + count].unbind(1), there, strict=True)
+        self._copy(self._all, cache.whole, blocks, slot, 0, back=True)
 
 
 def block_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:

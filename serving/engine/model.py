@@ -46,6 +46,7 @@ class Model:
         self.device = weights.embedding.device
         self.length = length  # tokens of one sequence
         self.greedy, self.sample = operators.greedy, operators.sample
+        self.copy_blocks = operators.copy_blocks
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
         self.cos, self.sin = rope_tables(frequencies, length, self.dtype, spec.rotary_scale)
         self._worn: Worn = ()

@@ -10,6 +10,7 @@ import torch
 from serving.engine.batch import Batch, Chunk
 from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
+from serving.engine.ops.blocks import CopyBlocks
 from serving.engine.ops.lora import packing_key
 from serving.engine.sampler import Greedy, Sample
 from serving.engine.sequence import Row, Sequence
@@ -30,6 +31,7 @@ class Forward(Protocol):
     packed_keys: bool  # it reads and writes keys as `KVCache` says
     greedy: Greedy  # of its logits
     sample: Sample
+    copy_blocks: CopyBlocks
     operators: str  # what computes, for people
 
     @property

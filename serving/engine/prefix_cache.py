@@ -109,8 +109,7 @@ class PrefixCache:
     def _add(self, sequence: Sequence, keys: list[bytes]) -> bool:
         """Keep what is not there yet; it is at the end, since no block is without those before.
 
-        False: it is not finite, and none of it is kept. That is seen in the copies, which are in
-        one piece and at hand: it takes a fifth of the time.
+        False: it is not finite, and none of it is kept. That is seen while it is copied.
         """
         tenant, chain = sequence.request.tenant, frozenset(keys)
         there = self._tenants.get(tenant, OrderedDict[bytes, int]())
@@ -122,8 +121,7 @@ class PrefixCache:
                 break
             self._tenants.setdefault(tenant, OrderedDict())[key] = block
             added.append(block)
-        self._blocks.write(added, self._cache, sequence.kv_slot, len(keys) - len(missing))
-        if self._blocks.are_finite(added):
+        if self._blocks.write(added, self._cache, sequence.kv_slot, len(keys) - len(missing)):
             return True
         for key in missing[: len(added)]:
             self._spare.append(self._remove(tenant, key))

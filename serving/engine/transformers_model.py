@@ -98,6 +98,7 @@ class TransformersModel:
         self.packed_keys = self.packed_lora and not spec.softcap and spec.head_dim % 2 == 0
         bodies = library or Operators()
         self.greedy, self.sample = bodies.greedy, bodies.sample
+        self.copy_blocks = bodies.copy_blocks
         self.operators = f"{name} in transformers' forward pass of {spec.architecture}"
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:

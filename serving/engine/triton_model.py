@@ -7,6 +7,7 @@ from serving.engine.device_step import DeviceStep
 from serving.engine.kv_cache import KVCache
 from serving.engine.linear import Linear
 from serving.engine.lora import LoraStacks
+from serving.engine.ops.blocks import copy_blocks
 from serving.engine.ops.rope import rope_angles
 from serving.engine.ops.sampling import greedy, sample
 from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
@@ -29,6 +30,7 @@ class TritonModel:
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self.base_layers = None  # rows wear LoRA only
         self.greedy, self.sample, self.operators = greedy, sample, "Triton"
+        self.copy_blocks = copy_blocks
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
         self.cos, self.sin = rope_angles(frequencies, length, spec.rotary_scale)
 

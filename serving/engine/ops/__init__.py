@@ -10,6 +10,7 @@ import torch
 
 from serving.engine.ops.activation import silu_mul
 from serving.engine.ops.attention import AttentionPlan, Window, attend
+from serving.engine.ops.blocks import CopyBlocks, copy_blocks
 from serving.engine.ops.lora import LoraPlan, Weights, apply_lora
 from serving.engine.ops.norm import rms_norm
 from serving.engine.ops.rope import rope
@@ -29,3 +30,4 @@ class Operators:
     attend: Callable[[Tensor, Tensor, Tensor, AttentionPlan, Window], Tensor] = attend
     greedy: Callable[[Tensor], tuple[Tensor, Tensor]] = greedy
     sample: Callable[[Tensor, Shape], Tensor] = sample
+    copy_blocks: CopyBlocks = copy_blocks

@@ -12,6 +12,7 @@ from registry.home import default_cache
 from serving.engine.kv_cache import BLOCK
 from serving.engine.linear import PANEL, CompiledLinear, Linear, PackedLinear, pack
 from serving.engine.lora import pack_b
+from serving.engine.ops.blocks import Slots, copy_blocks
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
 from serving.engine.ops.native.library import Library, load_library
 from serving.engine.ops.native.target import TARGETS, Target, choose_target
@@ -231,6 +232,56 @@ def test_attention_of_a_prompt_is_that_of_its_tokens_one_by_one(
         one = slice(row, row + 1)
         alone = library.attention(q[one], keys, values, slots[one], positions[one], window)
         assert torch.equal(together[one], alone)
+
+
+def any_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return finite numbers of all sizes, among them those that are less than normal."""
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    limits = torch.iinfo(bits)
+    numbers = torch.randint(limits.min, limits.max, shape, dtype=bits).view(dtype)
+    return torch.where(numbers.isfinite(), numbers, torch.zeros((), dtype=dtype))
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def blocks_case(dtype: torch.dtype, dim: int) -> tuple[torch.Tensor, Slots]:
+    keys, values = (any_numbers((3, 4, 2, 5, BLOCK * dim), dtype) for _ in range(2))
+    return any_numbers((7, 2, 3, 2, BLOCK * dim), dtype), (keys, values)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5, 64])
+@pytest.mark.parametrize("back", [False, True])
+def test_blocks_are_copied_to_the_bit_and_nothing_beside_them(
+    library: Library, dim: int, back: bool
+) -> None:
+    kept, slots = blocks_case(library.dtype, dim)
+    wanted, (keys, values) = kept.clone(), (slots[0].clone(), slots[1].clone())
+    for blocks, slot, first in (([4, 5, 1], 2, 1), ([0], 0, 4), ([], 1, 0)):
+        copy_blocks(wanted, (keys, values), blocks, slot, first, back=back)
+        assert library.copy_blocks(kept, slots, blocks, slot, first, back=back)
+    assert same_bits(kept, wanted)
+    assert same_bits(slots[0], keys)
+    assert same_bits(slots[1], values)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_copied_number_that_is_not_finite_is_seen_and_no_other(
+    library: Library, poison: float, place: int, half: int
+) -> None:
+    kept, slots = blocks_case(library.dtype, dim=5)
+    for whole in (kept, *slots):
+        whole.mul_(0)  # else the sum that torch looks at could overflow
+    slots[half][place, 2, place, 1 + place, place] = poison  # in the first block or the last one
+    first = 1 + place
+    for copy in (library.copy_blocks, copy_blocks):
+        assert not copy(kept, slots, [3], 2, first, back=False)
+        assert not copy(kept, slots, [6, 2], 2, first, back=False)
+        assert copy(kept, slots, [1, 2, 3], 2, first + 1, back=False)
+        assert copy(kept, slots, [1], 1, first, back=False)
 
 
 def lora_case(

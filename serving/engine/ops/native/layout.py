@@ -1,4 +1,4 @@
-"""The structures of forward.h and step.h, field by field, and how tensors become them."""
+"""The structures of the headers here, field by field, and how tensors become them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
@@ -75,6 +75,13 @@ class RopeC(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("cos", "sin", "query_norm", "key_norm")),
         ("eps", c_float),
+    )
+
+
+class BlocksC(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("kept", "keys", "values")),
+        *((name, c_int64) for name in ("layers", "slots", "kv_heads", "slot_blocks", "width")),
     )
 
 

@@ -5,16 +5,18 @@ One call holds no lock of the interpreter while it runs, so the server's event l
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int64, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from serving.engine.ops.blocks import Slots
 from serving.engine.ops.lora import Run
 from serving.engine.ops.native.compile import NotCompiled, compiled
 from serving.engine.ops.native.layout import (
     MOST_PARTS,
+    BlocksC,
     CacheC,
     GroupC,
     ModelC,
@@ -49,6 +51,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ),
     "sample_rows": (c_void_p, c_int64, c_int64, c_int64, POINTER(WishC), c_void_p),
     "greedy_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "copy_blocks": (POINTER(BlocksC), POINTER(c_int64), *(c_int64,) * 4, POINTER(c_uint8)),
     "forward": (POINTER(ModelC), POINTER(StepC)),
 }
 
@@ -188,6 +191,27 @@ class Library:
             scores.data_ptr(), scores.stride(0), *scores.shape, wishes, tokens.data_ptr()
         )
         return tokens
+
+    def copy_blocks(
+        self,
+        kept: torch.Tensor,
+        slots: Slots,
+        blocks: Sequence[int],
+        slot: int,
+        first: int,
+        *,
+        back: bool,
+    ) -> bool:
+        keys, values = slots
+        assert kept.is_contiguous()
+        assert keys.is_contiguous()
+        assert values.is_contiguous()
+        shape = BlocksC(kept.data_ptr(), keys.data_ptr(), values.data_ptr(), *keys.shape)
+        finite = c_uint8()
+        self._calls.copy_blocks(
+            shape, (c_int64 * len(blocks))(*blocks), len(blocks), slot, first, back, finite
+        )
+        return bool(finite.value)
 
     def forward(self, model: ModelC, step: StepC) -> None:
         """Run a whole step; both must hold addresses of tensors that are still alive."""

@@ -12,7 +12,8 @@ constexpr int TILE = 12;  // rows of x at once: 24 of 32 registers are sums
 constexpr int TILE = 2;
 #endif
 
-constexpr int64_t SPREAD = 4;  // tiles that fetch; those behind them multiply only
+constexpr int64_t SPREAD = 8;  // tiles that fetch; those behind them multiply only
+constexpr int64_t LATE = 48;   // panels beside which A's are fetched; before, they would be lost again
 
 // A linear of one layer and what its rows wear on it.
 struct Dressed {
@@ -22,19 +23,22 @@ struct Dressed {
 };
 
 // What a thread fetches while it multiplies, so that memory and multipliers are busy at the same
-// time: its next panel and the B's for that, then the A's that it reads before the next linear.
+// time: its next panel and the B's for that, then, beside the last panels, the A's that it reads
+// before the next linear.
 // It is spread evenly over the tiles of a panel: in one go it would stop the multipliers.
 class Ahead {
  public:
   Ahead(const Dressed& own, const Dressed& after)
-      : after(after), a(omp_get_thread_num()), threads(omp_get_num_threads()),
-        share(after.lora ? chunks(after.lora->a_bytes()) / own.w.count + 1 : 0) {}
+      : own(own), after(after), a(omp_get_thread_num()), threads(omp_get_num_threads()),
+        share(after.lora ? chunks(after.lora->a_bytes()) / std::min(LATE, own.w.count) + 1 : 0),
+        late_from(own.w.count - LATE) {}
 
   // The next panel is this one of `linear`, or null; so many rows are computed before it.
   void begin(const Dressed* linear, int64_t panel, int64_t rows) {
     next = linear, number = panel, b = 0;
     tiles = std::min(SPREAD, (rows + TILE - 1) / TILE);
-    left = share;
+    late = linear != &own || panel >= late_from;
+    left = late ? share : 0;
     piece = {};
     if (!next) return;
     piece = {(const char*)next->w.at(panel), next->w.bytes()};
@@ -68,13 +72,14 @@ class Ahead {
   }
 
  private:
-  const Dressed& after;
+  const Dressed &own, &after;
   const Dressed* next = nullptr;
+  bool late = false;
   int64_t number = 0, tiles = 0, left = 0;
   Piece piece;
   size_t a, b = 0;  // of the pieces of the adapters
   const size_t threads;
-  const int64_t share;
+  const int64_t share, late_from;
   std::vector<int64_t> distances;
 
   static int64_t chunks(int64_t bytes) { return (bytes + CHUNK_BYTES - 1) / CHUNK_BYTES; }
@@ -83,7 +88,7 @@ class Ahead {
   bool advance() {
     if (next && next->lora && b < next->lora->b_pieces()) {
       piece = next->lora->b_piece(next->layer, number, b++);
-    } else if (after.lora && a < after.lora->a_pieces()) {
+    } else if (late && after.lora && a < after.lora->a_pieces()) {
       piece = after.lora->a_piece(after.layer, a);
       a += threads;
     } else {

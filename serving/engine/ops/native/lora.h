@@ -11,7 +11,7 @@
 
 constexpr int64_t MOST_PARTS = 3;
 constexpr int64_t ROWS = 16;    // of x in one task
-constexpr int64_t NARROW = 32;  // rows of A in one task
+constexpr int64_t NARROW = 16;  // rows of A in one task
 constexpr int EIGHT = 8;        // rows of A at once: every rank bucket is a multiple of it
 
 // Matrices [layers, slots, …]; the strides say how far apart those of two layers and two slots are.

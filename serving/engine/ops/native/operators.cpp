@@ -1,5 +1,6 @@
 // What Python calls: every operator by itself, for its tests and benchmarks, and the whole forward
 // pass. One build has one number format. Strides are in numbers; the last dimension is contiguous.
+#include "blocks.h"
 #include "forward.h"
 #include "greedy.h"
 #include "sample.h"
@@ -71,6 +72,17 @@ void sample_rows(const float* scores, int64_t stride, int64_t rows, int64_t size
     for (int64_t row = 0; row < rows; row++)
       tokens[row] = own.draw(scores + row * stride, wishes[row]);
   }
+}
+
+void copy_blocks(const Blocks* blocks, const int64_t* kept, int64_t count, int64_t slot,
+                 int64_t first, int64_t back, uint8_t* finite) {
+  bool whole = true;
+#pragma omp parallel for collapse(3) schedule(static) reduction(&& : whole)
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t half = 0; half < 2; half++)
+      for (int64_t layer = 0; layer < blocks->layers; layer++)
+        whole = blocks->copy(kept[i], half, layer, slot, first + i, back) && whole;
+  *finite = whole;
 }
 
 void forward(const Model* model, const Step* step) {
