@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 
-from benchmarks.throughput import free_port, one_request, running_server
+from benchmarks.throughput import NO_PREFIX_CACHE, free_port, one_request, running_server
 from benchmarks.workload import Cell
 from registry.base import BaseModel
 
@@ -72,7 +72,9 @@ def up(
     )
     for i, peer in enumerate(peers):
         if not peer.command:
-            url = stack.enter_context(running_server(home, base.id, ["--no-auth"]))
+            url = stack.enter_context(
+                running_server(home, base.id, ["--no-auth", *NO_PREFIX_CACHE])
+            )
             yield Server(peer, url)
             continue
         port, log = free_port(), home / f"peer-{i}.log"

