@@ -206,6 +206,8 @@ class Library:
         assert kept.is_contiguous()
         assert keys.is_contiguous()
         assert values.is_contiguous()
+        assert all(block < len(kept) for block in blocks)
+        assert first + len(blocks) <= keys.shape[3]
         shape = BlocksC(kept.data_ptr(), keys.data_ptr(), values.data_ptr(), *keys.shape)
         finite = c_uint8()
         self._calls.copy_blocks(
