@@ -7,7 +7,8 @@
 
 A peer is any command that serves `/v1/completions` for the model `base`: `{base}` is its folder,
 `{port}` where it has to listen, `{adapters}` are 32 words name=folder, as vLLM takes them. `--peer`
-runs the cells without adapters, `--lora-peer` those with adapters. All servers are up, and every
+runs the cells without adapters, `--lora-peer` those with adapters. Ours has no prefix cache: no
+prompt comes again, and peers should be without one, too. All servers are up, and every
 cell goes round them in turn, so that what else the machine does meets all alike; a peer whose turn
 it is not is stopped (SIGSTOP), because some wait by spinning.
 A round (one cell, once on every server) is written to `--results` when it is complete; the same

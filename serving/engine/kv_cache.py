@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from serving.engine.hardware import lazy_zeros
-from serving.engine.ops.blocks import CopyBlocks
+from serving.engine.ops.blocks import BlockCopy, CopyBlocks
 from serving.engine.spec import DecoderSpec
 
 BLOCK = 16  # tokens
@@ -104,11 +104,11 @@ class KVBlocks:
 
     def write(self, blocks: Sequence[int], cache: KVCache, slot: int, first: int) -> bool:
         """Copy as many blocks of a slot here, from its block `first` on; tell if all is finite."""
-        return self._copy(self._all, cache.whole, blocks, slot, first, back=False)
+        return self._copy(self._all, cache.whole, BlockCopy(blocks, slot, first))
 
     def read(self, blocks: Sequence[int], cache: KVCache, slot: int) -> None:
         """Copy blocks to the beginning of a slot."""
-        self._copy(self._all, cache.whole, blocks, slot, 0, back=True)
+        self._copy(self._all, cache.whole, BlockCopy(blocks, slot, back=True))
 
 
 def block_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:

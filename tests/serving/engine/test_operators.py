@@ -12,7 +12,7 @@ from registry.home import default_cache
 from serving.engine.kv_cache import BLOCK
 from serving.engine.linear import PANEL, CompiledLinear, Linear, PackedLinear, pack
 from serving.engine.lora import pack_b
-from serving.engine.ops.blocks import Slots, copy_blocks
+from serving.engine.ops.blocks import BlockCopy, Slots, copy_blocks
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
 from serving.engine.ops.native.library import Library, load_library
 from serving.engine.ops.native.target import TARGETS, Target, choose_target
@@ -259,8 +259,9 @@ def test_blocks_are_copied_to_the_bit_and_nothing_beside_them(
     kept, slots = blocks_case(library.dtype, dim)
     wanted, (keys, values) = kept.clone(), (slots[0].clone(), slots[1].clone())
     for blocks, slot, first in (([4, 5, 1], 2, 1), ([0], 0, 4), ([], 1, 0)):
-        copy_blocks(wanted, (keys, values), blocks, slot, first, back=back)
-        assert library.copy_blocks(kept, slots, blocks, slot, first, back=back)
+        copy = BlockCopy(blocks, slot, first, back)
+        copy_blocks(wanted, (keys, values), copy)
+        assert library.copy_blocks(kept, slots, copy)
     assert same_bits(kept, wanted)
     assert same_bits(slots[0], keys)
     assert same_bits(slots[1], values)
@@ -278,10 +279,10 @@ def test_a_copied_number_that_is_not_finite_is_seen_and_no_other(
     slots[half][place, 2, place, 1 + place, place] = poison  # in the first block or the last one
     first = 1 + place
     for copy in (library.copy_blocks, copy_blocks):
-        assert not copy(kept, slots, [3], 2, first, back=False)
-        assert not copy(kept, slots, [6, 2], 2, first, back=False)
-        assert copy(kept, slots, [1, 2, 3], 2, first + 1, back=False)
-        assert copy(kept, slots, [1], 1, first, back=False)
+        assert not copy(kept, slots, BlockCopy([3], 2, first))
+        assert not copy(kept, slots, BlockCopy([6, 2], 2, first))
+        assert copy(kept, slots, BlockCopy([1, 2, 3], 2, first + 1))
+        assert copy(kept, slots, BlockCopy([1], 1, first))
 
 
 def lora_case(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from serving.engine.ops.blocks import Slots
+from serving.engine.ops.blocks import BlockCopy, Slots
 from serving.engine.ops.lora import Run
 from serving.engine.ops.native.compile import NotCompiled, compiled
 from serving.engine.ops.native.layout import (
@@ -192,17 +192,9 @@ class Library:
         )
         return tokens
 
-    def copy_blocks(
-        self,
-        kept: torch.Tensor,
-        slots: Slots,
-        blocks: Sequence[int],
-        slot: int,
-        first: int,
-        *,
-        back: bool,
-    ) -> bool:
-        keys, values = slots
+    def copy_blocks(self, kept: torch.Tensor, slots: Slots, copy: BlockCopy) -> bool:
+        """See `ops.blocks`. Numbers that are finite give no false alarm here."""
+        (keys, values), blocks, first = slots, copy.blocks, copy.first
         assert kept.is_contiguous()
         assert keys.is_contiguous()
         assert values.is_contiguous()
@@ -210,9 +202,8 @@ class Library:
         assert first + len(blocks) <= keys.shape[3]
         shape = BlocksC(kept.data_ptr(), keys.data_ptr(), values.data_ptr(), *keys.shape)
         finite = c_uint8()
-        self._calls.copy_blocks(
-            shape, (c_int64 * len(blocks))(*blocks), len(blocks), slot, first, back, finite
-        )
+        numbers = (c_int64 * len(blocks))(*blocks)
+        self._calls.copy_blocks(shape, numbers, len(blocks), copy.slot, first, copy.back, finite)
         return bool(finite.value)
 
     def forward(self, model: ModelC, step: StepC) -> None:
