@@ -1,5 +1,6 @@
 """The database behind the registry: SQLite by default, any SQLAlchemy URL otherwise."""
 
+import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ class Database:
         """
         self.engine = _engine(url, synchronous)
         self._schema = schema
+        self._watch: sqlite3.Connection | None = None  # never writes: see `revision`
 
     def prepare(self) -> None:
         """Make the tables in a new database, upgrade an older one, refuse a newer one.
@@ -61,6 +63,27 @@ class Database:
             with connection.begin():
                 yield connection
 
+    def revision(self) -> int | None:
+        """Return a number that is another one after anybody has committed; None: not known now.
+
+        It takes microseconds and waits for nobody, so whoever follows a database asks for it on
+        the event loop, and reads only then. See https://sqlite.org/pragma.html#pragma_data_version
+        """
+        if self.engine.dialect.name != "sqlite":
+            return None
+        try:
+            if self._watch is None:
+                # What a connection commits itself does not change its own number.
+                self._watch = sqlite3.connect(
+                    self.engine.url.database or "",
+                    timeout=0,
+                    isolation_level=None,
+                    check_same_thread=False,
+                )
+            return int(self._watch.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error:
+            return None  # reading will say what is wrong
+
     def quick_check(self) -> list[str]:
         """Return what SQLite finds damaged in its file."""
         if self.engine.dialect.name != "sqlite":
@@ -88,6 +111,9 @@ class Database:
             raw.close()
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         self.engine.dispose()
 
 
@@ -95,6 +121,10 @@ class Closing:
     """What has a database; at the end of a `with` it is closed."""
 
     _database: Database
+
+    def revision(self) -> int | None:
+        """Return a number that is another one after any write; None: not known. See `Database`."""
+        return self._database.revision()
 
     def close(self) -> None:
         self._database.close()

@@ -51,8 +51,11 @@ class EndpointFollower:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def follow(self) -> None:
-        """Begin to take up what was changed since the last call. Raises StoreUnavailable."""
+    async def follow(self) -> bool:
+        """Begin to take up what was changed since the last call; tell whether it was anything.
+
+        Raises StoreUnavailable.
+        """
         events = await asyncio.to_thread(self._registry.endpoint_events, self._seq)
         for name in {event.name for event in events}:
             older = self._changes.get(name)
@@ -61,6 +64,7 @@ class EndpointFollower:
             task.add_done_callback(partial(self._ended, name))
         if events:
             self._seq = events[-1].seq
+        return bool(events)
 
     def _ended(self, name: AdapterName, task: asyncio.Task[None]) -> None:
         if self._changes.get(name) is task:

@@ -58,6 +58,7 @@ class Follower:
         self._server_id = server_id
         self._url = url
         self._seq = 0
+        self._seen: int | None = None  # the registry's revision, behind which nothing is new
         self._writing = asyncio.Lock()  # else a locked database could take every thread there is
         self._rollouts: dict[AliasKey, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -104,14 +105,21 @@ class Follower:
             await asyncio.to_thread(call)
 
     async def _follow(self) -> None:
-        events = await asyncio.to_thread(self._registry.events, self._seq)
+        revision = self._registry.revision()
+        if revision is None or revision != self._seen:
+            more = await self._take_up()
+            self._seen = None if more else revision
         self._live.read_at = time.monotonic()
+
+    async def _take_up(self) -> bool:
+        """Take up what was moved since the last time; tell whether it was anything."""
+        events = await asyncio.to_thread(self._registry.events, self._seq)
         newest = {(e.name, e.alias): e for e in events if e.alias is not None}
         for (name, alias), event in newest.items():
             self._begin((name, alias), event)
         if events:
             self._seq = events[-1].seq
-        await self._endpoints.follow()
+        return await self._endpoints.follow() or bool(events)
 
     def _begin(self, key: AliasKey, event: Event) -> None:
         older = self._rollouts.get(key)

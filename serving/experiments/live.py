@@ -23,6 +23,7 @@ from serving.experiments.decide import Verdict, decide
 from serving.experiments.experiment import Arm, Experiment, State
 from serving.experiments.ramps import describe_step, next_step
 from serving.experiments.store import Experiments
+from serving.latest import Latest
 from serving.routing import Route
 
 POLL_SECONDS = 0.25
@@ -60,6 +61,7 @@ class LiveExperiments:
         make_ready: MakeReady,
     ) -> None:
         self._store = store
+        self._found = Latest(store, partial(store.find, ["running"]))
         self._registry = registry
         self._base = base
         self._make_ready = make_ready
@@ -107,7 +109,7 @@ class LiveExperiments:
             log.exception("a step of the experiments failed, trying again")
 
     async def _follow(self) -> None:
-        found = await asyncio.to_thread(self._store.find, ["running"])
+        found = await self._found.get()
         here = {experiment.id for experiment in found}
         for known in self._running.values():
             for experiment_id in known.keys() - here:

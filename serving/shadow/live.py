@@ -19,6 +19,7 @@ from registry.errors import BaseMismatch, StoreUnavailable, WardrobeError
 from registry.store import Registry
 from serving.experiments.arms import MakeReady, ready_route
 from serving.experiments.experiment import unit_of
+from serving.latest import Latest
 from serving.routing import Route
 from serving.shadow.comparison import Comparison
 from serving.shadow.pair import Pair
@@ -60,6 +61,7 @@ class LiveShadows:
         counted: Callable[[str], None],
     ) -> None:
         self._store = store
+        self._found = Latest(store, partial(store.find, running=True))
         self._registry = registry
         self._base = base
         self._make_ready = make_ready
@@ -133,7 +135,7 @@ class LiveShadows:
             log.exception("a step of the shadows failed, trying again")
 
     async def _follow(self) -> None:
-        found = {c.id: c for c in await asyncio.to_thread(self._store.find, running=True)}
+        found = {comparison.id: comparison for comparison in await self._found.get()}
         for name, live in list(self._live.items()):
             if live.comparison.id not in found:
                 del self._live[name]

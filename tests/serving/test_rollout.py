@@ -249,6 +249,10 @@ class LosableRegistry(Registry):
         self._check()
         return super().resolve(selector)
 
+    def revision(self) -> int | None:
+        self._check()
+        return super().revision()
+
     def events(self, after: int, limit: int = 1000) -> list[Event]:
         self._check()
         return super().events(after, limit)

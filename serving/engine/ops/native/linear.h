@@ -30,71 +30,57 @@ class Ahead {
  public:
   Ahead(const Dressed& own, const Dressed& after)
       : own(own), after(after), a(omp_get_thread_num()), threads(omp_get_num_threads()),
-        share(after.lora ? chunks(after.lora->a_bytes()) / std::min(LATE, own.w.count) + 1 : 0),
+        share(after.lora ? after.lora->a_bytes() / CHUNK_BYTES / std::min(LATE, own.w.count) + 1 : 0),
         late_from(own.w.count - LATE) {}
 
   // The next panel is this one of `linear`, or null; so many rows are computed before it.
-  void begin(const Dressed* linear, int64_t panel, int64_t rows) {
-    next = linear, number = panel, b = 0;
+  void begin(const Dressed* next, int64_t panel, int64_t rows) {
+    soon.clear(), done = 0;
     tiles = std::min(SPREAD, (rows + TILE - 1) / TILE);
-    late = linear != &own || panel >= late_from;
-    left = late ? share : 0;
-    piece = {};
-    if (!next) return;
-    piece = {(const char*)next->w.at(panel), next->w.bytes()};
-    left += chunks(piece.bytes) + (next->lora ? chunks(next->lora->b_bytes()) : 0);
+    if (next) add({(const char*)next->w.at(panel), next->w.bytes()});
+    if (next && next->lora)
+      next->lora->each_b(next->layer, panel, [&](const Piece& piece) { add(piece); });
+    if (after.lora && (next != &own || panel >= late_from))
+      for (int64_t left = share; left > 0 && a < after.lora->a_pieces(); a += threads) {
+        const Piece piece = after.lora->a_piece(after.layer, a);
+        add(piece);
+        left -= piece.bytes / CHUNK_BYTES;
+      }
   }
 
   // How many chunks to fetch beside the next tile.
   int64_t portion() {
     if (tiles == 0) return 0;
-    const int64_t now = (left + tiles - 1) / tiles;
-    left -= now, tiles--;
-    return now;
+    const int64_t left = soon.size() - done;
+    return (left + tiles - 1) / tiles--;
   }
 
   // For each chunk of a tile's weights, STREAMS distances from it to memory to fetch; 0: nothing.
   template <int STREAMS>
   const int64_t* plan(const Number* weights, int64_t steps, int64_t wanted) {
     const int64_t slots = (steps + CHUNK - 1) / CHUNK * STREAMS;
-    distances.assign(slots, 0);
     wanted = std::min(wanted, slots);
-    const int64_t pace = wanted ? (slots << 16) / wanted : 0;
-    for (int64_t at = 0; wanted > 0 && (piece.bytes > 0 || advance());) {
-      const int64_t count = std::min(wanted, chunks(piece.bytes));
-      for (int64_t i = 0; i < count; i++, at += pace, piece.first += CHUNK_BYTES) {
-        const int64_t slot = at >> 16;
-        distances[slot] = piece.first - ((const char*)weights + slot / STREAMS * CHUNK_BYTES);
-      }
-      piece.bytes -= count * CHUNK_BYTES, wanted -= count;
+    distances.resize(slots);
+    if (wanted < slots) std::fill(distances.begin(), distances.end(), 0);
+    const int64_t pace = (slots << 16) / wanted;
+    for (int64_t at = 0; wanted > 0; at += pace, wanted--) {
+      const int64_t slot = at >> 16;
+      distances[slot] = soon[done++] - ((const char*)weights + slot / STREAMS * CHUNK_BYTES);
     }
     return distances.data();
   }
 
  private:
   const Dressed &own, &after;
-  const Dressed* next = nullptr;
-  bool late = false;
-  int64_t number = 0, tiles = 0, left = 0;
-  Piece piece;
-  size_t a, b = 0;  // of the pieces of the adapters
+  std::vector<const char*> soon;  // the chunks to fetch, of which some are done
+  size_t done = 0, a;             // a: the next piece of A
   const size_t threads;
   const int64_t share, late_from;
+  int64_t tiles = 0;
   std::vector<int64_t> distances;
 
-  static int64_t chunks(int64_t bytes) { return (bytes + CHUNK_BYTES - 1) / CHUNK_BYTES; }
-
-  // Go on to the next piece; a piece may be empty. False: there is none.
-  bool advance() {
-    if (next && next->lora && b < next->lora->b_pieces()) {
-      piece = next->lora->b_piece(next->layer, number, b++);
-    } else if (late && after.lora && a < after.lora->a_pieces()) {
-      piece = after.lora->a_piece(after.layer, a);
-      a += threads;
-    } else {
-      return false;
-    }
-    return true;
+  void add(const Piece& piece) {
+    for (int64_t at = 0; at < piece.bytes; at += CHUNK_BYTES) soon.push_back(piece.first + at);
   }
 };
 

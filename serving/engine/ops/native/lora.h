@@ -56,7 +56,6 @@ class Lora {
           tasks.push_back({worn.size() - 1, row, std::min(ROWS, run->stop - row), from});
       offset += (run->stop - run->start) * parts * stack->rank;
       a_size += parts * stack->rank * group.inputs * sizeof(Number);
-      b_size += stack->rank * PANEL * sizeof(Number);
     }
     narrow.resize(offset);
     for (int64_t part = 0; part < parts; part++) {
@@ -101,15 +100,14 @@ class Lora {
   size_t a_pieces() const { return tasks.size(); }
   int64_t a_bytes() const { return a_size; }
 
-  // Memory of B that is read for one panel; i runs over all adapters and parts.
-  Piece b_piece(int64_t layer, int64_t panel, size_t i) const {
-    const Worn& own = worn[i / parts];
-    const int64_t part = i % parts;
-    if (!panels[part].has(panel)) return {};
-    return piece(b(own, layer, part, panel), own.stack->rank * PANEL);
+  // Call `take` with each piece of B that is read for one panel.
+  template <class Take>
+  void each_b(int64_t layer, int64_t panel, const Take& take) const {
+    for (int64_t part = 0; part < parts; part++)
+      if (panels[part].has(panel))
+        for (const Worn& own : worn)
+          take(piece(b(own, layer, part, panel), own.stack->rank * PANEL));
   }
-  size_t b_pieces() const { return worn.size() * parts; }
-  int64_t b_bytes() const { return b_size; }  // of one panel
 
   // Add B(A(x)) of N rows from `row` on to the sums of one panel.
   template <int N>
@@ -154,7 +152,7 @@ class Lora {
 
   const Group group;
   const int64_t parts, rows;
-  int64_t a_size = 0, b_size = 0;  // bytes
+  int64_t a_size = 0;  // bytes
   std::vector<Number> narrow;  // A(x): [rows, parts · rank] of each run, one run behind the other
   std::vector<Worn> worn;
   std::vector<Place> places;
