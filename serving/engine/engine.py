@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRY_SECONDS = 60
 LOADING_SECONDS = 0.035  # that a step waits for an adapter which is read meanwhile
+QUIET_SECONDS = 0.1  # without anything to do, before memory is put in order
 ASKING_SECONDS = 0.005  # from the answer to a load call to the request for what it has loaded
 
 
@@ -230,15 +231,28 @@ class TorchEngine:
 
     def _take_messages(self) -> bool:
         """Wait until there is something to do and take the messages in; False: close."""
+        self._await_work()
         with self._changed:
-            while not (self._inbox or self._loaded or self._closing or self._core.has_work):
-                self._changed.wait()
             messages, self._inbox = self._inbox, deque()
             self._loaded = False
             closing = self._closing
         for handle, ticket in messages:
             handle(ticket)
         return not closing
+
+    def _await_work(self) -> None:
+        """Wait until there is something to do; after a while of nothing, make pages large."""
+        pages = self._core.residency.stacks.large_pages
+        while True:
+            with self._changed:
+                quiet = QUIET_SECONDS if pages.waiting else None
+                if self._changed.wait_for(self._is_due, quiet):
+                    return
+            while pages.waiting and not self._is_due():
+                pages.enlarge()
+
+    def _is_due(self) -> bool:
+        return bool(self._inbox or self._loaded or self._closing or self._core.has_work)
 
     def _await_load(self) -> None:
         """Wait a moment for an adapter that somebody wants kept, before the step that checks it.

@@ -1,5 +1,6 @@
 """What this machine can do: device, number format, memory."""
 
+import ctypes
 import math
 import mmap
 import os
@@ -139,3 +140,46 @@ class LargePages:
                 pages.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(pages, dtype=torch.uint8)
         return whole[-whole.data_ptr() % self.PAGE :]
+
+
+class LaterPages:
+    """Pages of 2 MB for memory that is written bit by bit, as an arena of adapters.
+
+    A large page is zeroed when its first number is written, and whoever writes waits for that. So
+    memory is written in pages of 4 KB, and what lies there is put together when there is time:
+    madvise(2) with MADV_COLLAPSE, since Linux 6.1. Elsewhere it stays as it is.
+    """
+
+    PAGE, COLLAPSE = 2 << 20, 25  # bytes; from <linux/mman.h>
+    SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        self._whole = range(-(-start // self.PAGE), end // self.PAGE)  # numbers of pages
+        self._waiting: dict[int, None] = {}
+        self._large: set[int] = set()
+        self._can = memory.device.type == "cpu" and self._wanted()
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def wrote(self, part: torch.Tensor) -> None:
+        """Note what will be read often from now on."""
+        start, end = part.data_ptr(), part.data_ptr() + part.nbytes
+        pages = range(start // self.PAGE, -(-end // self.PAGE)) if self._can else ()
+        fresh = (page for page in pages if page in self._whole and page not in self._large)
+        self._waiting.update(dict.fromkeys(fresh))
+
+    def enlarge(self) -> None:
+        """Make one of those that wait large. It takes 7 ms, in which whoever reads it waits."""
+        page, _ = self._waiting.popitem()
+        where, size = ctypes.c_void_p(page * self.PAGE), ctypes.c_size_t(self.PAGE)
+        if ctypes.CDLL(None).madvise(where, size, self.COLLAPSE) == 0:
+            self._large.add(page)
+        else:  # an older Linux, or there is no piece of 2 MB left
+            self._can = False
+            self._waiting.clear()
+
+    def _wanted(self) -> bool:
+        return self.SETTING.is_file() and "[never]" not in self.SETTING.read_text()

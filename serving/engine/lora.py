@@ -20,7 +20,7 @@ from math import prod
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
-from serving.engine.hardware import lazy_zeros
+from serving.engine.hardware import LaterPages, lazy_zeros
 from serving.engine.linear import PANEL, pack
 from serving.engine.ops.lora import Weights
 from serving.engine.slots import BUCKETS, Slot
@@ -185,6 +185,7 @@ class LoraStacks:
         """Make room for `pages` adapters of the lowest rank, or fewer of higher ones."""
         self.layout, self.page_bytes = layout, layout.size(BUCKETS[0]) * dtype.itemsize
         self.arena = lazy_zeros((pages * layout.size(BUCKETS[0]),), dtype, device)
+        self.large_pages = LaterPages(self.arena)
         self._stacks = {
             bucket: layout.stacks(self.arena, bucket)
             for bucket in BUCKETS
@@ -220,6 +221,7 @@ class LoraStacks:
         place, piece = room[start:stop], adapter.weights[start:stop]
         if self._aside is None:
             place.copy_(piece)
+            self.large_pages.wrote(place)
             return stop
         steps = torch.cuda.current_stream(place.device)
         if start == 0:  # a step that reads what is there now may not have ended on the device

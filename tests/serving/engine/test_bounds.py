@@ -13,7 +13,7 @@ from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
-from serving.engine.hardware import LargePages, lazy_zeros, total_memory
+from serving.engine.hardware import LargePages, LaterPages, lazy_zeros, total_memory
 from serving.engine.residency import MAX_LOADS
 from serving.engine.settings import EngineSettings
 from serving.engine.spec import ModelSpec
@@ -250,3 +250,30 @@ def test_what_lies_in_large_pages_is_what_was_put_there(monkeypatch: pytest.Monk
     there = [pages.copy(tensor.view(-1, 1)) for tensor in wanted]
     assert all(torch.equal(a.view(-1), b) for a, b in zip(there, wanted, strict=True))
     assert all(tensor.data_ptr() % 64 == 0 for tensor in there)
+
+
+def _large_bytes() -> int:
+    """Return how much of this process' memory lies in large pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+def test_pages_become_large_afterwards_and_hold_what_they_held() -> None:
+    memory = lazy_zeros((5 * LaterPages.PAGE,), torch.uint8, torch.device("cpu"))
+    pages, part = LaterPages(memory), memory[1000 : 3 * LaterPages.PAGE]
+    part.copy_(torch.arange(len(part)) % 251)
+    wanted, before = part.clone(), _large_bytes()
+    pages.wrote(part)
+    if not pages.waiting:
+        pytest.skip("large pages are off here")
+    pages.enlarge()
+    if _large_bytes() == before:
+        assert not pages.waiting, "who cannot does not try again"
+        pytest.skip("this Linux does not put pages together")
+    while pages.waiting:
+        pages.enlarge()
+    assert _large_bytes() - before in (2 * LaterPages.PAGE, 3 * LaterPages.PAGE), "whole ones"
+    assert torch.equal(part, wanted)
+    assert not memory[4 * LaterPages.PAGE :].any()
+    pages.wrote(part)
+    assert not pages.waiting, "once is enough"
