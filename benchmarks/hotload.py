@@ -5,7 +5,8 @@
 Each trial takes adapters that the server has not touched since they were pushed. Idle: a request
 for one, beside the same request for one that is in a slot. Busy: while the streams run on resident
 adapters, first a request to a resident one (the control: what any new request costs them), then a
-load call for a new one and a request for it at once. Last, one is pushed over HTTP and asked for.
+load call for a new one and the same request for it at once: in how many parts a prompt is read
+depends on its length. Last, one is pushed over HTTP and asked for.
 
 A gap is the longest time between two tokens of one stream. The load does not stall the streams when
 their gap is not above that of the control.
@@ -83,7 +84,7 @@ class Client:
         idle_short = await self._first(f"bench/{next(self._fresh)}", short[::-1])
         idle_control = await self._first(resident(1), long)
         idle = await self._first(f"bench/{next(self._fresh)}", texts[2])
-        async with self._running(texts[3:-4]) as times:
+        async with self._running(texts[3:-3]) as times:
             quiet = time.perf_counter()
             await asyncio.sleep(1.5)
             control = time.perf_counter()
@@ -94,10 +95,10 @@ class Client:
             start = time.perf_counter()
             await self._load(new)
             loaded = time.perf_counter()
-            first_new = await self._first(new, texts[-2], since=start)
+            first_new = await self._first(new, texts[-1], since=start)
             end = time.perf_counter()
             await asyncio.sleep(0.5)
-            first_asked = await self._first(f"bench/{next(self._fresh)}", texts[-4])
+            first_asked = await self._first(f"bench/{next(self._fresh)}", texts[-2])
             await asyncio.sleep(0.5)
             start_push = time.perf_counter()
             label = await self._push(next(self._fresh))

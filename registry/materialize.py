@@ -1,19 +1,71 @@
-"""Folders made of blobs: the ones the engine reads, and the ones people pull."""
+"""Folders made of blobs, and their bytes: what the engine reads, and what people pull."""
 
 import errno
 import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from registry.adapter import Version
-from registry.blobs import Blobs
+from registry.blobs import Blobs, damaged
 from registry.card import CARD_NAME
-from registry.contents import identity_files
+from registry.contents import CONFIG_NAME, WEIGHTS_NAME, identity_files
 from registry.errors import Conflict, IntegrityError, StoreUnavailable
 from registry.manifest import digest_of
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFiles:
+    """The bytes of an adapter's two files. They are the right ones when `check` has said nothing.
+
+    It hashes these very bytes, so it may do that beside whoever makes something of them.
+    """
+
+    version: Version
+    data: Mapping[str, bytes]
+    folder: Path  # where they came from
+    staging: Path | None  # or where, if nobody has looked at them yet; then they go to `folder`
+
+    @property
+    def config(self) -> bytes:
+        return self.data[CONFIG_NAME]
+
+    @property
+    def weights(self) -> bytes:
+        return self.data[WEIGHTS_NAME]
+
+    def check(self) -> None:
+        """Call it once. Raises IntegrityError, and then it made no folder."""
+        try:
+            for name, data in self.data.items():
+                self._check(name, hashlib.sha256(data).hexdigest())
+            if self.staging:
+                _publish(self.staging, self.folder)
+        finally:
+            if self.staging:
+                shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _check(self, name: str, found: str) -> None:
+        wanted = self.version.files[name]
+        if found != wanted:
+            strange = _strange(self.folder / name, self.version)
+            raise damaged(wanted, found) if self.staging else strange
+
+
+def read_files(version: Version, blobs: Blobs, parent: Path) -> StoredFiles:
+    """Return the adapter's files as `materialize` has them, unchecked, with their check."""
+    _check_record(version)
+    folder = parent / version.digest
+    staging = None if folder.exists() else _stage(version, blobs, folder, look=False)
+    try:
+        names = identity_files(version.files)
+        data = {name: ((staging or folder) / name).read_bytes() for name in names}
+    except FileNotFoundError as error:
+        raise _strange(Path(error.filename), version) from error
+    return StoredFiles(version, data, folder, staging)
 
 
 def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:
@@ -80,18 +132,35 @@ def _write_all(version: Version, blobs: Blobs, folder: Path) -> None:
 
 
 def _make(version: Version, blobs: Blobs, folder: Path) -> None:
+    staging = _stage(version, blobs, folder, look=True)
+    try:
+        _publish(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stage(version: Version, blobs: Blobs, folder: Path, *, look: bool) -> Path:
+    """Return a new folder with the files; who does not `look` has to before it is published."""
     staging = folder.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
         staging.mkdir(parents=True)
         for name in identity_files(version.files):
-            blobs.place(version.files[name], staging / name)
+            blobs.place(version.files[name], staging / name, look=look)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise StoreUnavailable(f"Cannot write {folder}: {error}") from error
+        raise
+    return staging
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    try:
         staging.rename(folder)
     except OSError as error:
         # Another thread or process made the folder between our look and our rename: use theirs.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise StoreUnavailable(f"Cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check(path: Path, version: Version) -> None:
@@ -100,7 +169,11 @@ def _check(path: Path, version: Version) -> None:
     except FileNotFoundError:
         found = "nothing"
     if found != version.files[path.name]:
-        raise IntegrityError(
-            f"{path} is not what {version.ref.label} (sha256:{version.digest}) consists of. "
-            f"Push the adapter again and delete {path.parent}: it is made again from the store."
-        )
+        raise _strange(path, version)
+
+
+def _strange(path: Path, version: Version) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is not what {version.ref.label} (sha256:{version.digest}) consists of. "
+        f"Push the adapter again and delete {path.parent}: it is made again from the store."
+    )

@@ -27,7 +27,7 @@ from registry.database import Closing, Database
 from registry.errors import Problem, StoreUnavailable, VersionNotFound, refused
 from registry.gate import pass_gate
 from registry.leftovers import sweep
-from registry.materialize import export, materialize
+from registry.materialize import StoredFiles, export, materialize, read_files
 from registry.migrations import SCHEMA
 from registry.records import (
     Alias,
@@ -161,15 +161,14 @@ class Registry(Closing):
         Raises VersionNotFound, Refused when the version has no adapter, or IntegrityError when
         stored bytes are not what they were.
         """
-        with self._database.read() as connection:
-            version = versions.find_content(connection, ref.digest)
-        if version is None:
-            raise VersionNotFound(f"No version has the digest {ref.digest} ({ref.label}).")
-        refuse_whole(version)
-        if WEIGHTS_NAME not in version.files:
-            text = f"{ref.label} is of the kind {version.kind!r}: it has no adapter to load."
-            raise refused("no_adapter", text)
-        return materialize(version, self._blobs, self.home / "versions")
+        return materialize(self._adapter(ref), self._blobs, self.home / "versions")
+
+    def read_files(self, ref: AdapterRef) -> StoredFiles:
+        """Return the bytes of a version's adapter; they are to be checked before they are used.
+
+        Raises what `fetch` does, but for bytes that are not what they were: that the check does.
+        """
+        return read_files(self._adapter(ref), self._blobs, self.home / "versions")
 
     def materialized(self) -> int:
         """Return how many versions have their checked files in a folder, ready to be loaded."""
@@ -428,6 +427,18 @@ class Registry(Closing):
             return endpoints.last_event(connection)
 
     # Inside
+
+    def _adapter(self, ref: AdapterRef) -> Version:
+        """Return a version with these contents. Raises VersionNotFound, and Refused without one."""
+        with self._database.read() as connection:
+            version = versions.find_content(connection, ref.digest)
+        if version is None:
+            raise VersionNotFound(f"No version has the digest {ref.digest} ({ref.label}).")
+        refuse_whole(version)
+        if WEIGHTS_NAME not in version.files:
+            text = f"{ref.label} is of the kind {version.kind!r}: it has no adapter to load."
+            raise refused("no_adapter", text)
+        return version
 
     def _record(self, version: Version, warnings: tuple[Problem, ...], actor: str) -> Push:
         """Give the version its number; version and event appear in one transaction."""

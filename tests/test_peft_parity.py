@@ -83,7 +83,7 @@ FEW = {"adapter_slots": 3, "max_running": 7, "max_batched_tokens": 17}
 def results(wardrobe: Wardrobe, request: pytest.FixtureRequest) -> dict[str, Result]:
     """Run one request for every adapter, and as many for the base, in one batch."""
     settings = replace(SETTINGS, **request.param)
-    engine = TorchEngine.create(wardrobe.base, wardrobe.registry.fetch, settings)
+    engine = TorchEngine.create(wardrobe.base, wardrobe.registry.read_files, settings)
     titles = [*wardrobe.refs, *(f"base {title}" for title in wardrobe.refs)]
     random.Random(5).shuffle(titles)
     wanted = [ask(prompt_of(title), wardrobe.refs.get(title)) for title in titles]

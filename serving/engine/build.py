@@ -1,7 +1,6 @@
 """Put an engine together: base model → weights, cache, slots, core."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,7 +27,7 @@ from serving.engine.hardware import (
 )
 from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes
 from serving.engine.linear import CompiledLinear, Linear
-from serving.engine.loader import AdapterLoader
+from serving.engine.loader import AdapterLoader, Fetch
 from serving.engine.lora import HostAdapter, LoraLayout, LoraStacks
 from serving.engine.model import Model
 from serving.engine.model_runner import Capturing, Forward, ModelRunner
@@ -48,8 +47,6 @@ from serving.engine.transformers_network import MakeProduct, Network
 from serving.engine.weights import read_weights, stored_dtype
 
 logger = logging.getLogger(__name__)
-
-Fetch = Callable[[AdapterRef], Path]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -28,6 +27,7 @@ from serving.engine.boundary import (
 from serving.engine.build import Parts, assemble, read_model
 from serving.engine.core import Event, Ticket, Warm
 from serving.engine.hardware import elsewhere
+from serving.engine.loader import Fetch
 from serving.engine.sequence import Sequence
 from serving.engine.settings import EngineSettings
 from serving.engine.stream import Item, Stream, hand_over
@@ -65,10 +65,10 @@ class TorchEngine:
     def create(
         cls,
         base: BaseModel,
-        fetch: Callable[[AdapterRef], Path],
+        fetch: Fetch,
         settings: EngineSettings | None = None,
     ) -> "TorchEngine":
-        """Read the base and start. `fetch` gives the folder of an adapter; it may block.
+        """Read the base and start. `fetch` gives the files of an adapter; it may block.
 
         Raises EngineUnavailable when this engine cannot run the base, with the reason.
         """

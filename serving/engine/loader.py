@@ -9,11 +9,13 @@ from threading import Lock
 from weakref import WeakValueDictionary
 
 from registry.adapter import AdapterRef
+from registry.materialize import StoredFiles
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed, LoadStage
 from serving.engine.hardware import compute_alone
 from serving.engine.lora import HostAdapter
 
-Fetch = Callable[[AdapterRef], Path]
+# A folder with the right files, or the bytes of such, which tell by a check that they are right.
+Fetch = Callable[[AdapterRef], Path | StoredFiles]
 Read = Callable[[Path | AdapterFiles, AdapterRef], HostAdapter]
 Load = Future[HostAdapter]
 
@@ -28,6 +30,7 @@ class AdapterLoader:
         self._fetch, self._read, self._budget = fetch, read, budget
         self.on_done: Callable[[], None] = lambda: None  # called on a worker after each load
         self._pool = ThreadPoolExecutor(WORKERS, "adapter-load", initializer=compute_alone)
+        self._checks = ThreadPoolExecutor(WORKERS, "adapter-check")
         self._lock = Lock()
         # An ended load stays while somebody holds it: who asks before it is in a slot shares it.
         self._loads = WeakValueDictionary[str, Load]()
@@ -84,10 +87,11 @@ class AdapterLoader:
     def close(self) -> None:
         """Start no more loads. One that hangs in `fetch` must not hang whoever closes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._checks.shutdown(wait=False)
 
     def _run(self, ref: AdapterRef, future: Load, files: AdapterFiles | None) -> None:
         try:
-            adapter = self._timed_read(files or self._timed_fetch(ref), ref)
+            adapter = self._made(files or self._timed_fetch(ref), ref)
         except AdapterLoadFailed as error:
             self._settle(ref, future, error)
         except BaseException as error:  # a panic in a library's Rust is no Exception; unsettled, it
@@ -99,7 +103,17 @@ class AdapterLoader:
             self._settle(ref, future, adapter)
         self.on_done()
 
-    def _timed_fetch(self, ref: AdapterRef) -> Path:
+    def _made(self, source: Path | AdapterFiles | StoredFiles, ref: AdapterRef) -> HostAdapter:
+        """Read and convert; where the bytes are to be checked, while that is done."""
+        if not isinstance(source, StoredFiles):
+            return self._timed_read(source, ref)
+        checked = self._checks.submit(source.check)
+        try:
+            return self._timed_read(AdapterFiles(source.config, [source.weights]), ref)
+        finally:
+            checked.result()  # raises for the wrong bytes, whatever was made of them
+
+    def _timed_fetch(self, ref: AdapterRef) -> Path | StoredFiles:
         started = time.monotonic()
         try:
             return self._fetch(ref)

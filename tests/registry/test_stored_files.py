@@ -46,6 +46,48 @@ def test_a_fetched_folder_is_made_once_and_checked_each_time(
     registry.fetch(ref)
 
 
+def test_bytes_are_read_first_and_checked_beside_their_reader(
+    registry: Registry, adapter: Adapter
+) -> None:
+    made = adapter()
+    version = push(registry, made).version
+    folder = registry.home / "versions" / version.digest
+    files = registry.read_files(version.ref)
+    assert files.weights == (made / "adapter_model.safetensors").read_bytes()
+    assert not folder.exists(), "nobody has looked at them yet"
+    files.check()
+    assert folder == registry.fetch(version.ref)
+    again = registry.read_files(version.ref)
+    again.check()
+    assert (again.config, again.weights) == (files.config, files.weights)
+    flip_a_bit(folder / "adapter_model.safetensors")
+    with pytest.raises(IntegrityError, match=version.digest):
+        registry.read_files(version.ref).check()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=version.digest):
+        registry.read_files(version.ref)
+    assert [path.name for path in folder.parent.iterdir()] == [version.digest]
+
+
+def test_wrong_bytes_of_a_blob_make_no_folder(registry: Registry, adapter: Adapter) -> None:
+    version = push(registry, adapter()).version
+    sha256 = version.files["adapter_model.safetensors"]
+    flip_a_bit(registry.home / "blobs" / sha256[:2] / sha256)
+    with pytest.raises(IntegrityError, match=sha256):
+        registry.read_files(version.ref).check()
+    assert not list((registry.home / "versions").iterdir())
+
+
+def test_two_that_read_one_version_for_the_first_time_both_get_it(
+    registry: Registry, adapter: Adapter
+) -> None:
+    ref = push(registry, adapter()).version.ref
+    both = [registry.read_files(ref) for _ in range(2)]
+    for files in both:
+        files.check()
+    assert [path.name for path in (registry.home / "versions").iterdir()] == [ref.digest]
+
+
 def test_a_fetched_folder_takes_no_second_copy_of_the_bytes(
     registry: Registry, adapter: Adapter
 ) -> None:

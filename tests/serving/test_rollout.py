@@ -292,6 +292,34 @@ def test_a_lost_database_leaves_known_aliases_serving(
             assert readiness(live)["registry_stale"] is False
 
 
+class CountingRegistry(Registry):
+    """Counts how often its events are read."""
+
+    reads = 0
+
+    def events(self, after: int, limit: int = 1000) -> list[Event]:
+        self.reads += 1
+        return super().events(after, limit)
+
+
+def test_a_registry_that_nobody_writes_is_hardly_read(
+    wardrobe: Wardrobe, tokens: Tokens, tmp_path: Path
+) -> None:
+    """A server looks ten times a second; it reads after its own sign of life, once a second."""
+    wardrobe.push()
+    wardrobe.push(promote=False)
+    with CountingRegistry.open(tmp_path / "home", wardrobe.registry.bases) as registry:
+        assert isinstance(registry, CountingRegistry)
+        with running(Wardrobe(registry, wardrobe.base, tmp_path), tokens) as live:
+            time.sleep(0.2)
+            before = registry.reads
+            time.sleep(2.0)
+            assert registry.reads - before <= 6
+            assert readiness(live)["registry_stale"] is False
+            wardrobe.promote(2)
+            assert seconds_until(lambda: label_now(live) == "acme/support@v2") < 1.0
+
+
 def test_many_reports_to_a_locked_database_hold_up_no_request(
     wardrobe: Wardrobe, tokens: Tokens, tmp_path: Path
 ) -> None:

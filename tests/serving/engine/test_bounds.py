@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -277,3 +278,43 @@ def test_pages_become_large_afterwards_and_hold_what_they_held() -> None:
     assert not memory[4 * LaterPages.PAGE :].any()
     pages.wrote(part)
     assert not pages.waiting, "once is enough"
+
+
+class PagesThatWait:
+    """Stands for `LaterPages`: a thousand of them, a millisecond each."""
+
+    def __init__(self) -> None:
+        self.left = 1000
+
+    @property
+    def waiting(self) -> bool:
+        return self.left > 0
+
+    def wrote(self, part: torch.Tensor) -> None:
+        pass
+
+    def enlarge(self) -> None:
+        self.left -= 1
+        time.sleep(0.001)
+
+
+def test_pages_are_made_large_while_nothing_runs_and_hold_nobody_up(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    async def main() -> None:
+        parts = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS)
+        pages = PagesThatWait()
+        parts.core.residency.stacks.large_pages = pages  # type: ignore[assignment]  # a stand-in
+        engine = TorchEngine(parts, SETTINGS)
+        wanted = request("x", tiny_folders.refs["a"], max_tokens=4)
+        await complete(engine, wanted)
+        while pages.left == 1000:  # noqa: ASYNC110  # it tells nobody when it begins
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            assert (await complete(engine, wanted)).finish == "length"
+        assert pages.left > 0, "in the middle of them"
+        while pages.waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await engine.aclose()
+
+    asyncio.run(main())

@@ -11,7 +11,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from registry.adapter import AdapterRef
+from registry.adapter import AdapterRef, Version
+from registry.errors import IntegrityError
+from registry.materialize import StoredFiles
 from serving.engine.batch import Batch
 from serving.engine.boundary import (
     AdapterFiles,
@@ -191,6 +193,51 @@ def test_an_ended_load_is_shared_until_nobody_holds_it(tiny_folders: Folders) ->
         time.sleep(0.001)
     assert loader.load(ref).result(20).digest == ref.digest
     assert reads == [ref.digest] * 2
+    loader.close()
+
+
+class Unchecked(StoredFiles):
+    """Bytes whose check begins when it is let, and finds `wrong`."""
+
+    gate = threading.Event()
+    wrong: Exception | None = None
+
+    def check(self) -> None:
+        assert self.gate.wait(20)
+        if self.wrong:
+            raise self.wrong
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("wrong", [None, IntegrityError("it is damaged")])
+def test_what_is_read_beside_its_check_is_nobody_s_before_that_ends(
+    wrong: Exception | None, readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Unchecked, "gate", threading.Event())
+    monkeypatch.setattr(Unchecked, "wrong", wrong)
+    data = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"numbers"}
+    stored = Unchecked(cast(Version, None), data, Path(), None)
+    was_read = threading.Event()
+
+    def read(source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
+        assert source == AdapterFiles(b"{}", [b"numbers"])
+        was_read.set()
+        if not readable:
+            raise AdapterLoadFailed("these are no tensors")
+        return HostAdapter(ref.digest, 8, torch.zeros(8))
+
+    loader = AdapterLoader(lambda _: stored, read, budget=0)
+    load = loader.load(AdapterRef("a" * 64, "tiny/a@v1"))
+    assert was_read.wait(20), "while the check waits"
+    time.sleep(0.05)
+    assert not load.done()
+    Unchecked.gate.set()
+    expected = "it is damaged" if wrong else None if readable else "these are no tensors"
+    if expected:
+        with pytest.raises(AdapterLoadFailed, match=expected):
+            load.result(20)
+    else:
+        assert load.result(20).digest == "a" * 64
     loader.close()
 
 
