@@ -62,7 +62,7 @@ class Ahead {
     wanted = std::min(wanted, slots);
     distances.resize(slots);
     if (wanted < slots) std::fill(distances.begin(), distances.end(), 0);
-    const int64_t pace = (slots << 16) / wanted;
+    const int64_t pace = wanted ? (slots << 16) / wanted : 0;  // a LoRA alone has no weights
     for (int64_t at = 0; wanted > 0; at += pace, wanted--) {
       const int64_t slot = at >> 16;
       distances[slot] = soon[done++] - ((const char*)weights + slot / STREAMS * CHUNK_BYTES);
