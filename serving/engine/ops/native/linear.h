@@ -51,8 +51,9 @@ class Ahead {
   // How many chunks to fetch beside the next tile.
   int64_t portion() {
     if (tiles == 0) return 0;
-    const int64_t left = soon.size() - done;
-    return (left + tiles - 1) / tiles--;
+    const int64_t left = soon.size() - done, now = (left + tiles - 1) / tiles;
+    tiles--;
+    return now;
   }
 
   // For each chunk of a tile's weights, STREAMS distances from it to memory to fetch; 0: nothing.
