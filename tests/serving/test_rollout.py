@@ -4,9 +4,10 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -236,6 +237,18 @@ def test_a_hundred_moves_under_load_fail_no_request_and_mix_no_answer(
     assert asked[0] > 100
 
 
+R = TypeVar("R", bound=Registry)
+
+
+@contextmanager
+def running_on(kind: type[R], wardrobe: Wardrobe, tokens: Tokens) -> Iterator[tuple[R, Running]]:
+    """Serve the wardrobe's store through a registry of this kind."""
+    with kind.open(wardrobe.registry.home, wardrobe.registry.bases) as registry:
+        assert isinstance(registry, kind)
+        with running(Wardrobe(registry, wardrobe.base, wardrobe.folder), tokens) as live:
+            yield registry, live
+
+
 class LosableRegistry(Registry):
     """A registry whose database can go away under the server."""
 
@@ -266,30 +279,25 @@ class LosableRegistry(Registry):
         super().heartbeat(server_id, url)
 
 
-def test_a_lost_database_leaves_known_aliases_serving(
-    wardrobe: Wardrobe, tokens: Tokens, tmp_path: Path
-) -> None:
+def test_a_lost_database_leaves_known_aliases_serving(wardrobe: Wardrobe, tokens: Tokens) -> None:
     wardrobe.push()
     wardrobe.push(promote=False)
-    with LosableRegistry.open(tmp_path / "home", wardrobe.registry.bases) as registry:
-        assert isinstance(registry, LosableRegistry)
-        shop = Wardrobe(registry, wardrobe.base, tmp_path)
-        with running(shop, tokens) as live:
-            assert "x-registry-stale" not in live.post(SUPPORT).headers
-            registry.lost = True
-            time.sleep(1.2)
-            for model in ("acme/support", "base"):
-                answer = live.post(CHAT | {"model": model, "max_tokens": 1})
-                assert answer.status_code == 200
-                assert answer.headers["x-registry-stale"] == "1"
-            assert readiness(live)["registry_stale"] is True
-            cold = live.post(CHAT | {"model": "acme/support@v2"})
-            assert cold.status_code == 503
-            assert "retry-after" in cold.headers
-            wardrobe.promote(2)
-            registry.lost = False
-            assert seconds_until(lambda: label_now(live) == "acme/support@v2") < 1.0
-            assert readiness(live)["registry_stale"] is False
+    with running_on(LosableRegistry, wardrobe, tokens) as (registry, live):
+        assert "x-registry-stale" not in live.post(SUPPORT).headers
+        registry.lost = True
+        time.sleep(1.2)
+        for model in ("acme/support", "base"):
+            answer = live.post(CHAT | {"model": model, "max_tokens": 1})
+            assert answer.status_code == 200
+            assert answer.headers["x-registry-stale"] == "1"
+        assert readiness(live)["registry_stale"] is True
+        cold = live.post(CHAT | {"model": "acme/support@v2"})
+        assert cold.status_code == 503
+        assert "retry-after" in cold.headers
+        wardrobe.promote(2)
+        registry.lost = False
+        assert seconds_until(lambda: label_now(live) == "acme/support@v2") < 1.0
+        assert readiness(live)["registry_stale"] is False
 
 
 class CountingRegistry(Registry):
@@ -302,22 +310,18 @@ class CountingRegistry(Registry):
         return super().events(after, limit)
 
 
-def test_a_registry_that_nobody_writes_is_hardly_read(
-    wardrobe: Wardrobe, tokens: Tokens, tmp_path: Path
-) -> None:
+def test_a_registry_that_nobody_writes_is_hardly_read(wardrobe: Wardrobe, tokens: Tokens) -> None:
     """A server looks ten times a second; it reads after its own sign of life, once a second."""
     wardrobe.push()
     wardrobe.push(promote=False)
-    with CountingRegistry.open(tmp_path / "home", wardrobe.registry.bases) as registry:
-        assert isinstance(registry, CountingRegistry)
-        with running(Wardrobe(registry, wardrobe.base, tmp_path), tokens) as live:
-            time.sleep(0.2)
-            before = registry.reads
-            time.sleep(2.0)
-            assert registry.reads - before <= 6
-            assert readiness(live)["registry_stale"] is False
-            wardrobe.promote(2)
-            assert seconds_until(lambda: label_now(live) == "acme/support@v2") < 1.0
+    with running_on(CountingRegistry, wardrobe, tokens) as (registry, live):
+        time.sleep(0.2)
+        before = registry.reads
+        time.sleep(2.0)
+        assert registry.reads - before <= 6
+        assert readiness(live)["registry_stale"] is False
+        wardrobe.promote(2)
+        assert seconds_until(lambda: label_now(live) == "acme/support@v2") < 1.0
 
 
 def test_many_reports_to_a_locked_database_hold_up_no_request(
