@@ -69,13 +69,14 @@ class Database:
         It takes microseconds and waits for nobody, so whoever follows a database asks for it on
         the event loop, and reads only then. See https://sqlite.org/pragma.html#pragma_data_version
         """
-        if self.engine.dialect.name != "sqlite":
-            return None
+        file = self.engine.url.database
+        if self.engine.dialect.name != "sqlite" or not file or file == ":memory:":
+            return None  # a second connection to memory would see a database of its own
         try:
             if self._watch is None:
                 # What a connection commits itself does not change its own number.
                 self._watch = sqlite3.connect(
-                    self.engine.url.database or "",
+                    file,
                     timeout=0,
                     isolation_level=None,
                     check_same_thread=False,

@@ -50,9 +50,10 @@ class StoredFiles:
 
     def _check(self, name: str, found: str) -> None:
         wanted = self.version.files[name]
+        if found != wanted and self.staging:
+            raise damaged(wanted, found)
         if found != wanted:
-            strange = _strange(self.folder / name, self.version)
-            raise damaged(wanted, found) if self.staging else strange
+            raise _strange(self.folder / name, self.version)
 
 
 def read_files(version: Version, blobs: Blobs, parent: Path) -> StoredFiles:

@@ -1,6 +1,7 @@
 """What this machine can do: device, number format, memory."""
 
 import ctypes
+import logging
 import math
 import mmap
 import os
@@ -17,6 +18,8 @@ from serving.engine.boundary import EngineUnavailable
 from serving.engine.settings import DeviceName, DtypeName
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -156,7 +159,7 @@ class LaterPages:
     def __init__(self, memory: torch.Tensor) -> None:
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
         self._whole = range(-(-start // self.PAGE), end // self.PAGE)  # numbers of pages
-        self._waiting: dict[int, None] = {}
+        self._waiting: set[int] = set()
         self._large: set[int] = set()
         self._can = memory.device.type == "cpu" and self._wanted()
 
@@ -168,16 +171,16 @@ class LaterPages:
         """Note what will be read often from now on."""
         start, end = part.data_ptr(), part.data_ptr() + part.nbytes
         pages = range(start // self.PAGE, -(-end // self.PAGE)) if self._can else ()
-        fresh = (page for page in pages if page in self._whole and page not in self._large)
-        self._waiting.update(dict.fromkeys(fresh))
+        self._waiting.update(p for p in pages if p in self._whole and p not in self._large)
 
     def enlarge(self) -> None:
         """Make one of those that wait large. It takes 7 ms, in which whoever reads it waits."""
-        page, _ = self._waiting.popitem()
+        page = self._waiting.pop()
         where, size = ctypes.c_void_p(page * self.PAGE), ctypes.c_size_t(self.PAGE)
         if ctypes.CDLL(None).madvise(where, size, self.COLLAPSE) == 0:
             self._large.add(page)
         else:  # an older Linux, or there is no piece of 2 MB left
+            logger.info("adapters stay in pages of 4 KB: this Linux gives no larger ones now")
             self._can = False
             self._waiting.clear()
 
