@@ -120,18 +120,25 @@ struct Product {
     store(out, total, n);
   }
 
-  template <int N = TILE>
-  void tiles(int64_t row, int64_t rows, int64_t panel, Ahead& ahead) const {
-    for (; rows >= N; row += N, rows -= N) {
-      const int64_t wanted = ahead.portion();
-      if (wanted == 0)
-        tile<N, 0>(row, panel, nullptr);
-      else if (wanted * CHUNK <= own.w.steps)
-        tile<N, 1>(row, panel, ahead.plan<1>(own.w.at(panel), own.w.steps, wanted));
-      else
-        tile<N, 2>(row, panel, ahead.plan<2>(own.w.at(panel), own.w.steps, wanted));
+  // As few tiles as there can be, of even heights: one of a single row waits for its weights.
+  void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
+    for (int64_t row = 0, left = (rows + TILE - 1) / TILE; left > 0; left--) {
+      const int64_t height = (rows - row + left - 1) / left;
+      sized(height, row, panel, ahead.portion(), ahead);
+      row += height;
     }
-    if constexpr (N > 1) tiles<N - 1>(row, rows, panel, ahead);
+  }
+
+  template <int N = TILE>
+  void sized(int64_t height, int64_t row, int64_t panel, int64_t wanted, Ahead& ahead) const {
+    if constexpr (N > 1)
+      if (height < N) return sized<N - 1>(height, row, panel, wanted, ahead);
+    if (wanted == 0)
+      tile<N, 0>(row, panel, nullptr);
+    else if (wanted * CHUNK <= own.w.steps)
+      tile<N, 1>(row, panel, ahead.plan<1>(own.w.at(panel), own.w.steps, wanted));
+    else
+      tile<N, 2>(row, panel, ahead.plan<2>(own.w.at(panel), own.w.steps, wanted));
   }
 
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.
@@ -146,7 +153,7 @@ struct Product {
         ahead.begin(&own, next, rows);
       else
         ahead.begin(thread < after.w.count ? &after : nullptr, thread, rows);
-      tiles(0, rows, panel, ahead);
+      tiles(rows, panel, ahead);
     }
 #pragma omp barrier
   }
