@@ -1,6 +1,7 @@
 """What this machine can do: device, number format, memory."""
 
 import ctypes
+import errno
 import logging
 import math
 import mmap
@@ -154,6 +155,7 @@ class LaterPages:
     """
 
     PAGE, COLLAPSE = 2 << 20, 25  # bytes; from <linux/mman.h>
+    PATIENCE = 1000  # times that the system may be busy with a page
     SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
     def __init__(self, memory: torch.Tensor) -> None:
@@ -161,6 +163,8 @@ class LaterPages:
         self._whole = range(-(-start // self.PAGE), end // self.PAGE)  # numbers of pages
         self._waiting: set[int] = set()
         self._large: set[int] = set()
+        self._system = ctypes.CDLL(None, use_errno=True)
+        self._patience = self.PATIENCE
         self._can = memory.device.type == "cpu" and self._wanted()
 
     @property
@@ -177,8 +181,11 @@ class LaterPages:
         """Make one of those that wait large. It takes 7 ms, in which whoever reads it waits."""
         page = self._waiting.pop()
         where, size = ctypes.c_void_p(page * self.PAGE), ctypes.c_size_t(self.PAGE)
-        if ctypes.CDLL(None).madvise(where, size, self.COLLAPSE) == 0:
+        if self._system.madvise(where, size, self.COLLAPSE) == 0:
             self._large.add(page)
+        elif ctypes.get_errno() == errno.EAGAIN and self._patience:  # it is busy with it
+            self._patience -= 1
+            self._waiting.add(page)
         else:  # an older Linux, or there is no piece of 2 MB left
             logger.info("adapters stay in pages of 4 KB: this Linux gives no larger ones now")
             self._can = False

@@ -1,10 +1,14 @@
 """What hostile or unlucky adapters, machines and callers cost: something bounded, nobody else."""
 
 import asyncio
+import ctypes
+import mmap
+import os
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -278,6 +282,41 @@ def test_pages_become_large_afterwards_and_hold_what_they_held() -> None:
     assert not memory[4 * LaterPages.PAGE :].any()
     pages.wrote(part)
     assert not pages.waiting, "once is enough"
+
+
+class Piece(ctypes.Structure):
+    """`struct iovec` of readv(2)."""
+
+    _fields_: ClassVar = [("start", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+
+def test_a_page_that_the_system_is_busy_with_becomes_large_later() -> None:
+    """A pipe holds a piece of it until it is read: madvise(2) says EAGAIN."""
+    memory = lazy_zeros((3 * LaterPages.PAGE,), torch.uint8, torch.device("cpu"))
+    pages = LaterPages(memory)
+    whole = memory[-memory.data_ptr() % LaterPages.PAGE :].fill_(1)
+    free, busy = whole[: LaterPages.PAGE], whole[LaterPages.PAGE : 2 * LaterPages.PAGE]
+    before = _large_bytes()
+    pages.wrote(free)
+    while pages.waiting:
+        pages.enlarge()
+    if _large_bytes() == before:
+        pytest.skip("large pages are off here, or this Linux does not put pages together")
+    pages.wrote(busy)
+    read, write = os.pipe()
+    try:
+        held = Piece(busy.data_ptr(), mmap.PAGESIZE)
+        assert ctypes.CDLL(None).vmsplice(write, ctypes.byref(held), 1, 0) == mmap.PAGESIZE
+        pages.enlarge()
+        assert pages.waiting
+        os.read(read, mmap.PAGESIZE)
+        pages.enlarge()
+    finally:
+        os.close(read)
+        os.close(write)
+    assert not pages.waiting
+    assert _large_bytes() == before + 2 * LaterPages.PAGE
+    assert busy.all()
 
 
 class PagesThatWait:
