@@ -22,13 +22,14 @@ from registry.home import default_cache
 from serving.engine.boundary import GenerateRequest, SamplingParams
 from serving.engine.build import Parts, assemble
 from serving.engine.compiled_model import CompiledModel
-from serving.engine.hardware import LargePages, choose_device, choose_dtype
+from serving.engine.hardware import choose_device, choose_dtype
 from serving.engine.linear import CompiledLinear, Linear
 from serving.engine.lora import HostAdapter
 from serving.engine.model import Model
 from serving.engine.model_runner import Forward
 from serving.engine.ops import Operators
 from serving.engine.ops.native.library import load_library
+from serving.engine.pages import LargePages
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings

@@ -4,9 +4,10 @@
 
 Each trial takes adapters that the server has not touched since they were pushed. Idle: a request
 for one, beside the same request for one that is in a slot. Busy: while the streams run on resident
-adapters, first a request to a resident one (the control: what any new request costs them), then a
-load call for a new one and the same request for it at once: in how many parts a prompt is read
-depends on its length. Last, one is pushed over HTTP and asked for.
+adapters, a request to a resident one (the control: what any new request costs them), and a load
+call for a new one and the same request for it at once: in how many parts a prompt is read depends
+on its length. In every other trial the new one comes first. Last, one is pushed over HTTP and asked
+for.
 
 A gap is the longest time between two tokens of one stream. The load does not stall the streams when
 their gap is not above that of the control.
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -35,9 +37,10 @@ from registry.home import default_cache
 from registry.store import Registry
 
 RESIDENT = 8  # adapters that the streams wear
-STREAM_TOKENS = 360
+STREAM_TOKENS = 420
 PAST_PREFILL = 40  # tokens after which a stream has nothing to do with its prompt any more
 ANSWER_TOKENS = 8
+SETTLED = 1.2  # seconds after which what came before makes no step longer any more
 SHORT = 16  # tokens of the short prompt
 FRESH = 5  # adapters that one trial takes; the last one is pushed in it
 
@@ -61,6 +64,16 @@ class Trial:
     first_new: float  # of the new one, since the load call was sent
     first_asked: float  # of one that is asked for without a load call
     first_pushed: float  # of one that is pushed over HTTP, since the push was sent
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A request beside the streams: when it began and ended, and its milliseconds."""
+
+    start: float
+    end: float
+    first: float  # to the first token
+    load: float  # of the load call before it
 
 
 class Client:
@@ -87,34 +100,43 @@ class Client:
         async with self._running(texts[3:-3]) as times:
             quiet = time.perf_counter()
             await asyncio.sleep(1.5)
-            control = time.perf_counter()
-            first_control = await self._first(resident(3), texts[-1])
-            control_end = time.perf_counter()
-            await asyncio.sleep(0.7)
-            new = next(self._fresh)
-            start = time.perf_counter()
-            await self._load(new)
-            loaded = time.perf_counter()
-            first_new = await self._first(new, texts[-1], since=start)
-            end = time.perf_counter()
-            await asyncio.sleep(0.5)
+            quiet_end = time.perf_counter()
+            # A step reads more keys the longer the streams are: who comes second has longer gaps.
+            spans: dict[bool, Span] = {}
+            for is_new in (number % 2 == 1, number % 2 == 0):
+                ask = self._loaded_and_asked if is_new else self._resident_asked
+                start = time.perf_counter()
+                first, load = await ask(texts[-1])
+                spans[is_new] = Span(start, time.perf_counter(), first, load)
+                await asyncio.sleep(SETTLED)
             first_asked = await self._first(f"bench/{next(self._fresh)}", texts[-2])
             await asyncio.sleep(0.5)
             start_push = time.perf_counter()
             label = await self._push(next(self._fresh))
             first_pushed = await self._first(label, texts[-3], since=start_push)
+        control, new = spans[False], spans[True]
         return Trial(
             *(idle_short, idle_short_control, idle, idle_control),
-            step=statistics.median(gaps(times, quiet, control)),
-            gap_quiet=max(gaps(times, quiet, control)),
-            gap_control=max(gaps(times, control, control_end)),
-            gap_new=max(gaps(times, start, end)),
-            load=(loaded - start) * 1e3,
-            first_control=first_control,
-            first_new=first_new,
+            step=statistics.median(gaps(times, quiet, quiet_end)),
+            gap_quiet=max(gaps(times, quiet, quiet_end)),
+            gap_control=max(gaps(times, control.start, control.end)),
+            gap_new=max(gaps(times, new.start, new.end)),
+            load=new.load,
+            first_control=control.first,
+            first_new=new.first,
             first_asked=first_asked,
             first_pushed=first_pushed,
         )
+
+    async def _resident_asked(self, prompt: list[int]) -> tuple[float, float]:
+        return await self._first(resident(3), prompt), 0.0
+
+    async def _loaded_and_asked(self, prompt: list[int]) -> tuple[float, float]:
+        """Return the milliseconds to the new adapter's first token, and those of the load call."""
+        name, start = next(self._fresh), time.perf_counter()
+        await self._load(name)
+        load = (time.perf_counter() - start) * 1e3
+        return await self._first(name, prompt, since=start), load
 
     @contextlib.asynccontextmanager
     async def _running(self, texts: Sequence[list[int]]) -> AsyncIterator[list[Times]]:
@@ -267,6 +289,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
         home = Path(folder)
         fill_registry(home, base, bases, args.trials)
+        os.sync()  # or the system writes those hundreds of megabytes to the disk beside the trials
         pool = prompts(str(base.path), 200, seed=1)
         with running_server(home, base.id, ["--no-auth", *args.serve]) as url:
             trials, stages = asyncio.run(

@@ -19,7 +19,6 @@ from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
 from serving.engine.hardware import (
-    LargePages,
     choose_device,
     choose_dtype,
     ridge_tokens,
@@ -35,6 +34,7 @@ from serving.engine.ops import Operators
 from serving.engine.ops.attention import LENGTH_STEP
 from serving.engine.ops.native.compile import NUMBERS, NotCompiled
 from serving.engine.ops.native.library import Library, load_library
+from serving.engine.pages import LargePages
 from serving.engine.prefix_cache import PrefixCache
 from serving.engine.residency import Residency
 from serving.engine.sampler import Sampler

@@ -1,15 +1,9 @@
 """What this machine can do: device, number format, memory."""
 
-import ctypes
-import errno
-import logging
-import math
-import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +13,6 @@ from serving.engine.boundary import EngineUnavailable
 from serving.engine.settings import DeviceName, DtypeName
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,93 +95,3 @@ def elsewhere(compute: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="engine-read", daemon=True).start()
     return computed.result()
-
-
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros whose pages the operating system gives only when they are written.
-
-    torch.zeros writes them all at once. numpy asks for huge pages, and then the few tokens of a
-    short sequence hold the memory of a whole slot: 190 MB instead of 3 for SmolLM2-135M.
-    """
-    if device.type != "cpu":
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(*shape)
-
-
-class LargePages:
-    """Memory for what every step reads and nothing changes, in pages of 2 MB where Linux has them.
-
-    Weights are read faster than a processor looks up where each 4 KB of them are.
-    """
-
-    PAGE, CHUNK = 2 << 20, 64 << 20  # bytes
-
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the same numbers there; it lives as long as it is referred to."""
-        taken = -(-tensor.nbytes // 64) * 64  # a line of the cache begins with each tensor
-        if taken > len(self._free):
-            self._free = self._pages(max(taken, self.CHUNK))
-        own, self._free = self._free[: tensor.nbytes], self._free[taken:]
-        return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-    def _pages(self, size: int) -> torch.Tensor:
-        pages = mmap.mmap(-1, size + self.PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a Linux that was built without them
-                pages.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(pages, dtype=torch.uint8)
-        return whole[-whole.data_ptr() % self.PAGE :]
-
-
-class LaterPages:
-    """Pages of 2 MB for memory that is written bit by bit, as an arena of adapters.
-
-    A large page is zeroed when its first number is written, and whoever writes waits for that. So
-    memory is written in pages of 4 KB, and what lies there is put together when there is time:
-    madvise(2) with MADV_COLLAPSE, since Linux 6.1. Elsewhere it stays as it is.
-    """
-
-    PAGE, COLLAPSE = 2 << 20, 25  # bytes; from <linux/mman.h>
-    PATIENCE = 1000  # times that the system may be busy with a page
-    SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
-        self._whole = range(-(-start // self.PAGE), end // self.PAGE)  # numbers of pages
-        self._waiting: set[int] = set()
-        self._large: set[int] = set()
-        self._system = ctypes.CDLL(None, use_errno=True)
-        self._patience = self.PATIENCE
-        self._can = memory.device.type == "cpu" and self._wanted()
-
-    @property
-    def waiting(self) -> bool:
-        return bool(self._waiting)
-
-    def wrote(self, part: torch.Tensor) -> None:
-        """Note what will be read often from now on."""
-        start, end = part.data_ptr(), part.data_ptr() + part.nbytes
-        pages = range(start // self.PAGE, -(-end // self.PAGE)) if self._can else ()
-        self._waiting.update(p for p in pages if p in self._whole and p not in self._large)
-
-    def enlarge(self) -> None:
-        """Make one of those that wait large. It takes 7 ms, in which whoever reads it waits."""
-        page = self._waiting.pop()
-        where, size = ctypes.c_void_p(page * self.PAGE), ctypes.c_size_t(self.PAGE)
-        if self._system.madvise(where, size, self.COLLAPSE) == 0:
-            self._large.add(page)
-        elif ctypes.get_errno() == errno.EAGAIN and self._patience:  # it is busy with it
-            self._patience -= 1
-            self._waiting.add(page)
-        else:  # an older Linux, or there is no piece of 2 MB left
-            logger.info("adapters stay in pages of 4 KB: this Linux gives no larger ones now")
-            self._can = False
-            self._waiting.clear()
-
-    def _wanted(self) -> bool:
-        return self.SETTING.is_file() and "[never]" not in self.SETTING.read_text()

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from serving.engine.hardware import lazy_zeros
 from serving.engine.ops.blocks import BlockCopy, CopyBlocks
+from serving.engine.pages import lazy_zeros
 from serving.engine.spec import DecoderSpec
 
 BLOCK = 16  # tokens

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
 from serving.engine.boundary import EngineUnavailable
-from serving.engine.hardware import LargePages
 from serving.engine.ops.native.library import Library
+from serving.engine.pages import LargePages
 
 PANEL = 32  # outputs that the compiled operators multiply side by side
 

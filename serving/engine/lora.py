@@ -20,12 +20,14 @@ from math import prod
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own convention
 
-from serving.engine.hardware import LaterPages, lazy_zeros
 from serving.engine.linear import PANEL, pack
 from serving.engine.ops.lora import Weights
+from serving.engine.pages import LaterPages, PagesAhead, lazy_zeros
 from serving.engine.slots import BUCKETS, Slot
 from serving.engine.spec import LinearGroup
 from serving.engine.vectors import Vectors
+
+AHEAD = 8  # adapters of the lowest rank that memory is ready for before they come
 
 Halves = tuple[torch.Tensor, ...]  # A of the group, then B of each of its parts
 
@@ -186,6 +188,7 @@ class LoraStacks:
         self.layout, self.page_bytes = layout, layout.size(BUCKETS[0]) * dtype.itemsize
         self.arena = lazy_zeros((pages * layout.size(BUCKETS[0]),), dtype, device)
         self.large_pages = LaterPages(self.arena)
+        self._pages_ahead = PagesAhead(self.arena, AHEAD * self.page_bytes)
         self._stacks = {
             bucket: layout.stacks(self.arena, bucket)
             for bucket in BUCKETS
@@ -222,6 +225,7 @@ class LoraStacks:
         if self._aside is None:
             place.copy_(piece)
             self.large_pages.wrote(place)
+            self._pages_ahead.wrote(place)
             return stop
         steps = torch.cuda.current_stream(place.device)
         if start == 0:  # a step that reads what is there now may not have ended on the device

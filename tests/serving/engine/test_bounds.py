@@ -18,7 +18,8 @@ from registry.adapter import AdapterRef
 from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
-from serving.engine.hardware import LargePages, LaterPages, lazy_zeros, total_memory
+from serving.engine.hardware import total_memory
+from serving.engine.pages import PAGE, LargePages, LaterPages, PagesAhead, lazy_zeros
 from serving.engine.residency import MAX_LOADS
 from serving.engine.settings import EngineSettings
 from serving.engine.spec import ModelSpec
@@ -264,8 +265,8 @@ def _large_bytes() -> int:
 
 
 def test_pages_become_large_afterwards_and_hold_what_they_held() -> None:
-    memory = lazy_zeros((5 * LaterPages.PAGE,), torch.uint8, torch.device("cpu"))
-    pages, part = LaterPages(memory), memory[1000 : 3 * LaterPages.PAGE]
+    memory = lazy_zeros((5 * PAGE,), torch.uint8, torch.device("cpu"))
+    pages, part = LaterPages(memory), memory[1000 : 3 * PAGE]
     part.copy_(torch.arange(len(part)) % 251)
     wanted, before = part.clone(), _large_bytes()
     pages.wrote(part)
@@ -277,9 +278,9 @@ def test_pages_become_large_afterwards_and_hold_what_they_held() -> None:
         pytest.skip("this Linux does not put pages together")
     while pages.waiting:
         pages.enlarge()
-    assert _large_bytes() - before in (2 * LaterPages.PAGE, 3 * LaterPages.PAGE), "whole ones"
+    assert _large_bytes() - before in (2 * PAGE, 3 * PAGE), "whole ones"
     assert torch.equal(part, wanted)
-    assert not memory[4 * LaterPages.PAGE :].any()
+    assert not memory[4 * PAGE :].any()
     pages.wrote(part)
     assert not pages.waiting, "once is enough"
 
@@ -292,10 +293,10 @@ class Piece(ctypes.Structure):
 
 def test_a_page_that_the_system_is_busy_with_becomes_large_later() -> None:
     """A pipe holds a piece of it until it is read: madvise(2) says EAGAIN."""
-    memory = lazy_zeros((3 * LaterPages.PAGE,), torch.uint8, torch.device("cpu"))
+    memory = lazy_zeros((3 * PAGE,), torch.uint8, torch.device("cpu"))
     pages = LaterPages(memory)
-    whole = memory[-memory.data_ptr() % LaterPages.PAGE :].fill_(1)
-    free, busy = whole[: LaterPages.PAGE], whole[LaterPages.PAGE : 2 * LaterPages.PAGE]
+    whole = memory[-memory.data_ptr() % PAGE :].fill_(1)
+    free, busy = whole[:PAGE], whole[PAGE : 2 * PAGE]
     before = _large_bytes()
     pages.wrote(free)
     while pages.waiting:
@@ -315,8 +316,38 @@ def test_a_page_that_the_system_is_busy_with_becomes_large_later() -> None:
         os.close(read)
         os.close(write)
     assert not pages.waiting
-    assert _large_bytes() == before + 2 * LaterPages.PAGE
+    assert _large_bytes() == before + 2 * PAGE
     assert busy.all()
+
+
+def _pages_there(memory: torch.Tensor) -> float:
+    """Return how much of it the system has given, in large pages: mincore(2)."""
+    start = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    here = (ctypes.c_ubyte * -(-memory.nbytes // mmap.PAGESIZE))()
+    size = ctypes.c_size_t(len(here) * mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), size, here) == 0
+    return sum(each & 1 for each in here) * mmap.PAGESIZE / PAGE
+
+
+def test_memory_is_ready_a_little_ahead_of_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagesAhead, "DELAY", 0.0)
+    monkeypatch.setattr(PagesAhead, "PAUSE", 0.001)
+    memory = lazy_zeros((40 * PAGE,), torch.uint8, torch.device("cpu"))
+    pages = PagesAhead(memory, 5 * PAGE)
+    deadline = time.monotonic() + 20
+    while _pages_there(memory) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not _pages_there(memory):
+        pytest.skip("this Linux does not make memory ready")
+    for end in (7, 20, 38):
+        part = memory[: end * PAGE]
+        part.fill_(end)
+        pages.wrote(part)
+        while _pages_there(memory) < min(end + 4, 39) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert min(end + 4, 39) <= _pages_there(memory) <= min(end + 6, 40)
+        assert bool((part == end).all())
+    assert not memory[38 * PAGE :].any()
 
 
 class PagesThatWait:

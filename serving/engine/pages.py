@@ -1,0 +1,172 @@
+"""Memory of the CPU: when the system gives it, and in how large pages."""
+
+import ctypes
+import errno
+import logging
+import math
+import mmap
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+PAGE = 2 << 20  # bytes of a large one
+COLLAPSE, POPULATE_WRITE = 25, 23  # from <linux/mman.h>; mmap has no names for them
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros whose pages the operating system gives only when they are written.
+
+    torch.zeros writes them all at once. numpy asks for huge pages, and then the few tokens of a
+    short sequence hold the memory of a whole slot: 190 MB instead of 3 for SmolLM2-135M.
+    """
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+class LargePages:
+    """Memory for what every step reads and nothing changes, in pages of 2 MB where Linux has them.
+
+    Weights are read faster than a processor looks up where each 4 KB of them are.
+    """
+
+    CHUNK = 64 << 20  # bytes
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the same numbers there; it lives as long as it is referred to."""
+        taken = -(-tensor.nbytes // 64) * 64  # a line of the cache begins with each tensor
+        if taken > len(self._free):
+            self._free = self._pages(max(taken, self.CHUNK))
+        own, self._free = self._free[: tensor.nbytes], self._free[taken:]
+        return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _pages(self, size: int) -> torch.Tensor:
+        pages = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a Linux that was built without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(pages, dtype=torch.uint8)
+        return whole[-whole.data_ptr() % PAGE :]
+
+
+class LaterPages:
+    """Pages of 2 MB for memory that is written bit by bit, as an arena of adapters.
+
+    A large page is zeroed when its first number is written, and whoever writes waits for that. So
+    what was written in pages of 4 KB is put together when there is time: madvise(2) with
+    MADV_COLLAPSE, since Linux 6.1. Elsewhere it stays as it is.
+    """
+
+    PATIENCE = 1000  # times that the system may be busy with a page
+    SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._whole = _whole_pages(memory)
+        self._waiting: set[int] = set()
+        self._large: set[int] = set()
+        self._patience = self.PATIENCE
+        self._can = memory.device.type == "cpu" and self._wanted()
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def wrote(self, part: torch.Tensor) -> None:
+        """Note what will be read often from now on."""
+        start, end = part.data_ptr(), part.data_ptr() + part.nbytes
+        pages = range(start // PAGE, -(-end // PAGE)) if self._can else ()
+        self._waiting.update(p for p in pages if p in self._whole and p not in self._large)
+
+    def enlarge(self) -> None:
+        """Make one of those that wait large. It takes 7 ms, in which whoever reads it waits."""
+        page = self._waiting.pop()
+        fault = _advise(page, COLLAPSE)
+        if fault == 0:
+            self._large.add(page)
+        elif fault == errno.EAGAIN and self._patience:  # it is busy with it
+            self._patience -= 1
+            self._waiting.add(page)
+        else:  # an older Linux, or there is no piece of 2 MB left
+            logger.info("adapters stay in pages of 4 KB: this Linux gives no larger ones now")
+            self._can = False
+            self._waiting.clear()
+
+    def _wanted(self) -> bool:
+        return self.SETTING.is_file() and "[never]" not in self.SETTING.read_text()
+
+
+class PagesAhead:
+    """Memory that is written from its beginning on, made ready a little ahead of that.
+
+    Who writes the first number of a page waits until the system has found and zeroed it, and on a
+    virtual machine perhaps until its host has: 1.5 to 15 µs for 4 KB. So a thread has that done, in
+    large pages if there are any: madvise(2) with MADV_POPULATE_WRITE, since Linux 5.14. Elsewhere
+    nothing is ready, and nothing else is different.
+    """
+
+    # Seconds before the first page and after each: a step that runs meanwhile is longer by one page
+    # (0.3 to 8 ms) at most, and not one of those that read the first prompt of what was written.
+    DELAY, PAUSE = 0.5, 0.1
+
+    def __init__(self, memory: torch.Tensor, ahead: int) -> None:
+        """Keep `ahead` bytes ready behind the last one that was written."""
+        self._memory, self._ahead = memory, ahead  # it has to be there as long as the thread is
+        can = memory.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
+        self._whole = _whole_pages(memory) if can else range(0)
+        self._lock = threading.Lock()
+        self._ready = self._wanted = self._whole.start  # the first page that is not
+        self._running = False
+        self._want(memory.data_ptr())
+
+    def wrote(self, part: torch.Tensor) -> None:
+        self._want(part.data_ptr() + part.nbytes)
+
+    def _want(self, end: int) -> None:
+        with self._lock:
+            self._ready = max(self._ready, min(end // PAGE, self._whole.stop))
+            ahead = min(-(-(end + self._ahead) // PAGE), self._whole.stop)
+            self._wanted = max(self._wanted, ahead)
+            if self._running or self._ready >= self._wanted:
+                return
+            self._running = True
+        threading.Thread(target=self._prepare, name="pages-ahead", daemon=True).start()
+
+    def _prepare(self) -> None:
+        time.sleep(self.DELAY)
+        while (page := self._next()) is not None:
+            _advise(page, mmap.MADV_HUGEPAGE)  # or small ones, where Linux was built without them
+            if _advise(page, POPULATE_WRITE) != 0:
+                return  # and no other thread begins
+            time.sleep(self.PAUSE)
+
+    def _next(self) -> int | None:
+        with self._lock:
+            page, self._running = self._ready, self._ready < self._wanted
+            if not self._running:
+                return None
+            self._ready += 1
+            return page
+
+
+def _whole_pages(memory: torch.Tensor) -> range:
+    """Return the numbers of the large pages that lie in it: an address over PAGE."""
+    start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    return range(-(-start // PAGE), end // PAGE)
+
+
+def _advise(page: int, advice: int) -> int:
+    """Call madvise(2) for a large page; return the error number, or 0."""
+    system = ctypes.CDLL(None, use_errno=True)
+    failed = system.madvise(ctypes.c_void_p(page * PAGE), ctypes.c_size_t(PAGE), advice)
+    return ctypes.get_errno() if failed else 0
