@@ -146,8 +146,7 @@ class PagesAhead:
         time.sleep(self.DELAY)
         while (page := self._next()) is not None:
             _advise(page, mmap.MADV_HUGEPAGE)  # or small ones, where Linux was built without them
-            if _advise(page, POPULATE_WRITE) != 0:
-                return  # and no other thread begins
+            _advise(page, POPULATE_WRITE)  # where that fails, who writes waits, as everywhere else
             time.sleep(self.PAUSE)
 
     def _next(self) -> int | None:
