@@ -37,7 +37,7 @@ from registry.home import default_cache
 from registry.store import Registry
 
 RESIDENT = 8  # adapters that the streams wear
-STREAM_TOKENS = 420
+STREAM_TOKENS = 2000  # more than a trial takes on any machine: they are broken off
 PAST_PREFILL = 40  # tokens after which a stream has nothing to do with its prompt any more
 ANSWER_TOKENS = 8
 SETTLED = 1.2  # seconds after which what came before makes no step longer any more

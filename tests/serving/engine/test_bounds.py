@@ -259,7 +259,9 @@ def test_what_lies_in_large_pages_is_what_was_put_there(monkeypatch: pytest.Monk
 
 
 def _large_bytes() -> int:
-    """Return how much of this process' memory lies in large pages."""
+    """Return how much of this process' memory lies in large pages, when no engine makes more."""
+    while any(thread.name == "pages-ahead" for thread in threading.enumerate()):
+        time.sleep(0.01)
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
