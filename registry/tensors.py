@@ -58,7 +58,23 @@ def read_header(path: Path, bounds: Bounds) -> dict[str, Tensor]:
 
     Raises Refused unless the tensors tile the file exactly: no overlap, hole or trailing byte.
     """
-    header, data_start, size = _read_header_json(path, bounds)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(_header_length(file.read(8), size, path, bounds))
+    return parse_header(header, size, path, bounds)
+
+
+def header_of(data: bytes, path: Path, bounds: Bounds) -> bytes:
+    """Return the header in the bytes of a whole file. Raises Refused for one that is too long."""
+    return data[8 : 8 + _header_length(data[:8], len(data), path, bounds)]
+
+
+def parse_header(data: bytes, size: int, path: Path, bounds: Bounds) -> dict[str, Tensor]:
+    """Return what `read_header` does for a file of `size` bytes that begins with this header.
+
+    `path` is what refusals name.
+    """
+    header, data_start = _parse_json(data, path), 8 + len(data)
     _check_metadata(header.pop("__metadata__", {}), path)
     if len(header) > bounds.tensors:
         message = f"{path.name} names {len(header)} tensors, the limit is {bounds.tensors}."
@@ -175,25 +191,21 @@ def _largest_magnitude(tensor: Tensor, pieces: Iterable[memoryview]) -> float:
     return value if np.isfinite(value) else float("inf")
 
 
-def _read_header_json(path: Path, bounds: Bounds) -> tuple[dict[str, Any], int, int]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            message = f"{path.name} has {size} bytes, too few for its header of {length}."
-            raise refused("header_invalid", message)
-        if length > bounds.header_bytes:
-            message = (
-                f"{path.name} has a header of {length} bytes, the limit is {bounds.header_bytes}."
-            )
-            raise refused("header_too_large", message)
-        data = file.read(length)
+def _header_length(start: bytes, size: int, path: Path, bounds: Bounds) -> int:
+    """Return the length that the first 8 bytes of a file of `size` tell."""
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > size - 8:
+        message = f"{path.name} has {size} bytes, too few for its header of {length}."
+        raise refused("header_invalid", message)
+    if length > bounds.header_bytes:
+        message = f"{path.name} has a header of {length} bytes, the limit is {bounds.header_bytes}."
+        raise refused("header_too_large", message)
+    return length
+
+
+def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     if not data.startswith(b"{"):
         raise refused("header_invalid", f"{path.name} is not a safetensors file.")
-    return _parse_header(data, path), 8 + length, size
-
-
-def _parse_header(data: bytes, path: Path) -> dict[str, Any]:
     try:
         return parse_object(data, f"the header of {path.name}")
     except Refused as error:

@@ -1,8 +1,12 @@
 """PEFT files → a HostAdapter: the last check before weights of a stranger are computed with."""
 
 from collections import defaultdict
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,44 +18,170 @@ from registry.errors import WardrobeError
 from registry.jsonfile import check_size, parse_object
 from registry.lora import AdapterConfig
 from registry.parts import Parts, sort_parts
+from registry.tensors import ADAPTER_BOUNDS, Tensor, header_of, parse_header
 from registry.vectors import AnyConfig, parse_config
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
-from serving.engine.lora import HostAdapter, LoraLayout, Unfit
+from serving.engine.lora import HostAdapter, LoraLayout, Unfit, panel_offset
+from serving.engine.ops.native.layout import FORMATS, FileTensorC
+from serving.engine.ops.native.library import Library
 from serving.engine.slots import bucket_of
 from serving.engine.spec import LinearGroup
 from serving.engine.vector_file import BaseLayers, read_vectors
 
 MAX_CONFIG_BYTES = 1 << 20
+PLANS = 16  # kept; the adapters of a base are made by a few recipes
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # A and B as the file has them
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A and B of one linear."""
+
+    name: str
+    group: LinearGroup
+    part: int  # place in the group
+    layer: int
+    scale: float
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
 
 
-def read_adapter(
-    source: Path | AdapterFiles,
-    ref: AdapterRef,
-    layout: LoraLayout,
-    dtype: torch.dtype,
-    max_rank: int,
-    base: BaseLayers | None = None,
-) -> HostAdapter:
-    """Read and convert one adapter, from its folder or from memory.
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where everything is in a file, and where it goes: the same for all files alike."""
 
-    Raises AdapterLoadFailed, and nothing else for bad files.
-    Without `base` it may be nothing but LoRA.
+    config: AnyConfig
+    modules: Sequence[_Module]  # in the order of their names
+    bucket: int
+    whole: bool  # every linear of the base is one of them
+    vectors: bool  # there is more than A and B
+    table: Any  # for the compiled operators
+
+
+class AdapterReader:
+    """Reads and converts adapters for one base.
+
+    Without `base` they may be nothing but LoRA. The operators that compute with adapters write
+    them: `library`, or torch where it is None.
     """
-    try:
-        files = _read_files(source) if isinstance(source, Path) else source
-        config = parse_config(parse_object(files.config, CONFIG_NAME))
-        tensors = load(b"".join(files.weights))
-    except (WardrobeError, SafetensorError, OSError) as error:
-        raise AdapterLoadFailed(f"{ref.label} cannot be loaded: {error}") from error
-    try:
-        parts = _sorted(tensors)
-        weights, bucket = _low_rank(config, parts, layout, dtype, max_rank)
-        vectors = read_vectors(config, parts, layout, base, dtype)
-    except Unfit as fault:
-        raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
-    return HostAdapter.of(ref.digest, bucket, weights, vectors)
+
+    def __init__(
+        self,
+        layout: LoraLayout,
+        dtype: torch.dtype,
+        max_rank: int,
+        base: BaseLayers | None = None,
+        library: Library | None = None,
+    ) -> None:
+        self.layout, self.dtype, self.max_rank = layout, dtype, max_rank
+        self.base, self.library = base, library
+        # Names, shapes and places of hundreds of tensors take as long as their bytes.
+        self._plan = lru_cache(PLANS)(self._make_plan)
+
+    def read(self, source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
+        """Read an adapter from its folder or from memory.
+
+        Raises AdapterLoadFailed, and nothing else for bad files.
+        """
+        try:
+            files = _read_files(source) if isinstance(source, Path) else source
+            data = b"".join(files.weights)
+            header = header_of(data, Path(WEIGHTS_NAME), ADAPTER_BOUNDS)
+            plan = self._plan(files.config, header, len(data))
+            tensors = load(data) if plan.vectors or self.library is None else {}
+            vectors = None
+            if plan.vectors:
+                parts = sort_parts(tensors)
+                vectors = read_vectors(plan.config, parts, self.layout, self.base, self.dtype)
+            if self.library is None:
+                weights = self._write_by_torch(plan, tensors)
+            else:
+                weights = self._write(plan, data, self.library)
+        except (WardrobeError, SafetensorError, OSError) as error:
+            raise AdapterLoadFailed(f"{ref.label} cannot be loaded: {error}") from error
+        except Unfit as fault:
+            raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
+        return HostAdapter.of(ref.digest, plan.bucket, weights, vectors)
+
+    def _make_plan(self, config_file: bytes, header: bytes, size: int) -> _Plan:
+        """Raises Unfit and Refused. What is wrong with an adapter is said each time."""
+        config = parse_config(parse_object(config_file, CONFIG_NAME))
+        parts = _sorted(parse_header(header, size, Path(WEIGHTS_NAME), ADAPTER_BOUNDS))
+        pairs = {module: (own["A"], own["B"]) for module, own in parts.items() if "A" in own}
+        rank = max((a.shape[0] for a, _ in pairs.values() if a.shape), default=1)
+        if rank > self.max_rank:
+            raise Unfit(f"its rank is {rank}, the engine's highest is {self.max_rank}.")
+        modules = [self._module(config, name, *pair) for name, pair in sorted(pairs.items())]
+        bucket = bucket_of(rank)
+        return _Plan(
+            config,
+            modules,
+            bucket,
+            len(modules) == self.layout.linears,
+            any(own.keys() - {"A", "B"} for own in parts.values()),
+            None if self.library is None else self._table(modules, bucket),
+        )
+
+    def _module(self, config: AnyConfig, name: str, a: Tensor, b: Tensor) -> _Module:
+        assert isinstance(config, AdapterConfig)  # no other has A and B
+        group, part, layer = self.layout.place(name)
+        rank = config.rank(name)
+        wanted, found = ((rank, group.inputs), (group.outputs[part], rank)), (a.shape, b.shape)
+        if found != wanted:
+            raise Unfit(f"{name}: A and B have shapes {found}, the base and config want {wanted}.")
+        if strange := {a.dtype, b.dtype} - FORMATS.keys():
+            raise Unfit(f"{name} is {min(strange)}; save it as {', '.join(FORMATS)}.")
+        return _Module(name, group, part, layer, config.scale(name), a, b)
+
+    def _table(self, modules: Sequence[_Module], bucket: int) -> Any:
+        """Return where A and B of each module lie in the file and in an adapter, as an array."""
+        nowhere = torch.empty(self.layout.size(bucket), device="meta")
+        stacks = self.layout.stacks(nowhere, bucket)
+        table = (FileTensorC * (2 * len(modules)))()
+        for number, module in enumerate(modules):
+            group, part, layer = module.group, module.part, module.layer
+            a, b = stacks[group.name][0], stacks[group.name][1 + part]
+            to_a = int(a.storage_offset()) + layer * a.stride(0) + part * bucket * group.inputs
+            to_b = int(b.storage_offset()) + layer * b.stride(0)
+            first = panel_offset(group, part)
+            table[2 * number] = _file_tensor(module.a, to_a, bucket)
+            table[2 * number + 1] = _file_tensor(module.b, to_b, bucket, first, module.scale)
+        return table
+
+    def _write(self, plan: _Plan, data: bytes, library: Library) -> torch.Tensor:
+        """Return A and B of all modules in one piece, zero where there are none."""
+        make = torch.empty if plan.whole else torch.zeros
+        weights = make(self.layout.size(plan.bucket), dtype=self.dtype)
+        done = library.write_adapter(data, plan.table, weights)
+        if done < len(plan.table):
+            raise self._not_finite(plan.modules[done // 2].name)
+        return weights
+
+    def _write_by_torch(self, plan: _Plan, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The same, as the other operators read it."""
+        weights = torch.zeros(self.layout.size(plan.bucket), dtype=self.dtype)
+        stacks = self.layout.stacks(weights, plan.bucket)
+        groups = {name: tuple(half[:, 0] for half in halves) for name, halves in stacks.items()}
+        alike: dict[tuple[LinearGroup, int, int, float], list[_Module]] = defaultdict(list)
+        for module in plan.modules:
+            alike[module.group, module.part, module.rank, module.scale].append(module)
+        for (group, part, _, scale), found in alike.items():  # layers at once: calls take most time
+            found.sort(key=attrgetter("layer"))
+            a = torch.stack([tensors[module.a.name] for module in found])
+            b = torch.stack([tensors[module.b.name] for module in found])
+            layers = [module.layer for module in found]
+            self.layout.write(groups[group.name], (group, part), layers, a, b, scale)
+        if not weights.sum().isfinite():  # or only the sum is too large, which the next look tells
+            for name, halves in groups.items():
+                if not all(tensor.isfinite().all() for tensor in halves):
+                    raise self._not_finite(name)
+        return weights
+
+    def _not_finite(self, where: str) -> Unfit:
+        return Unfit(f"a weight of {where} is not a finite number in {self.dtype}.")
 
 
 def _read_files(folder: Path) -> AdapterFiles:
@@ -60,41 +190,7 @@ def _read_files(folder: Path) -> AdapterFiles:
     return AdapterFiles(config.read_bytes(), [(folder / WEIGHTS_NAME).read_bytes()])
 
 
-def _low_rank(
-    config: AnyConfig,
-    parts: Parts[torch.Tensor],
-    layout: LoraLayout,
-    dtype: torch.dtype,
-    max_rank: int,
-) -> tuple[torch.Tensor, int]:
-    """Return A and B of all modules in one piece, zero for vectors only, and their bucket."""
-    pairs = {module: (own["A"], own["B"]) for module, own in parts.items() if "A" in own}
-    rank = max((a.shape[0] for a, _ in pairs.values()), default=1)
-    if rank > max_rank:
-        raise Unfit(f"its rank is {rank}, the engine's highest is {max_rank}.")
-    bucket = bucket_of(rank)
-    weights = torch.zeros(layout.size(bucket), dtype=dtype)
-    stacks = layout.stacks(weights, bucket)
-    groups = {name: tuple(half[:, 0] for half in halves) for name, halves in stacks.items()}
-    alike: dict[tuple[LinearGroup, int, int, float], list[tuple[int, Pair]]] = defaultdict(list)
-    for module, pair in sorted(pairs.items()):
-        assert isinstance(config, AdapterConfig)  # no other has A and B
-        group, part, layer = layout.place(module)
-        rank = config.rank(module)
-        _check_shapes(module, *pair, rank, group, part)
-        alike[group, part, rank, config.scale(module)].append((layer, pair))
-    for (group, part, _, scale), found in alike.items():  # layers at once: calls take most time
-        layers, pairs = zip(*sorted(found, key=itemgetter(0)), strict=True)
-        a, b = (torch.stack(halves) for halves in zip(*pairs, strict=True))
-        layout.write(groups[group.name], (group, part), layers, a, b, scale)
-    if not weights.sum().isfinite():  # or only the sum is too large, which the next look tells
-        for name, halves in groups.items():
-            if not all(tensor.isfinite().all() for tensor in halves):
-                raise Unfit(f"a weight of {name} is not a finite number in {dtype}.")
-    return weights, bucket
-
-
-def _sorted(tensors: dict[str, torch.Tensor]) -> Parts[torch.Tensor]:
+def _sorted(tensors: Mapping[str, Tensor]) -> Parts[Tensor]:
     """Return module → part → tensor; a module that has one of A and B must have both."""
     parts = sort_parts(tensors)
     known = {id(tensor) for own in parts.values() for tensor in own.values()}
@@ -107,12 +203,7 @@ def _sorted(tensors: dict[str, torch.Tensor]) -> Parts[torch.Tensor]:
     return parts
 
 
-def _check_shapes(
-    module: str, a: torch.Tensor, b: torch.Tensor, rank: int, group: LinearGroup, part: int
-) -> None:
-    wanted = ((rank, group.inputs), (group.outputs[part], rank))
-    found = (tuple(a.shape), tuple(b.shape))
-    if found != wanted:
-        raise Unfit(f"{module}: A and B have shapes {found}, the base and config want {wanted}.")
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise Unfit(f"{module}: {a.dtype} and {b.dtype} are not floating point.")
+def _file_tensor(
+    tensor: Tensor, to: int, rank: int, first: int = -1, scale: float = 1.0
+) -> FileTensorC:
+    return FileTensorC(tensor.start, FORMATS[tensor.dtype], *tensor.shape, to, rank, first, scale)

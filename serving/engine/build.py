@@ -13,7 +13,7 @@ from registry.architectures import LLAMA_FAMILY
 from registry.base import BaseModel
 from registry.home import default_cache
 from registry.tensors import tensor_files
-from serving.engine.adapter_file import read_adapter
+from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, EngineStats, EngineUnavailable
 from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
@@ -132,18 +132,20 @@ def _library(dtype: torch.dtype) -> Library:
 def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     """Build everything around a model that can be run."""
     spec, dtype, device = model.spec, model.dtype, model.device
-    layout = LoraLayout(spec.layers, spec.groups, spec.prefix, model.packed_lora)
+    layout = LoraLayout(spec.layers, spec.groups, spec.prefix, model.library is not None)
     table = _slot_table(layout, settings, dtype, device)
     stacks = LoraStacks(layout, table.pages, dtype, device)
     cache = KVCache(spec, settings.kv_slots, model.length, dtype, device, model.packed_keys)
     count = _prefix_blocks(spec, settings, dtype, device)
     blocks = KVBlocks(spec, count, dtype, device, model.copy_blocks)
-    highest, base = min(settings.max_lora_rank, table.highest), model.base_layers
+    highest = min(settings.max_lora_rank, table.highest)
     if isinstance(model, Capturing):
         model.capture(cache, stacks, settings.max_running, settings.max_batched_tokens)
 
+    reader = AdapterReader(layout, dtype, highest, model.base_layers, model.library)
+
     def read(source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
-        adapter = read_adapter(source, ref, layout, dtype, highest, base)
+        adapter = reader.read(source, ref)
         return adapter.pinned() if device.type == "cuda" else adapter
 
     loader = AdapterLoader(

@@ -43,7 +43,7 @@ def check_compilable(spec: ModelSpec) -> None:
 class CompiledModel:
     """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
 
-    packed_lora = packed_keys = True
+    packed_keys = True
 
     def __init__(
         self,

@@ -82,13 +82,17 @@ class LoraLayout:
     layers: int
     groups: tuple[LinearGroup, ...]
     prefix: str = "model.layers."  # of a layer's modules, before its number
-    packed: bool = False  # every B lies as `pack_b` makes it
+    packed: bool = False  # every B lies as `pack_b` makes it: the compiled operators write it
 
     def size(self, bucket: int) -> int:
         """Return the numbers of one adapter. They grow as the rank does."""
         return self.layers * sum(
             prod(shape) for group in self.groups for shape in self._shapes(group, bucket)
         )
+
+    @property
+    def linears(self) -> int:
+        return self.layers * sum(len(group.modules) for group in self.groups)
 
     def share(self, bucket: int) -> float:
         """Return the size of one adapter over that of the linears."""
@@ -140,8 +144,8 @@ class LoraLayout:
     ) -> None:
         """Put A [n, rank, in] and B [n, out, rank], times the scale, of n layers into their places.
 
-        `halves` are those of one slot, `layers` are ascending. A scaled number is rounded once, to
-        the numbers of the slots.
+        `halves` are those of one slot, not packed, `layers` are ascending. A scaled number is
+        rounded once, to the numbers of the slots.
         """
         (group, part), stack_a, rank = place, halves[0], a.shape[1]
         bucket = stack_a.shape[1] // len(group.modules)
@@ -150,16 +154,12 @@ class LoraLayout:
         where = slice(layers[0], layers[-1] + 1) if whole else layers
         b = ((b if b.dtype == stack_a.dtype else b.float()) * scale).to(stack_a.dtype)
         stack_a[where, part * bucket : part * bucket + rank] = a.to(stack_a.dtype)
-        if self.packed:
-            b = b if rank == bucket else F.pad(b, (0, bucket - rank))
-            halves[1 + part][where] = pack_b(b, _offset(group, part))
-        else:
-            halves[1 + part][where, :rank] = b.mT
+        halves[1 + part][where, :rank] = b.mT
 
     def _shapes(self, group: LinearGroup, bucket: int) -> Sequence[tuple[int, int]]:
         parts = range(len(group.modules))
         if self.packed:
-            panels = (-(-(_offset(group, p) + group.outputs[p]) // PANEL) for p in parts)
+            panels = (-(-(panel_offset(group, p) + group.outputs[p]) // PANEL) for p in parts)
             bs = [(count, bucket * PANEL) for count in panels]
         else:
             bs = [(bucket, out) for out in group.outputs]
@@ -174,7 +174,8 @@ def pack_b(b: torch.Tensor, offset: int) -> torch.Tensor:
     return pack(F.pad(b, (0, 0, offset, 0)) if offset else b)
 
 
-def _offset(group: LinearGroup, part: int) -> int:
+def panel_offset(group: LinearGroup, part: int) -> int:
+    """Return how many outputs of the first panel of a part belong to the part before it."""
     return sum(group.outputs[:part]) % PANEL
 
 

@@ -29,7 +29,8 @@ from serving.engine.weights import ModelWeights
 class Model:
     """Frozen weights, and the arithmetic over them."""
 
-    packed_lora = packed_keys = False
+    library = None
+    packed_keys = False
 
     def __init__(
         self,

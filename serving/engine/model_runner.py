@@ -12,6 +12,7 @@ from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.blocks import CopyBlocks
 from serving.engine.ops.lora import packing_key
+from serving.engine.ops.native.library import Library
 from serving.engine.sampler import Greedy, Sample
 from serving.engine.sequence import Row, Sequence
 from serving.engine.slots import Slot, SlotTable
@@ -27,7 +28,6 @@ class Forward(Protocol):
     dtype: torch.dtype
     device: torch.device
     length: int  # tokens of one sequence
-    packed_lora: bool  # it reads every B as `lora.pack_b` makes it
     packed_keys: bool  # it reads and writes keys as `KVCache` says
     greedy: Greedy  # of its logits
     sample: Sample
@@ -36,6 +36,11 @@ class Forward(Protocol):
 
     @property
     def spec(self) -> DecoderSpec: ...
+
+    @property
+    def library(self) -> Library | None:
+        """The compiled operators: they write adapters and read every B as `lora.pack_b` has it."""
+        ...
 
     @property
     def base_layers(self) -> BaseLayers | None:

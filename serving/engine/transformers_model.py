@@ -93,9 +93,8 @@ class TransformersModel:
         self.dtype, self.device = network.dtype, network.device
         self.length = length  # tokens of one sequence
         self.base_layers = None
-        self.packed_lora = library is not None
         # Torch's attention alone bends scores; a panel of keys is of pairs of numbers.
-        self.packed_keys = self.packed_lora and not spec.softcap and spec.head_dim % 2 == 0
+        self.packed_keys = library is not None and not spec.softcap and spec.head_dim % 2 == 0
         bodies = library or Operators()
         self.greedy, self.sample = bodies.greedy, bodies.sample
         self.copy_blocks = bodies.copy_blocks

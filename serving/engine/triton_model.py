@@ -23,7 +23,8 @@ from serving.engine.weights import LayerWeights, ModelWeights
 class TritonModel:
     """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
 
-    packed_lora = packed_keys = False
+    library = None
+    packed_keys = False
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights[Linear], length: int) -> None:
         self.spec, self.weights, self.length = spec, weights, length

@@ -55,10 +55,8 @@ def read_vectors(
     layout: LoraLayout,
     base: BaseLayers | None,
     dtype: torch.dtype,
-) -> Vectors | None:
-    """Return everything but A and B; None when that is all there is. Raises Unfit."""
-    if all(own.keys() <= {"A", "B"} for own in parts.values()):
-        return None
+) -> Vectors:
+    """Return everything but A and B. Raises Unfit."""
     if base is None:
         raise Unfit(
             "it is more than LoRA, and these operators wear LoRA only (--operators torch wears it)."

@@ -11,6 +11,7 @@ from serving.engine.ops.lora import Run
 from serving.engine.vectors import Dressed
 
 MOST_PARTS = 3  # linears fused in one group
+FORMATS = {"F32": 0, "BF16": 1, "F16": 2}  # of numbers in a safetensors file
 
 Stacks = Mapping[int, tuple[torch.Tensor, ...]]  # bucket → A, B's, all of them [layers, slots, …]
 
@@ -75,6 +76,14 @@ class RopeC(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("cos", "sin", "query_norm", "key_norm")),
         ("eps", c_float),
+    )
+
+
+class FileTensorC(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("start", "format", "rows", "columns")),
+        *((name, c_int64) for name in ("to", "rank", "first")),
+        ("scale", c_float),
     )
 
 

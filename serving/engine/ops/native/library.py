@@ -5,7 +5,7 @@ One call holds no lock of the interpreter while it runs, so the server's event l
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int64, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from serving.engine.ops.native.layout import (
     MOST_PARTS,
     BlocksC,
     CacheC,
+    FileTensorC,
     GroupC,
     ModelC,
     RopeC,
@@ -52,8 +53,10 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "sample_rows": (c_void_p, c_int64, c_int64, c_int64, POINTER(WishC), c_void_p),
     "greedy_rows": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "copy_blocks": (POINTER(BlocksC), POINTER(c_int64), *(c_int64,) * 4, POINTER(c_uint8)),
+    "write_adapter": (c_char_p, POINTER(FileTensorC), c_int64, c_void_p),
     "forward": (POINTER(ModelC), POINTER(StepC)),
 }
+_RESULTS = {"write_adapter": c_int64}
 
 
 class Library:
@@ -67,7 +70,7 @@ class Library:
             raise NotCompiled(f"the built operators cannot be loaded: {error}") from error
         for name, types in _ARGUMENTS.items():
             call = getattr(self._calls, name)
-            call.argtypes, call.restype = types, None
+            call.argtypes, call.restype = types, _RESULTS.get(name)
 
     def linear(
         self,
@@ -205,6 +208,16 @@ class Library:
         numbers = (c_int64 * len(blocks))(*blocks)
         self._calls.copy_blocks(shape, numbers, len(blocks), copy.slot, first, copy.back, finite)
         return bool(finite.value)
+
+    def write_adapter(self, file: bytes, tensors: Any, adapter: torch.Tensor) -> int:
+        """Write A's and B's of a safetensors file, an array of FileTensorC, into an adapter.
+
+        Returns the place of the first one with a number that is not finite there, or how many there
+        are. They must lie within the file and the adapter.
+        """
+        assert adapter.dtype == self.dtype
+        assert adapter.is_contiguous()
+        return self._calls.write_adapter(file, tensors, len(tensors), adapter.data_ptr())
 
     def forward(self, model: ModelC, step: StepC) -> None:
         """Run a whole step; both must hold addresses of tensors that are still alive."""

@@ -1,5 +1,6 @@
 // What Python calls: every operator by itself, for its tests and benchmarks, and the whole forward
 // pass. One build has one number format. Strides are in numbers; the last dimension is contiguous.
+#include "adapter.h"
 #include "blocks.h"
 #include "forward.h"
 #include "greedy.h"
@@ -83,6 +84,14 @@ void copy_blocks(const Blocks* blocks, const int64_t* kept, int64_t count, int64
       for (int64_t layer = 0; layer < blocks->layers; layer++)
         whole = blocks->copy(kept[i], half, layer, slot, first + i, back) && whole;
   *finite = whole;
+}
+
+// Returns the place of the first one that is not finite, or `count`. One thread: others run steps.
+int64_t write_adapter(const uint8_t* file, const FileTensor* tensors, int64_t count,
+                      Number* adapter) {
+  for (int64_t i = 0; i < count; i++)
+    if (!tensors[i].write(file, adapter)) return i;
+  return count;
 }
 
 void forward(const Model* model, const Step* step) {
