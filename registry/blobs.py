@@ -53,7 +53,7 @@ class Blobs:
         Nobody may write to the file any more: where it can be it becomes the blob, without a copy.
         """
         key = blob_key(digest)
-        with _explained(digest):
+        with self._explained(digest):
             if not self._has(key) or self._hash(key) != digest:
                 # A blob that is there with other bytes was damaged: these bytes replace it.
                 tmp = f"{_TMP}/{secrets.token_hex(16)}"
@@ -66,7 +66,7 @@ class Blobs:
     def copy(self, digest: str, target: Path) -> None:
         """Write a blob to a new file. Raises IntegrityError unless its bytes are the right ones."""
         found = hashlib.sha256()
-        with _explained(digest), target.open("xb") as file:
+        with self._explained(digest), target.open("xb") as file:
             for chunk in obstore.get(self._store, blob_key(digest)).stream(min_chunk_size=4 << 20):
                 found.update(chunk)
                 file.write(chunk)
@@ -86,7 +86,7 @@ class Blobs:
             return
         if not look:
             return
-        with _explained(digest), target.open("rb") as file:
+        with self._explained(digest), target.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             raise damaged(digest, found)
@@ -94,7 +94,7 @@ class Blobs:
     def check(self, digest: str) -> int:
         """Hash a stored blob and return its size. Raises IntegrityError when it is damaged."""
         key = blob_key(digest)
-        with _explained(digest):
+        with self._explained(digest):
             found = self._hash(key)
             size = obstore.head(self._store, key)["size"]
         if found != digest:
@@ -103,7 +103,7 @@ class Blobs:
 
     def sizes(self) -> dict[str, int]:
         """Return digest → size of every blob in the store."""
-        with _explained("of the list"):
+        with self._explained("of the list"):
             names = {meta["path"].rpartition("/")[2]: meta for meta in self._list()}
         return {
             name: meta["size"]
@@ -122,6 +122,22 @@ class Blobs:
             if _linked(source, target):
                 return
         obstore.put(self._store, key, source)
+
+    @contextmanager
+    def _explained(self, digest: str) -> Generator[None, None, None]:
+        """Turn the errors of the store into ours, without where it is: a tenant may hear them."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise IntegrityError(
+                f"The blob {digest} is missing. Push the adapter again, or restore a backup."
+            ) from error
+        except (BaseError, OSError) as error:
+            reason = str(error).partition("\n")[0]  # behind that come the insides of obstore
+            if self._local:
+                reason = reason.replace(str(self._local.parent), "the store")
+            text = f"The blob {digest} cannot be read or written: {reason}."
+            raise StoreUnavailable(text) from error
 
     def _link(self, digest: str, target: Path) -> bool:
         return self._local is not None and _linked(self._local / blob_key(digest), target)
@@ -162,20 +178,6 @@ def _linked(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextmanager
-def _explained(digest: str) -> Generator[None, None, None]:
-    """Turn the errors of the store into ours."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise IntegrityError(
-            f"The blob {digest} is missing. Push the adapter again, or restore a backup."
-        ) from error
-    except (BaseError, OSError) as error:
-        reason = str(error).partition("\n")[0]  # behind that come the insides of obstore
-        raise StoreUnavailable(f"The blob {digest} cannot be read or written: {reason}.") from error
 
 
 def damaged(digest: str, found: str) -> IntegrityError:

@@ -150,7 +150,7 @@ def _stage(version: Version, blobs: Blobs, folder: Path, *, look: bool) -> Path:
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
-            raise StoreUnavailable(f"Cannot write {folder}: {error}") from error
+            raise _not_written(folder, error) from error
         raise
     return staging
 
@@ -161,7 +161,7 @@ def _publish(staging: Path, folder: Path) -> None:
     except OSError as error:
         # Another thread or process made the folder between our look and our rename: use theirs.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise StoreUnavailable(f"Cannot write {folder}: {error}") from error
+            raise _not_written(folder, error) from error
 
 
 def _check(path: Path, version: Version) -> None:
@@ -173,8 +173,15 @@ def _check(path: Path, version: Version) -> None:
         raise _strange(path, version)
 
 
+# Who asks for an adapter hears of these, and need not know where the store is.
 def _strange(path: Path, version: Version) -> IntegrityError:
+    place = Path(*path.parts[-3:])
     return IntegrityError(
-        f"{path} is not what {version.ref.label} (sha256:{version.digest}) consists of. "
-        f"Push the adapter again and delete {path.parent}: it is made again from the store."
+        f"{place} in the store is not what {version.ref.label} (sha256:{version.digest}) consists "
+        f"of. Push the adapter again and delete {place.parent} there: it is made again."
     )
+
+
+def _not_written(folder: Path, error: OSError) -> StoreUnavailable:
+    place = Path(*folder.parts[-2:])
+    return StoreUnavailable(f"Cannot write {place} in the store: {error.strerror}.")

@@ -210,6 +210,32 @@ def test_a_pulled_folder_can_be_pushed_again_and_is_the_same_version(
         registry.pull(Selector.parse("acme/support@v1"), pulled)
 
 
+def test_what_is_said_of_files_that_cannot_be_read_tells_nobody_where_the_store_is(
+    registry: Registry, adapter: Adapter, tmp_path: Path
+) -> None:
+    version = push(registry, adapter()).version
+    blob = version.files["adapter_model.safetensors"]
+    place, folders = registry.home / "blobs" / blob[:2] / blob, registry.home / "versions"
+
+    def told() -> str:
+        with pytest.raises((IntegrityError, StoreUnavailable)) as caught:
+            registry.read_files(version.ref).check()
+        assert str(registry.home) not in str(caught.value)
+        return str(caught.value)
+
+    folders.write_text("no folder")
+    assert f"Cannot write versions/{version.digest} in the store: Not a directory." in told()
+    folders.unlink()
+    place.parent.rename(tmp_path / "aside")
+    place.parent.write_text("no folder")
+    assert f"The blob {blob} cannot be read or written: " in told()
+    place.parent.unlink()
+    (tmp_path / "aside").rename(place.parent)
+    registry.read_files(version.ref).check()
+    flip_a_bit(place)
+    assert f"versions/{version.digest}/adapter_model.safetensors in the store is not" in told()
+
+
 def test_a_pull_that_fails_leaves_no_file_behind(
     registry: Registry, adapter: Adapter, tmp_path: Path
 ) -> None:
