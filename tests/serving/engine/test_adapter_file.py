@@ -1,7 +1,7 @@
 """Files of adapters as the compiled operators have them, against torch's way; and what is wrong."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -36,6 +36,15 @@ FILE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def library(request: pytest.FixtureRequest) -> Library:
     target, dtype = request.param
     return load_library(dtype, default_cache() / "operators", target)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_never_zero_by_chance() -> Iterator[None]:
+    """`torch.empty` gives NaN meanwhile: what is not written is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def modules(layers: int = 2) -> list[tuple[str, int, int]]:
