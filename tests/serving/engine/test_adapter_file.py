@@ -9,12 +9,10 @@ import torch
 from safetensors.torch import save
 
 from registry.adapter import AdapterRef
-from registry.home import default_cache
 from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.lora import LoraLayout, pack_b, panel_offset
-from serving.engine.ops.native.library import Library, load_library
-from serving.engine.ops.native.target import TARGETS
+from serving.engine.ops.native.library import Library
 from serving.engine.spec import LinearGroup
 
 Tensors = dict[str, torch.Tensor]
@@ -24,18 +22,7 @@ GROUPS = (
     LinearGroup("down", ("down",), 34, (66,)),
 )
 REF = AdapterRef("0" * 64, "acme/chat@v1")
-RUNNABLE = [target for target in TARGETS if target.runs_on(torch.cpu.get_capabilities())]
 FILE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(
-    scope="module",
-    params=[(target, dtype) for target in RUNNABLE for dtype in (torch.float32, torch.bfloat16)],
-    ids=lambda pair: f"{pair[0].name}-{str(pair[1])[6:]}",
-)
-def library(request: pytest.FixtureRequest) -> Library:
-    target, dtype = request.param
-    return load_library(dtype, default_cache() / "operators", target)
 
 
 @pytest.fixture(autouse=True)

@@ -8,33 +8,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from registry.home import default_cache
 from serving.engine.kv_cache import BLOCK
 from serving.engine.linear import PANEL, CompiledLinear, Linear, PackedLinear, pack
 from serving.engine.lora import pack_b
 from serving.engine.ops.blocks import BlockCopy, Slots, copy_blocks
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
-from serving.engine.ops.native.library import Library, load_library
+from serving.engine.ops.native.library import Library
 from serving.engine.ops.native.target import TARGETS, Target, choose_target
 from serving.engine.ops.norm import rms_norm
 from serving.engine.ops.rope import rope, rope_angles, rope_tables
 from serving.engine.ops.sampling import greedy
 from serving.engine.slots import Slot
+from tests.serving.engine.builds import RUNNABLE
 
-HERE = torch.cpu.get_capabilities()
-RUNNABLE = [target for target in TARGETS if target.runs_on(HERE)]
-DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1.6e-2, 4e-3)}  # relative, absolute
-
-
-@pytest.fixture(
-    scope="module",
-    params=[(target, dtype) for target in RUNNABLE for dtype in DTYPES],
-    ids=lambda pair: f"{pair[0].name}-{str(pair[1])[6:]}",
-)
-def library(request: pytest.FixtureRequest) -> Library:
-    target, dtype = request.param
-    return load_library(dtype, default_cache() / "operators", target)
 
 
 @pytest.fixture(autouse=True)

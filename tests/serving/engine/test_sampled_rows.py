@@ -14,7 +14,7 @@ from serving.engine.compiled_model import CompiledModel
 from serving.engine.core import EngineCore
 from serving.engine.linear import CompiledLinear
 from serving.engine.ops.native.library import load_library
-from serving.engine.ops.native.target import TARGETS, Target
+from serving.engine.ops.native.target import Target
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
@@ -22,9 +22,9 @@ from serving.engine.spec import ModelSpec
 from serving.engine.weights import read_weights
 from tests import tiny
 from tests.peft_cases import CASES, make
+from tests.serving.engine.builds import RUNNABLE
 from tests.serving.engine.driving import Folders, request
 
-RUNNABLE = [target for target in TARGETS if target.runs_on(torch.cpu.get_capabilities())]
 TITLES = (
     "LoRA",
     "DoRA",

@@ -33,7 +33,7 @@ void convert(const Stored* from, int64_t count, float scale, Number* to, Floats&
 
 // One tensor [rows, columns] of a file.
 struct FileTensor {
-  int64_t from, format;  // its first byte in the file; 0: float32, 1: bfloat16, 2: float16
+  int64_t start, format;  // its first byte in the file; 0: float32, 1: bfloat16, 2: float16
   int64_t rows, columns, to;  // and its first number in the adapter
   int64_t rank;   // of the bucket: above its own all is zero
   int64_t first;  // of a B: outputs of its first panel that are the part's before; -1 for an A
@@ -41,7 +41,7 @@ struct FileTensor {
 
   // Tell whether all numbers are finite.
   bool write(const uint8_t* file, Number* adapter) const {
-    const uint8_t* here = file + from;
+    const uint8_t* here = file + start;
     if (format == 0) return write((const float*)here, adapter + to);
     if (format == 1) return write((const bf16*)here, adapter + to);
     return write((const fp16*)here, adapter + to);
@@ -65,14 +65,14 @@ struct FileTensor {
   template <class Stored>
   void panel(const Stored* here, int64_t row, Number* there, Floats& zeros) const {
     Number own[PANEL * MOST_RANK];
-    const int64_t start = std::max<int64_t>(row, 0), stop = std::min(row + PANEL, rows);
-    Number* begin = own + (start - row) * rank;
-    if (stop - start < PANEL || columns < rank) memset((void*)own, 0, PANEL * rank * sizeof *own);
+    const int64_t begin = std::max<int64_t>(row, 0), end = std::min(row + PANEL, rows);
+    Number* place = own + (begin - row) * rank;
+    if (end - begin < PANEL || columns < rank) memset((void*)own, 0, PANEL * rank * sizeof *own);
     if (columns == rank)
-      convert(here + start * columns, (stop - start) * columns, scale, begin, zeros);
+      convert(here + begin * columns, (end - begin) * columns, scale, place, zeros);
     else
-      for (int64_t i = start; i < stop; i++)
-        convert(here + i * columns, columns, scale, begin + (i - start) * rank, zeros);
+      for (int64_t i = begin; i < end; i++, place += rank)
+        convert(here + i * columns, columns, scale, place, zeros);
     for (int64_t step = 0; step < rank; step += STEP)
       for (int64_t i = 0; i < PANEL; i++, there += STEP)
         memcpy(there, own + i * rank + step, STEP * sizeof(Number));
