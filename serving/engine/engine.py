@@ -6,8 +6,9 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
+from itertools import filterfalse
 
 import torch
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 MAX_RETRY_SECONDS = 60
 LOADING_SECONDS = 0.035  # that a step waits for an adapter which is read meanwhile
 QUIET_SECONDS = 0.1  # without anything to do, before memory is put in order
+WRITING_TURNS = 2  # of the event loop, until whoever was given a token has written it
+ANSWERING_TURNS = 8  # from the end of a self-check until its load call is answered
 ASKING_SECONDS = 0.005  # from the answer to a load call to the request for what it has loaded
 
 
@@ -217,9 +220,7 @@ class TorchEngine:
                     self._await_load()
                     events = self._core.step()
                     self._stats = self._core.stats(self._parts.stats)
-                    self._deliver(events)
-                    if any(isinstance(ticket, Warm) and ticket.keep for ticket, _ in events):
-                        self._await_request()
+                    self._tell(events)
         except BaseException as error:  # a dead thread must say so: see check_health
             logger.exception("the step thread died")
             reason = f"The engine died: {error!r}. Restart the server."
@@ -227,7 +228,7 @@ class TorchEngine:
         with self._changed:
             self._closing = True
             tickets = list(self._streams)
-        self._deliver([(ticket, EngineUnavailable(reason)) for ticket in tickets])
+        self._deliver([(ticket, EngineUnavailable(reason)) for ticket in tickets], WRITING_TURNS)
 
     def _take_messages(self) -> bool:
         """Wait until there is something to do and take the messages in; False: close."""
@@ -264,33 +265,51 @@ class TorchEngine:
             with self._changed:
                 self._changed.wait_for(lambda: self._loaded or self._closing, LOADING_SECONDS)
 
-    def _await_request(self) -> None:
-        """Wait a moment for whoever was told that an adapter is kept: it asks for it at once.
+    def _tell(self, events: list[Event]) -> None:
+        """Deliver what a step gave, and wait a moment for who was told that an adapter is kept.
 
-        Without that its request comes just after a step has begun, and waits for all of it.
+        It asks for the adapter at once. Without the wait its request would come just after a step
+        has begun, and wait for all of it. So it is told first: the others' tokens are written
+        while it asks.
         """
-        if self._stats.device == "cpu":
-            with self._changed:
-                self._changed.wait_for(lambda: self._inbox or self._closing, ASKING_SECONDS)
+        if self._stats.device != "cpu" or not any(map(_is_kept, events)):
+            self._deliver(events, WRITING_TURNS)
+            return
+        self._deliver(filter(_ends, events), ANSWERING_TURNS)
+        self._deliver(filterfalse(_ends, events), WRITING_TURNS)
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or self._closing, ASKING_SECONDS)
 
-    def _deliver(self, events: list[Event]) -> None:
-        """Hand the events to their callers; on a CPU, wait until these have written them."""
+    def _deliver(self, events: Iterable[Event], turns: int) -> None:
+        """Hand the events to their callers; on a CPU, give these so many turns to write them."""
         items: list[tuple[Stream, Item]] = []
         with self._changed:
             for ticket, item in events:
                 stream = self._streams.get(ticket)
                 if stream is None:
                     continue  # aborted while the step ran; its message is in the inbox
-                if not isinstance(item, TokenDelta) or item.finish_reason:
+                if _ends((ticket, item)):
                     self._end(ticket)
                     if isinstance(item, TokenDelta):
                         self._smooth(time.monotonic() - stream.started)
                 items.append((stream, item))
-        for stream in hand_over(items, take_turns=self._stats.device == "cpu"):
+        for stream in hand_over(items, turns=turns if self._stats.device == "cpu" else 0):
             self._forget(stream)  # nobody is left to read
 
     def _smooth(self, seconds: float) -> None:
         self._seconds += 0.1 * (seconds - self._seconds)
+
+
+def _is_kept(event: Event) -> bool:
+    """Tell whether an adapter is in a slot from now on because somebody wants it kept."""
+    ticket, item = event
+    return isinstance(ticket, Warm) and ticket.keep and item is None
+
+
+def _ends(event: Event) -> bool:
+    """Tell whether nothing more comes for a ticket."""
+    _, item = event
+    return not isinstance(item, TokenDelta) or item.finish_reason is not None
 
 
 def _class_of(request: GenerateRequest) -> tuple[str, Priority]:

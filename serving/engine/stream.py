@@ -23,12 +23,12 @@ class Stream:
         self.started = time.monotonic()
 
 
-def hand_over(items: Iterable[tuple[Stream, Item]], *, take_turns: bool) -> Iterator[Stream]:
+def hand_over(items: Iterable[tuple[Stream, Item]], *, turns: int) -> Iterator[Stream]:
     """Put the items into their streams, one call for each loop; yield streams nobody reads.
 
-    With `take_turns` each loop then has its turn. A step computes on all cores of a CPU, and its
-    threads meet some hundred times: a loop that writes beside it takes one core from one thread,
-    and time from all of them.
+    Each loop then has its `turns`, the first of which wakes the readers. A step computes on all
+    cores of a CPU, and its threads meet some hundred times: a loop that writes beside it takes one
+    core from one thread, and time from all of them.
     """
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = defaultdict(list)
     for stream, item in items:
@@ -36,17 +36,23 @@ def hand_over(items: Iterable[tuple[Stream, Item]], *, take_turns: bool) -> Iter
     for loop, own in by_loop.items():
         written = threading.Event()
         try:
-            loop.call_soon_threadsafe(_put, own, written)
+            loop.call_soon_threadsafe(_put, own, written, turns)
         except RuntimeError:  # the caller's loop is closed
             yield from (stream for stream, _ in own)
         else:
-            if take_turns:
+            if turns:
                 written.wait(TURN_SECONDS)
 
 
-def _put(items: list[tuple[Stream, Item]], written: threading.Event) -> None:
-    """Wake the readers; set `written` behind them, and behind those whom they wake."""
+def _put(items: list[tuple[Stream, Item]], written: threading.Event, turns: int) -> None:
+    """Wake the readers; set `written` some turns later, behind whom they wake."""
     for stream, item in items:
         stream.items.put_nowait(item)
-    loop = asyncio.get_running_loop()
-    loop.call_soon(loop.call_soon, written.set)
+    _after(turns, asyncio.get_running_loop(), written)
+
+
+def _after(turns: int, loop: asyncio.AbstractEventLoop, written: threading.Event) -> None:
+    if turns > 0:
+        loop.call_soon(_after, turns - 1, loop, written)
+    else:
+        written.set()

@@ -57,3 +57,38 @@ def test_a_loop_that_does_not_come_to_write_holds_up_no_steps(
         await engine.aclose()
 
     asyncio.run(main())
+
+
+def test_who_loaded_an_adapter_is_answered_before_the_others_have_their_tokens(
+    tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the answer goes through some tasks, as that of a load call does."""
+    monkeypatch.setattr(stream, "TURN_SECONDS", 60.0)
+    tokens: list[int] = []
+    answered: list[tuple[int, int]] = []
+
+    async def main() -> None:
+        engine = TorchEngine.create(base_of(tiny_base), tiny_folders, SETTINGS)
+
+        async def keep(tasks: int) -> None:
+            if not tasks:
+                return await engine.keep(tiny_folders.refs["a"])
+            return await asyncio.create_task(keep(tasks - 1))
+
+        async def load() -> None:
+            await keep(tasks=2)
+            answered.append(((await engine.stats()).steps, len(tokens)))
+
+        loading = None
+        async for delta in engine.generate(request("hello", max_tokens=40)):
+            tokens.extend(delta.token_ids)
+            if loading is None:
+                loading = asyncio.create_task(load())
+        assert loading is not None
+        await loading
+        await engine.aclose()
+
+    asyncio.run(main())
+    (steps, written), *_ = answered
+    assert 1 < steps < 40, "it was loaded beside the stream"
+    assert written == steps - 1, "the token of the step that the adapter was kept in comes after"
