@@ -42,6 +42,7 @@ PAST_PREFILL = 40  # tokens after which a stream has nothing to do with its prom
 ANSWER_TOKENS = 8
 SETTLED = 1.2  # seconds after which what came before makes no step longer any more
 SHORT = 16  # tokens of the short prompt
+TEXTS = 20  # prompts that one trial takes; of one that came before its keys and values are kept
 FRESH = 5  # adapters that one trial takes; the last one is pushed in it
 
 Times = list[float]  # seconds, monotonic
@@ -88,10 +89,10 @@ class Client:
     async def touch(self) -> None:
         """Bring the resident adapters into their slots."""
         for number in range(RESIDENT):
-            await self._first(resident(number), self._pool[number])
+            await self._first(resident(number), self._pool[-1 - number])
 
     async def trial(self, number: int) -> Trial:
-        texts = [self._pool[(20 * number + i) % len(self._pool)] for i in range(20)]
+        texts = self._pool[TEXTS * number : TEXTS * (number + 1)]
         short, long = texts[0][:SHORT], texts[1]
         idle_short_control = await self._first(resident(1), short)
         idle_short = await self._first(f"bench/{next(self._fresh)}", short[::-1])
@@ -290,7 +291,7 @@ def main() -> None:
         home = Path(folder)
         fill_registry(home, base, bases, args.trials)
         os.sync()  # or the system writes those hundreds of megabytes to the disk beside the trials
-        pool = prompts(str(base.path), 200, seed=1)
+        pool = prompts(str(base.path), TEXTS * args.trials + RESIDENT, seed=1)
         with running_server(home, base.id, ["--no-auth", *args.serve]) as url:
             trials, stages = asyncio.run(
                 measure(url, home / "made", pool, args.trials, args.streams)

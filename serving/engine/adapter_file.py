@@ -24,6 +24,7 @@ from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.lora import HostAdapter, LoraLayout, Unfit, panel_offset
 from serving.engine.ops.native.layout import FORMATS, FileTensorC
 from serving.engine.ops.native.library import Library
+from serving.engine.pages import SpareMemory
 from serving.engine.slots import bucket_of
 from serving.engine.spec import LinearGroup
 from serving.engine.vector_file import BaseLayers, read_vectors
@@ -80,6 +81,7 @@ class AdapterReader:
         self.base, self.library = base, library
         # Names, shapes and places of hundreds of tensors take as long as their bytes.
         self._plan = lru_cache(PLANS)(self._make_plan)
+        self._spares = SpareMemory()
 
     def read(self, source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
         """Read an adapter from its folder or from memory.
@@ -153,8 +155,12 @@ class AdapterReader:
 
     def _write(self, plan: _Plan, data: bytes, library: Library) -> torch.Tensor:
         """Return A and B of all modules in one piece, zero where there are none."""
-        make = torch.empty if plan.whole else torch.zeros
-        weights = make(self.layout.size(plan.bucket), dtype=self.dtype)
+        size = self.layout.size(plan.bucket)
+        spare = self._spares.take(size * self.dtype.itemsize)
+        if spare is None:
+            weights = (torch.empty if plan.whole else torch.zeros)(size, dtype=self.dtype)
+        else:
+            weights = spare.view(self.dtype)
         done = library.write_adapter(data, plan.table, weights)
         if done < len(plan.table):
             raise self._not_finite(plan.modules[done // 2].name)

@@ -7,6 +7,7 @@ import math
 import mmap
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -56,8 +57,7 @@ class LargePages:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a Linux that was built without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(pages, dtype=torch.uint8)
-        return whole[-whole.data_ptr() % PAGE :]
+        return _aligned(pages)
 
 
 class LaterPages:
@@ -156,6 +156,43 @@ class PagesAhead:
                 return None
             self._ready += 1
             return page
+
+
+class SpareMemory:
+    """Zeros for the next one of things that are alike, as adapters of one rank are.
+
+    Memory that nobody has written yet costs whoever writes it first as much as a good part of
+    reading an adapter (see `PagesAhead`). So the next piece is made ready as soon as one is taken.
+    """
+
+    MOST = 64 << 20  # bytes that lie ready for nobody yet
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spares: OrderedDict[int, torch.Tensor] = OrderedDict()  # bytes → a piece, latest last
+
+    def take(self, size: int) -> torch.Tensor | None:
+        """Return `size` bytes for good, if there is such a piece; the next time there is one."""
+        with self._lock:
+            spare = self._spares.pop(size, None)
+            if size <= self.MOST:
+                self._spares[size] = self._ahead(size)
+            while sum(self._spares) > self.MOST:
+                self._spares.popitem(last=False)
+        return spare
+
+    def _ahead(self, size: int) -> torch.Tensor:
+        whole = -(-size // PAGE) * PAGE
+        pages = mmap.mmap(-1, whole + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = _aligned(pages)[:whole]
+        PagesAhead(memory, whole)
+        return memory[:size]
+
+
+def _aligned(pages: mmap.mmap) -> torch.Tensor:
+    """Return the memory from the beginning of its first large page on."""
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    return whole[-whole.data_ptr() % PAGE :]
 
 
 def _whole_pages(memory: torch.Tensor) -> range:

@@ -19,7 +19,14 @@ from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.hardware import total_memory
-from serving.engine.pages import PAGE, LargePages, LaterPages, PagesAhead, lazy_zeros
+from serving.engine.pages import (
+    PAGE,
+    LargePages,
+    LaterPages,
+    PagesAhead,
+    SpareMemory,
+    lazy_zeros,
+)
 from serving.engine.residency import MAX_LOADS
 from serving.engine.settings import EngineSettings
 from serving.engine.spec import ModelSpec
@@ -258,10 +265,14 @@ def test_what_lies_in_large_pages_is_what_was_put_there(monkeypatch: pytest.Monk
     assert all(tensor.data_ptr() % 64 == 0 for tensor in there)
 
 
-def _large_bytes() -> int:
-    """Return how much of this process' memory lies in large pages, when no engine makes more."""
+def _wait_for_pages() -> None:
     while any(thread.name == "pages-ahead" for thread in threading.enumerate()):
         time.sleep(0.01)
+
+
+def _large_bytes() -> int:
+    """Return how much of this process' memory lies in large pages, when no engine makes more."""
+    _wait_for_pages()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
@@ -350,6 +361,37 @@ def test_memory_is_ready_a_little_ahead_of_what_is_written(monkeypatch: pytest.M
         assert min(end + 4, 39) <= _pages_there(memory) <= min(end + 6, 40)
         assert bool((part == end).all())
     assert not memory[38 * PAGE :].any()
+
+
+def test_memory_for_the_next_one_alike_is_ready_and_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagesAhead, "DELAY", 0.0)
+    monkeypatch.setattr(PagesAhead, "PAUSE", 0.001)
+    spares, size = SpareMemory(), 4 * PAGE + 1000
+    assert spares.take(size) is None, "nobody asked before"
+    _wait_for_pages()
+    first = spares.take(size)
+    assert first is not None
+    assert len(first) == size
+    assert not first.any()
+    if _pages_there(first) < 4:
+        pytest.skip("this Linux does not make memory ready")
+    first.fill_(7)
+    second = spares.take(size)
+    assert second is not None
+    assert not second.any(), "not the same again"
+    assert first.all(), "it is whose it is"
+
+
+def test_memory_that_lies_ready_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpareMemory, "MOST", 3 * PAGE)
+    spares = SpareMemory()
+    for pages in (4, 1, 2):
+        assert spares.take(pages * PAGE) is None
+    assert spares.take(4 * PAGE) is None, "more than lies ready for nobody"
+    assert spares.take(PAGE) is not None
+    assert spares.take(2 * PAGE) is not None
+    assert spares.take(3 * PAGE) is None
+    assert spares.take(PAGE) is None, "the latest size has taken its room"
 
 
 class PagesThatWait:

@@ -59,7 +59,7 @@ void lora(const Number* x, int64_t x_stride, Number* y, int64_t y_stride, const 
 
 void greedy_rows(const Number* scores, int64_t stride, int64_t rows, int64_t size, int64_t* tokens,
                  uint8_t* finite) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 1)
   for (int64_t row = 0; row < rows; row++)
     greedy(scores + row * stride, size, tokens + row, finite + row);
 }
