@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -132,6 +133,12 @@ class PagesAhead:
     def wrote(self, part: torch.Tensor) -> None:
         self._want(part.data_ptr() + part.nbytes)
 
+    @property
+    def ready(self) -> bool:
+        """Tell whether nothing is left to be made ready."""
+        with self._lock:
+            return not self._running
+
     def _want(self, end: int) -> None:
         with self._lock:
             self._ready = max(self._ready, min(end // PAGE, self._whole.stop))
@@ -165,28 +172,39 @@ class SpareMemory:
     reading an adapter (see `PagesAhead`). So the next piece is made ready as soon as one is taken.
     """
 
+    LEAST = PAGE  # bytes of a piece; below that there is nothing to gain
     MOST = 64 << 20  # bytes that lie ready for nobody yet
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spares: OrderedDict[int, torch.Tensor] = OrderedDict()  # bytes → a piece, latest last
+        self._spares: OrderedDict[int, _Spare] = OrderedDict()  # by bytes, the latest one last
 
     def take(self, size: int) -> torch.Tensor | None:
-        """Return `size` bytes for good, if there is such a piece; the next time there is one."""
+        """Return `size` bytes for good if they lie ready; else they do some time later."""
+        if not self.LEAST <= size <= self.MOST:
+            return None
         with self._lock:
-            spare = self._spares.pop(size, None)
-            if size <= self.MOST:
-                self._spares[size] = self._ahead(size)
+            spare = self._spares.get(size)
+            if spare is not None and not spare.pages.ready:
+                return None
+            self._spares[size] = _Spare.begin(size)
+            self._spares.move_to_end(size)
             while sum(self._spares) > self.MOST:
                 self._spares.popitem(last=False)
-        return spare
+        return spare and spare.memory
 
-    def _ahead(self, size: int) -> torch.Tensor:
+
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    memory: torch.Tensor
+    pages: PagesAhead
+
+    @classmethod
+    def begin(cls, size: int) -> "_Spare":
         whole = -(-size // PAGE) * PAGE
-        pages = mmap.mmap(-1, whole + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = _aligned(pages)[:whole]
-        PagesAhead(memory, whole)
-        return memory[:size]
+        memory = mmap.mmap(-1, whole + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = _aligned(memory)[:whole]
+        return cls(pages[:size], PagesAhead(pages, whole))
 
 
 def _aligned(pages: mmap.mmap) -> torch.Tensor:

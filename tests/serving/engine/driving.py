@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,12 @@ async def complete_all(
     return await asyncio.gather(
         *(complete(engine, each) for each in wanted), return_exceptions=True
     )
+
+
+def wait_for_pages() -> None:
+    """Wait until no memory is being made ready in this process."""
+    while any(thread.name == "pages-ahead" for thread in threading.enumerate()):
+        time.sleep(0.01)
 
 
 async def until(engine: Engine, seen: Callable[[EngineStats], bool]) -> EngineStats:

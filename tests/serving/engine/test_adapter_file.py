@@ -13,7 +13,9 @@ from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.lora import LoraLayout, pack_b, panel_offset
 from serving.engine.ops.native.library import Library
+from serving.engine.pages import PAGE, PagesAhead, SpareMemory
 from serving.engine.spec import LinearGroup
+from tests.serving.engine.driving import wait_for_pages
 
 Tensors = dict[str, torch.Tensor]
 
@@ -122,6 +124,26 @@ def test_files_alike_are_told_apart_by_what_differs(library: Library) -> None:
         files(tensors(8, torch.bfloat16), config(8)),
     ):
         expect_torchs_numbers(library, source, reads)
+
+
+def test_what_is_written_to_memory_that_lay_ready_is_the_same(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpareMemory, "LEAST", 1)
+    monkeypatch.setattr(PagesAhead, "DELAY", 0.0)
+    reads = reader(library, library.dtype)
+    source = files(tensors(8, torch.float32, "model.layers.1.k"), config(8))  # not all are there
+    first = reads.read(source, REF)
+    wait_for_pages()
+    second, other = (
+        reads.read(source, REF),
+        reads.read(files(tensors(8, torch.float32), config(8)), REF),
+    )
+    assert len({each.weights.data_ptr() for each in (first, second, other)}) == 3
+    assert second.weights.data_ptr() % PAGE == 0, "it lay ready"
+    assert torch.equal(first.weights, second.weights)
+    assert not torch.equal(second.weights, other.weights)
+    expect_torchs_numbers(library, source, reads)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e39])

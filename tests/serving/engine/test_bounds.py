@@ -37,6 +37,7 @@ from tests.serving.engine.driving import (
     request,
     run_all,
     stepped,
+    wait_for_pages,
 )
 
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_running=2, max_model_len=128)
@@ -265,14 +266,9 @@ def test_what_lies_in_large_pages_is_what_was_put_there(monkeypatch: pytest.Monk
     assert all(tensor.data_ptr() % 64 == 0 for tensor in there)
 
 
-def _wait_for_pages() -> None:
-    while any(thread.name == "pages-ahead" for thread in threading.enumerate()):
-        time.sleep(0.01)
-
-
 def _large_bytes() -> int:
     """Return how much of this process' memory lies in large pages, when no engine makes more."""
-    _wait_for_pages()
+    wait_for_pages()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
 
@@ -342,9 +338,13 @@ def _pages_there(memory: torch.Tensor) -> float:
     return sum(each & 1 for each in here) * mmap.PAGESIZE / PAGE
 
 
-def test_memory_is_ready_a_little_ahead_of_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PagesAhead, "DELAY", 0.0)
     monkeypatch.setattr(PagesAhead, "PAUSE", 0.001)
+
+
+def test_memory_is_ready_a_little_ahead_of_what_is_written(at_once: None) -> None:
     memory = lazy_zeros((40 * PAGE,), torch.uint8, torch.device("cpu"))
     pages = PagesAhead(memory, 5 * PAGE)
     deadline = time.monotonic() + 20
@@ -363,35 +363,51 @@ def test_memory_is_ready_a_little_ahead_of_what_is_written(monkeypatch: pytest.M
     assert not memory[38 * PAGE :].any()
 
 
-def test_memory_for_the_next_one_alike_is_ready_and_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PagesAhead, "DELAY", 0.0)
-    monkeypatch.setattr(PagesAhead, "PAUSE", 0.001)
+def test_memory_for_the_next_one_alike_is_ready_and_zero(at_once: None) -> None:
     spares, size = SpareMemory(), 4 * PAGE + 1000
     assert spares.take(size) is None, "nobody asked before"
-    _wait_for_pages()
+    wait_for_pages()
     first = spares.take(size)
     assert first is not None
     assert len(first) == size
+    there = _pages_there(first)  # before anybody reads it
     assert not first.any()
-    if _pages_there(first) < 4:
-        pytest.skip("this Linux does not make memory ready")
     first.fill_(7)
+    wait_for_pages()
     second = spares.take(size)
     assert second is not None
     assert not second.any(), "not the same again"
     assert first.all(), "it is whose it is"
+    if not there:
+        pytest.skip("this Linux does not make memory ready")
+    assert there > 4
 
 
-def test_memory_that_lies_ready_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_made_ready_for_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come faster, as where adapters go in and out, do not each leave a thread."""
+    monkeypatch.setattr(PagesAhead, "DELAY", 0.5)
+    spares = SpareMemory()
+    before = threading.active_count()
+    assert [spares.take(PAGE) for _ in range(100)] == [None] * 100
+    assert threading.active_count() <= before + 1
+    wait_for_pages()
+    assert spares.take(PAGE) is not None
+
+
+def test_memory_that_lies_ready_is_bounded(at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpareMemory, "MOST", 3 * PAGE)
     spares = SpareMemory()
-    for pages in (4, 1, 2):
-        assert spares.take(pages * PAGE) is None
-    assert spares.take(4 * PAGE) is None, "more than lies ready for nobody"
-    assert spares.take(PAGE) is not None
-    assert spares.take(2 * PAGE) is not None
-    assert spares.take(3 * PAGE) is None
-    assert spares.take(PAGE) is None, "the latest size has taken its room"
+
+    def take(pages: int) -> bool:
+        wait_for_pages()
+        return spares.take(pages * PAGE) is not None
+
+    assert not any(map(take, (4, 1, 2)))
+    assert not take(4), "more than lies ready for nobody"
+    assert take(1)
+    assert take(2)
+    assert not take(3)
+    assert not take(1), "the latest size has taken its room"
 
 
 class PagesThatWait:

@@ -211,9 +211,12 @@ def slope(resident: Rows[int]) -> float:
 
 
 def test_swaps_leave_nothing_behind(tiny_base: Path, ranks: Folders) -> None:
-    """Keeping what a swap has read would take ten megabytes a round."""
+    """Keeping what a swap has read would take ten megabytes a round, and these are ten rounds.
+
+    What lies ready for the next one is a round's at most.
+    """
     resident = swap(tiny_base, ranks, arena(tiny_base, ranks, 32), 120)
-    assert resident[-1] - resident[2] < 8 << 20
+    assert resident[-1] - resident[2] < 20 << 20
 
 
 @pytest.mark.long
