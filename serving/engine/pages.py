@@ -58,7 +58,7 @@ class LargePages:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a Linux that was built without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
-        return _aligned(pages)
+        return _aligned(torch.frombuffer(pages, dtype=torch.uint8))
 
 
 class LaterPages:
@@ -187,11 +187,17 @@ class SpareMemory:
             spare = self._spares.get(size)
             if spare is not None and not spare.pages.ready:
                 return None
-            self._spares[size] = _Spare.begin(size)
-            self._spares.move_to_end(size)
-            while sum(self._spares) > self.MOST:
-                self._spares.popitem(last=False)
+            self._spares.pop(size, None)
+            self._make_room(size)
+            if sum(self._spares) + size <= self.MOST:
+                self._spares[size] = _Spare.begin(size)
         return spare and spare.memory
+
+    def _make_room(self, size: int) -> None:
+        """Give up what was asked for longest ago; what a thread still works on is not given up."""
+        for old, spare in list(self._spares.items()):
+            if sum(self._spares) + size > self.MOST and spare.pages.ready:
+                del self._spares[old]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +208,14 @@ class _Spare:
     @classmethod
     def begin(cls, size: int) -> "_Spare":
         whole = -(-size // PAGE) * PAGE
-        memory = mmap.mmap(-1, whole + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = lazy_zeros((whole + PAGE,), torch.uint8, torch.device("cpu"))
         pages = _aligned(memory)[:whole]
         return cls(pages[:size], PagesAhead(pages, whole))
 
 
-def _aligned(pages: mmap.mmap) -> torch.Tensor:
-    """Return the memory from the beginning of its first large page on."""
-    whole = torch.frombuffer(pages, dtype=torch.uint8)
-    return whole[-whole.data_ptr() % PAGE :]
+def _aligned(memory: torch.Tensor) -> torch.Tensor:
+    """Return it from the beginning of its first large page on."""
+    return memory[-memory.data_ptr() % PAGE :]
 
 
 def _whole_pages(memory: torch.Tensor) -> range:

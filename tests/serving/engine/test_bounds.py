@@ -394,6 +394,21 @@ def test_memory_is_made_ready_for_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     assert spares.take(PAGE) is not None
 
 
+def test_sizes_that_have_no_room_beside_each_other_do_not_leave_threads_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PagesAhead, "DELAY", 0.5)
+    monkeypatch.setattr(SpareMemory, "MOST", 3 * PAGE)
+    spares = SpareMemory()
+    before = threading.active_count()
+    for _ in range(50):
+        assert spares.take(PAGE) is None
+        assert spares.take(3 * PAGE) is None
+    assert threading.active_count() <= before + 1
+    wait_for_pages()
+    assert spares.take(PAGE) is not None
+
+
 def test_memory_that_lies_ready_is_bounded(at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpareMemory, "MOST", 3 * PAGE)
     spares = SpareMemory()
