@@ -107,11 +107,30 @@ struct Product {
       rows.template step<0>(weights, totals);
     }
     if (own.lora) own.lora->expand(own.layer, row, panel, totals);
-    for (int i = 0; i < N; i++)
-      for (int c = 0; c < COLUMNS; c++) finish(row + i, panel * PANEL + c * LANES, totals[i][c]);
+    finish(row, panel, totals);
   }
 
-  void finish(int64_t row, int64_t output, Floats total) const {
+  // Indices of `totals` are constants here and in `expand`, or all of it would lie on the stack.
+  template <int N>
+  __attribute__((always_inline)) void finish(int64_t row, int64_t panel,
+                                             Floats (&totals)[N][COLUMNS]) const {
+    const int64_t output = panel * PANEL;
+    Number* out = y + row * y_stride + output;
+    const auto each = [&](const auto& take) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+      for (int i = 0; i < N; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < COLUMNS; c++) take(i, c, totals[i][c]);
+    };
+    if (output + PANEL > outputs)
+      return each([&](int i, int c, Floats t) { finish_part(row + i, output + c * LANES, t); });
+    if (bias) each([&](int, int c, Floats& t) { t += load(bias + output + c * LANES); });
+    if (add) each([&](int i, int c, Floats& t) { t += load(out + i * y_stride + c * LANES); });
+    each([&](int i, int c, Floats t) { store(out + i * y_stride + c * LANES, t); });
+  }
+
+  // Of a panel that goes beyond the last output.
+  __attribute__((noinline)) void finish_part(int64_t row, int64_t output, Floats total) const {
     const int64_t n = outputs - output;
     if (n <= 0) return;
     Number* out = y + row * y_stride + output;

@@ -10,9 +10,9 @@
 #include "panel.h"
 
 constexpr int64_t MOST_PARTS = 3;
-constexpr int64_t ROWS = 16;    // of x in one task
-constexpr int64_t NARROW = 16;  // rows of A in one task
-constexpr int EIGHT = 8;        // rows of A at once: every rank bucket is a multiple of it
+constexpr int64_t ROWS = 16;  // of x in one task
+constexpr int NARROW = 16;    // rows of A in one task
+constexpr int EIGHT = 8;      // every rank bucket is a multiple of it
 
 // Matrices [layers, slots, …]; the strides say how far apart those of two layers and two slots are.
 struct Half {
@@ -93,7 +93,7 @@ class Lora {
     const Task& task = tasks[i];
     const Worn& own = worn[task.worn];
     if (task.row > own.run->start) return {};  // the same as that of an earlier task
-    const int64_t count = std::min(NARROW, parts * own.stack->rank - task.from);
+    const int64_t count = std::min<int64_t>(NARROW, parts * own.stack->rank - task.from);
     return piece(own.stack->a.of(layer, own.run->slot) + task.from * group.inputs,
                  count * group.inputs);
   }
@@ -192,37 +192,46 @@ class Lora {
 
   void shrink(const Task& task, int64_t layer, const Number* x, int64_t x_stride) {
     const Worn& own = worn[task.worn];
-    const Number* a = own.stack->a.of(layer, own.run->slot);
-    const int64_t to = std::min(task.from + NARROW, parts * own.stack->rank);
-    for (int64_t k = task.from; k < to; k += EIGHT)
-      for (int64_t i = 0; i < task.rows; i += 2) {
-        const int64_t one = task.row + i, two = std::min(one + 1, task.row + task.rows - 1);
-        Number both[LANES];
-        store(both, dot(a + k * group.inputs, x + one * x_stride, x + two * x_stride));
-        std::copy_n(both, EIGHT, &narrow[narrow_row(own, one) + k]);
-        if (two > one) std::copy_n(both + EIGHT, EIGHT, &narrow[narrow_row(own, two) + k]);
-      }
+    const int64_t width = parts * own.stack->rank, count = std::min<int64_t>(NARROW, width - task.from);
+    const Number* a = own.stack->a.of(layer, own.run->slot) + task.from * group.inputs;
+    Number* to = &narrow[narrow_row(own, task.row) + task.from];
+    x += task.row * x_stride;
+    int64_t left = task.rows;
+    for (; left > 1; left -= 2, x += 2 * x_stride, to += 2 * width)
+      for (int64_t k = 0; k < count; k += EIGHT)
+        dots<EIGHT, 2>(a + k * group.inputs, x, x_stride, to + k, width);
+    if (left && count == NARROW)
+      dots<NARROW, 1>(a, x, x_stride, to, width);
+    else if (left)
+      dots<EIGHT, 1>(a, x, x_stride, to, width);
   }
 
-  // Eight rows of A with one row of x, then the same eight with another.
-  Floats dot(const Number* a, const Number* one, const Number* two) const {
-    Floats products[2 * EIGHT] = {};
+  // M rows of A with each of N rows of x: as many sums as a vector has lanes, or fewer.
+  template <int M, int N>
+  void dots(const Number* a, const Number* x, int64_t x_stride, Number* to, int64_t width) const {
+    Floats products[N * M] = {};
     const int64_t whole = group.inputs / (LANES * STEP) * (LANES * STEP);
-    for (int64_t i = 0; i < whole; i += LANES * STEP) dot_step(a + i, one + i, two + i, products);
+    for (int64_t i = 0; i < whole; i += LANES * STEP)
+      dot_step<M, N>(a + i, x + i, x_stride, products);
     if (whole < group.inputs)
-      dot_step(a + whole, one + whole, two + whole, products, group.inputs - whole);
-    return sums(products);
+      dot_step<M, N>(a + whole, x + whole, x_stride, products, group.inputs - whole);
+    Number all[LANES];
+    store(all, sums(products));
+    for (int i = 0; i < N; i++) std::copy_n(all + i * M, M, to + i * width);
   }
 
-  template <typename... Left>  // how many numbers are left, when they are fewer than a step takes
-  void dot_step(const Number* a, const Number* one, const Number* two,
-                Floats (&products)[2 * EIGHT], Left... left) const {
-    const Words first = lanes(one, left...), second = lanes(two, left...);
-#pragma GCC unroll 8
-    for (int k = 0; k < EIGHT; k++) {
+  template <int M, int N, typename... Left>  // how many numbers are left, fewer than a step takes
+  void dot_step(const Number* a, const Number* x, int64_t x_stride, Floats (&products)[N * M],
+                Left... left) const {
+    Words own[N];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; i++) own[i] = lanes(x + i * x_stride, left...);
+#pragma GCC unroll 16
+    for (int k = 0; k < M; k++) {
       const Words weights = lanes(a + k * group.inputs, left...);
-      products[k] = multiply_add(weights, first, products[k]);
-      products[EIGHT + k] = multiply_add(weights, second, products[EIGHT + k]);
+#pragma GCC unroll 2
+      for (int i = 0; i < N; i++)
+        products[i * M + k] = multiply_add(weights, own[i], products[i * M + k]);
     }
   }
 };

@@ -95,7 +95,9 @@ class Readers {
       }
       rows.template step<0>(own, sums);
     }
+#pragma GCC unroll 6
     for (int i = 0; i < N; i++)
+#pragma GCC unroll 4
       for (int c = 0; c < C; c++)
         store(weights.data() + (first + i) * KEYS + (panel + c) * LANES, sums[i][c]);
   }
@@ -177,7 +179,9 @@ class Readers {
     float* out = total.data() + first * width + d;
     const int64_t wide = V > 1 ? V * LANES : dim - d;  // below LANES only at the last dimensions
     Floats sums[N][V];
+#pragma GCC unroll 6
     for (int i = 0; i < N; i++)
+#pragma GCC unroll 4
       for (int v = 0; v < V; v++) sums[i][v] = load(out + i * width + v * LANES);
     values += d;
     for (int64_t j = 0; j < n; j++, values += dim) {
@@ -191,7 +195,9 @@ class Readers {
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sums[i][v] += own[i * KEYS + j] * value[v];
     }
+#pragma GCC unroll 6
     for (int i = 0; i < N; i++)
+#pragma GCC unroll 4
       for (int v = 0; v < V; v++) store(out + i * width + v * LANES, sums[i][v]);
   }
 };
