@@ -192,7 +192,8 @@ class Lora {
 
   void shrink(const Task& task, int64_t layer, const Number* x, int64_t x_stride) {
     const Worn& own = worn[task.worn];
-    const int64_t width = parts * own.stack->rank, count = std::min<int64_t>(NARROW, width - task.from);
+    const int64_t width = parts * own.stack->rank;
+    const int64_t count = std::min<int64_t>(NARROW, width - task.from);
     const Number* a = own.stack->a.of(layer, own.run->slot) + task.from * group.inputs;
     Number* to = &narrow[narrow_row(own, task.row) + task.from];
     x += task.row * x_stride;

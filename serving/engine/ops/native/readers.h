@@ -60,6 +60,8 @@ class Readers {
   }
 
  private:
+  // Loops over sums are unrolled, reading and writing them as well: an index that is no constant
+  // would put all of them on the stack.
   static constexpr int TOGETHER = 8;  // readers whose maxima and sums are found side by side
   const float scale;
   std::vector<Number> queries;                   // [readers, dim]
