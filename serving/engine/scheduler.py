@@ -10,6 +10,7 @@ from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Row, Sequence
 
 STRETCH = 3  # times as long as without prompts: the most that a step with prompts should take
+READING_ADAPTERS = 0.5  # times the base, at most: more of them is read while others are computed
 SITS_OUT = 3  # steps in a row at most, for prompts of a tenant that has had less
 LOW_SHARE = 8  # beside normal requests, low ones get one token in so many
 
@@ -206,6 +207,6 @@ class Scheduler:
 
 
 def _worn(running: list[Sequence]) -> float:
-    """Return what the adapters of those that decode take to be read, in times of the base."""
+    """Return what the adapters of those that decode make a step longer, in readings of the base."""
     decoding = [s for s in running if s.remaining == 1 and s.adapter is not None]
-    return sum({s.adapter: s.share for s in decoding}.values())
+    return min(sum({s.adapter: s.share for s in decoding}.values()), READING_ADAPTERS)

@@ -374,11 +374,15 @@ def test_a_prompt_is_read_in_as_few_steps_as_may_be_and_in_even_parts() -> None:
 
 
 def test_what_adapters_take_to_be_read_makes_room_for_prompts_once_each() -> None:
-    """Four of a quarter of the base's size, worn by four or by eight: twice as much is read."""
+    """Four of an eighth of the base's size, worn by four or by eight: half as much again is read.
+
+    Of four of a quarter each no more than that is counted.
+    """
     for decoding in (4, 8):
-        most = (STRETCH - 1) * (2 * RIDGE + decoding)
-        assert alone_beside(decoding, most, share=0.25) == [most]
-        assert len(alone_beside(decoding, most + 1, share=0.25)) == 2
+        most = (STRETCH - 1) * (3 * RIDGE // 2 + decoding)
+        for share in (0.125, 0.25):
+            assert alone_beside(decoding, most, share=share) == [most]
+            assert len(alone_beside(decoding, most + 1, share=share)) == 2
 
 
 def test_nobody_waits_for_an_adapter_of_somebody_else() -> None:
