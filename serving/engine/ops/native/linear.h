@@ -35,53 +35,63 @@ class Ahead {
 
   // The next panel is this one of `linear`, or null; so many rows are computed before it.
   void begin(const Dressed* next, int64_t panel, int64_t rows) {
-    soon.clear(), done = 0;
+    soon.clear(), left = 0, begun = 0, at = end = nullptr;
     tiles = std::min(SPREAD, (rows + TILE - 1) / TILE);
     if (next) add({(const char*)next->w.at(panel), next->w.bytes()});
     if (next && next->lora)
       next->lora->each_b(next->layer, panel, [&](const Piece& piece) { add(piece); });
     if (after.lora && (next != &own || panel >= late_from))
-      for (int64_t left = share; left > 0 && a < after.lora->a_pieces(); a += threads) {
+      for (int64_t due = share; due > 0 && a < after.lora->a_pieces(); a += threads) {
         const Piece piece = after.lora->a_piece(after.layer, a);
         add(piece);
-        left -= piece.bytes / CHUNK_BYTES;
+        due -= piece.bytes / CHUNK_BYTES;
       }
   }
 
   // How many chunks to fetch beside the next tile.
-  int64_t portion() {
-    if (tiles == 0) return 0;
-    const int64_t left = soon.size() - done, now = (left + tiles - 1) / tiles;
-    tiles--;
-    return now;
+  int64_t portion() { return tiles == 0 ? 0 : (left + tiles - 1) / tiles--; }
+
+  // Let so many of the `calls` of `next` that follow give something to fetch, spread evenly.
+  void spread(int64_t wanted, int64_t calls) {
+    wanted = std::min(wanted, calls);
+    left -= wanted;
+    rate = wanted ? wanted * ONE / calls : 0;  // a LoRA alone has no weights, and no calls
+    owed = ONE - 1;
   }
 
-  // For each chunk of a tile's weights, STREAMS distances from it to memory to fetch; 0: nothing.
-  template <int STREAMS>
-  const int64_t* plan(const Number* weights, int64_t steps, int64_t wanted) {
-    const int64_t slots = (steps + CHUNK - 1) / CHUNK * STREAMS;
-    wanted = std::min(wanted, slots);
-    distances.resize(slots);
-    if (wanted < slots) std::fill(distances.begin(), distances.end(), 0);
-    const int64_t pace = wanted ? (slots << 16) / wanted : 0;  // a LoRA alone has no weights
-    for (int64_t at = 0; wanted > 0; at += pace, wanted--) {
-      const int64_t slot = at >> 16;
-      distances[slot] = soon[done++] - ((const char*)weights + slot / STREAMS * CHUNK_BYTES);
+  // Where the next chunk to fetch begins, or `here`, which is fetched already.
+  const char* next(const char* here) {
+    owed += rate;
+    if (owed < ONE) return here;
+    owed -= ONE;
+    if (at == end) {
+      at = soon[begun].first;
+      end = at + chunks(soon[begun++]) * CHUNK_BYTES;
     }
-    return distances.data();
+    const char* chunk = at;
+    at += CHUNK_BYTES;
+    return chunk;
   }
 
  private:
+  static constexpr int64_t ONE = 1 << 16;
   const Dressed &own, &after;
-  std::vector<const char*> soon;  // the chunks to fetch, of which some are done
-  size_t done = 0, a;             // a: the next piece of A
+  std::vector<Piece> soon;                   // what to fetch, of which some are begun
+  const char *at = nullptr, *end = nullptr;  // what is left of the last one of those
+  size_t begun = 0, a;                       // a: the next piece of A
   const size_t threads;
   const int64_t share, late_from;
-  int64_t tiles = 0;
-  std::vector<int64_t> distances;
+  int64_t left = 0, tiles = 0;  // chunks, and tiles beside which they are fetched
+  int64_t rate = 0, owed = 0;   // chunks for each call of `next`, in parts of ONE
 
   void add(const Piece& piece) {
-    for (int64_t at = 0; at < piece.bytes; at += CHUNK_BYTES) soon.push_back(piece.first + at);
+    if (piece.bytes == 0) return;
+    soon.push_back(piece);
+    left += chunks(piece);
+  }
+
+  static int64_t chunks(const Piece& piece) {
+    return (piece.bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
   }
 };
 
@@ -94,17 +104,22 @@ struct Product {
   int64_t x_stride, y_stride, outputs;
   bool add;
 
-  // `soon` says what to fetch beside each chunk of weights, STREAMS pieces as large as the chunk.
+  // Beside each chunk of weights STREAMS others are fetched.
   template <int N, int STREAMS>
-  void tile(int64_t row, int64_t panel, const int64_t* soon) const {
+  void tile(int64_t row, int64_t panel, Ahead& ahead) const {
     const Number* weights = own.w.at(panel);
     Rows<N> rows(x + row * x_stride, x_stride);
     Floats totals[N][COLUMNS] = {};
-    for (int64_t k = 0; k < own.w.steps; k++, weights += PANEL * STEP) {
-      for (int i = 0; i < STREAMS; i++)
-        for (int c = 0; c < COLUMNS; c++)
-          __builtin_prefetch((const char*)weights + soon[k / CHUNK * STREAMS + i] + c * LINE, 0, 2);
-      rows.template step<0>(weights, totals);
+    for (int64_t left = own.w.steps; left > 0; left -= CHUNK) {
+      const char* soon[STREAMS + 1];  // no array has no elements
+      for (int i = 0; i < STREAMS; i++) soon[i] = ahead.next((const char*)weights);
+      for (int64_t k = std::min(CHUNK, left); k > 0; k--, weights += PANEL * STEP) {
+        for (int i = 0; i < STREAMS; i++) {
+          for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(soon[i] + c * LINE, 0, 2);
+          soon[i] += COLUMNS * LINE;
+        }
+        rows.template step<0>(weights, totals);
+      }
     }
     if (own.lora) own.lora->expand(own.layer, row, panel, totals);
     finish(row, panel, totals);
@@ -152,12 +167,11 @@ struct Product {
   void sized(int64_t height, int64_t row, int64_t panel, int64_t wanted, Ahead& ahead) const {
     if constexpr (N > 1)
       if (height < N) return sized<N - 1>(height, row, panel, wanted, ahead);
-    if (wanted == 0)
-      tile<N, 0>(row, panel, nullptr);
-    else if (wanted * CHUNK <= own.w.steps)
-      tile<N, 1>(row, panel, ahead.plan<1>(own.w.at(panel), own.w.steps, wanted));
-    else
-      tile<N, 2>(row, panel, ahead.plan<2>(own.w.at(panel), own.w.steps, wanted));
+    if (wanted == 0) return tile<N, 0>(row, panel, ahead);
+    const int64_t chunks = (own.w.steps + CHUNK - 1) / CHUNK;
+    const int streams = wanted <= chunks ? 1 : 2;
+    ahead.spread(wanted, streams * chunks);
+    streams == 1 ? tile<N, 1>(row, panel, ahead) : tile<N, 2>(row, panel, ahead);
   }
 
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.

@@ -190,7 +190,7 @@ class Readers {
       Floats value[V];
       for (int v = 0; v < V; v++) {
         value[v] = load(values + v * LANES, wide - v * LANES);
-        if (ahead) fetch(values + v * LANES + ahead);
+        if (ahead && v * LANES * sizeof(Number) % LINE == 0) fetch(values + v * LANES + ahead);
       }
 #pragma GCC unroll 6
       for (int i = 0; i < N; i++)
