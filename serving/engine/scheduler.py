@@ -10,7 +10,7 @@ from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Row, Sequence
 
 STRETCH = 3  # times as long as without prompts: the most that a step with prompts should take
-READING_ADAPTERS = 0.5  # times the base, at most: more of them is read while others are computed
+READING_ADAPTERS = 0.5  # times the base, at most: more of it hides behind what rows compute
 SITS_OUT = 3  # steps in a row at most, for prompts of a tenant that has had less
 LOW_SHARE = 8  # beside normal requests, low ones get one token in so many
 

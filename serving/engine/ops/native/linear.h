@@ -111,7 +111,7 @@ struct Product {
     Rows<N> rows(x + row * x_stride, x_stride);
     Floats totals[N][COLUMNS] = {};
     for (int64_t left = own.w.steps; left > 0; left -= CHUNK) {
-      const char* soon[STREAMS + 1];  // no array has no elements
+      const char* soon[STREAMS + 1];  // one more than is used: an array cannot be empty
       for (int i = 0; i < STREAMS; i++) soon[i] = ahead.next((const char*)weights);
       for (int64_t k = std::min(CHUNK, left); k > 0; k--, weights += PANEL * STEP) {
         for (int i = 0; i < STREAMS; i++) {

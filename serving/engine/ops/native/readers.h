@@ -159,7 +159,7 @@ class Readers {
     return added;
   }
 
-  // Add n weighted values.
+  // Add n weighted values. Vectors that share a line of memory are fetched once.
   template <int N = ACROSS>
   void weigh(int64_t first, int64_t last, const Number* values, int64_t n, int64_t ahead) {
     for (; last - first >= N; first += N, ahead = 0) weigh_columns<N>(first, values, n, ahead);
