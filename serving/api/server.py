@@ -9,6 +9,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
@@ -28,6 +29,7 @@ from serving.engine.boundary import Engine
 from serving.tokens import Tokens
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SWITCH_SECONDS = 0.0001  # that a thread keeps the interpreter for itself while a step waits for it
 CUT_SECONDS = 2.0  # for the error events of answers that were cut
 BACKLOG = 2048
 
@@ -55,6 +57,7 @@ def serve(
         # What is here now stays: to walk it all again would stop every stream for 0.4 seconds.
         gc.collect()
         gc.freeze()
+        sys.setswitchinterval(SWITCH_SECONDS)
         server.run(sockets=[listener])  # on uvloop, where there is one
 
 

@@ -51,11 +51,13 @@ class TorchEngine:
         self._core = parts.core
         self._changed = threading.Condition()
         # `_changed` guards what callers and the step thread both write: the inbox, the streams and
-        # the flags. `_death` and `_stats` only the step thread writes; the core is its own.
+        # the flags. `_death`, `_stats` and `_heard` only the step thread writes; the core is its
+        # own.
         self._inbox: deque[tuple[Callable[[Ticket], None], Ticket]] = deque()
         self._streams: dict[Ticket, Stream] = {}
         self._taken: Counter[tuple[str, Priority]] = Counter()  # of them, requests of each class
         self._loaded = False  # a load ended since the last step
+        self._heard = False  # a message was taken in since the last step
         self._closing = False
         self._death: str | None = None
         self._seconds = 1.0  # of a request, smoothed
@@ -216,10 +218,12 @@ class TorchEngine:
         reason = "The engine was closed while the request ran."
         try:
             with torch.inference_mode():
-                while self._take_messages():
-                    self._await_load()
+                while self._await_work():
+                    self._hear()
                     events = self._core.step()
+                    self._heard = False
                     self._stats = self._core.stats(self._parts.stats)
+                    self._hear()
                     self._tell(events)
         except BaseException as error:  # a dead thread must say so: see check_health
             logger.exception("the step thread died")
@@ -230,37 +234,38 @@ class TorchEngine:
             tickets = list(self._streams)
         self._deliver([(ticket, EngineUnavailable(reason)) for ticket in tickets], WRITING_TURNS)
 
-    def _take_messages(self) -> bool:
-        """Wait until there is something to do and take the messages in; False: close."""
-        self._await_work()
-        with self._changed:
-            messages, self._inbox = self._inbox, deque()
-            self._loaded = False
-            closing = self._closing
-        for handle, ticket in messages:
-            handle(ticket)
-        return not closing
+    def _await_work(self) -> bool:
+        """Wait until there is something to do; after a while of nothing, make pages large.
 
-    def _await_work(self) -> None:
-        """Wait until there is something to do; after a while of nothing, make pages large."""
+        False: close.
+        """
         pages = self._core.residency.stacks.large_pages
         while True:
             with self._changed:
                 quiet = QUIET_SECONDS if pages.waiting else None
                 if self._changed.wait_for(self._is_due, quiet):
-                    return
+                    self._loaded = False
+                    return not self._closing
             while pages.waiting and not self._is_due():
                 pages.enlarge()
 
     def _is_due(self) -> bool:
-        return bool(self._inbox or self._loaded or self._closing or self._core.has_work)
+        told = self._inbox or self._loaded or self._closing
+        return bool(told or self._heard or self._core.has_work)
 
-    def _await_load(self) -> None:
-        """Wait a moment for an adapter that somebody wants kept, before the step that checks it.
+    def _hear(self) -> None:
+        """Take the messages in, and wait a moment for an adapter that somebody wants kept.
 
         Beside a step its load takes longer and the step, too, and then it waits for the end of it.
-        For those that run this is shorter than the steps with parts of its first prompt.
+        For those that run this is shorter than the steps with parts of its first prompt. What a
+        step gave is told after the wait: it is in the gap that ends with that step, not in the
+        longer one that ends with the self-check.
         """
+        with self._changed:
+            messages, self._inbox = self._inbox, deque()
+        for handle, ticket in messages:
+            handle(ticket)
+            self._heard = True
         if self._stats.device == "cpu" and self._core.holds():
             with self._changed:
                 self._changed.wait_for(lambda: self._loaded or self._closing, LOADING_SECONDS)
@@ -269,16 +274,16 @@ class TorchEngine:
         """Deliver what a step gave, and wait a moment for who was told that an adapter is kept.
 
         It asks for the adapter at once. Without the wait its request would come just after a step
-        has begun, and wait for all of it. So it is told first: the others' tokens are written
-        while it asks.
+        has begun, and wait for all of it. The others get their tokens after the wait, which so
+        makes the short gap of a self-check longer, not the next one, with a part of a prompt.
         """
         if self._stats.device != "cpu" or not any(map(_is_kept, events)):
             self._deliver(events, WRITING_TURNS)
             return
         self._deliver(filter(_ends, events), ANSWERING_TURNS)
-        self._deliver(filterfalse(_ends, events), WRITING_TURNS)
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._closing, ASKING_SECONDS)
+        self._deliver(filterfalse(_ends, events), WRITING_TURNS)
 
     def _deliver(self, events: Iterable[Event], turns: int) -> None:
         """Hand the events to their callers; on a CPU, give these so many turns to write them."""

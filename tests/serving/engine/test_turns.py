@@ -1,16 +1,25 @@
 """Steps and event loops take turns on a CPU: both want all cores."""
 
 import asyncio
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from registry.adapter import AdapterRef
+from serving.engine import engine as engine_module
 from serving.engine import stream
 from serving.engine.boundary import TokenDelta
+from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
+from serving.engine.sampler import Sampler
+from serving.engine.sequence import Sequence as Running
 from serving.engine.settings import EngineSettings
-from tests.serving.engine.driving import Folders, base_of, request
+from tests.serving.engine.driving import Folders, base_of, request, until
 
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_running=2, max_model_len=128)
 COUNT = 6
@@ -92,3 +101,47 @@ def test_who_loaded_an_adapter_is_answered_before_the_others_have_their_tokens(
     (steps, written), *_ = answered
     assert 1 < steps < 40, "it was loaded beside the stream"
     assert written == steps - 1, "the token of the step that the adapter was kept in comes after"
+
+
+def test_what_a_step_gave_is_told_when_a_load_is_done_that_began_beside_it(
+    tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait is in the gap that ends with that step; the one behind it has the self-check."""
+    monkeypatch.setattr(engine_module, "LOADING_SECONDS", 60.0)
+    begun, allowed = threading.Event(), threading.Event()
+
+    def fetch(ref: AdapterRef) -> Path:
+        begun.set()
+        assert allowed.wait(30)
+        return tiny_folders(ref)
+
+    async def main() -> None:
+        loop, ref = asyncio.get_running_loop(), tiny_folders.refs["a"]
+        parts = assemble(read_model(base_of(tiny_base), SETTINGS), fetch, SETTINGS)
+        sampler = parts.core.sampler
+
+        class Asking(Sampler):
+            def choose(self, logits: torch.Tensor, sequences: Sequence[Running]) -> Any:
+                if parts.core.counters.steps == 1:  # the second one
+                    asyncio.run_coroutine_threadsafe(engine.keep(ref), loop)
+                    assert begun.wait(30)
+                return super().choose(logits, sequences)
+
+        parts.core.sampler = Asking(sampler.greedy, frozenset(sampler.eos_ids))
+        engine = TorchEngine(parts, SETTINGS)
+        tokens: list[int] = []
+
+        async def read() -> None:
+            async for delta in engine.generate(request("hello", max_tokens=COUNT)):
+                tokens.extend(delta.token_ids)
+
+        reading = asyncio.create_task(read())
+        await until(engine, lambda stats: stats.steps == 2)
+        await asyncio.sleep(0.1)  # more than a token takes that is told at once
+        assert len(tokens) == 1
+        allowed.set()
+        await reading
+        assert len(tokens) == COUNT
+        await engine.aclose()
+
+    asyncio.run(main())
