@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRY_SECONDS = 60
 LOADING_SECONDS = 0.035  # that a step waits for an adapter which is read meanwhile
+TELLING_SECONDS = 0.03  # from the beginning of a step until what it gave is told, beside a load
 QUIET_SECONDS = 0.1  # without anything to do, before memory is put in order
 WRITING_TURNS = 2  # of the event loop, until whoever was given a token has written it
 ANSWERING_TURNS = 8  # from the end of a self-check until its load call is answered
@@ -58,6 +59,7 @@ class TorchEngine:
         self._taken: Counter[tuple[str, Priority]] = Counter()  # of them, requests of each class
         self._loaded = False  # a load ended since the last step
         self._heard = False  # a message was taken in since the last step
+        self._held_until = 0.0  # the next step waits for a load so long
         self._closing = False
         self._death: str | None = None
         self._seconds = 1.0  # of a request, smoothed
@@ -208,7 +210,7 @@ class TorchEngine:
 
     def _wake(self) -> None:
         with self._changed:
-            self._loaded = True
+            self._loaded, self._held_until = True, 0.0
             self._changed.notify()
 
     def _work(self) -> None:
@@ -220,10 +222,13 @@ class TorchEngine:
             with torch.inference_mode():
                 while self._await_work():
                     self._hear()
+                    self._await_load()
+                    began = time.monotonic()
                     events = self._core.step()
                     self._heard = False
                     self._stats = self._core.stats(self._parts.stats)
                     self._hear()
+                    self._await_load(began + TELLING_SECONDS)
                     self._tell(events)
         except BaseException as error:  # a dead thread must say so: see check_health
             logger.exception("the step thread died")
@@ -254,21 +259,31 @@ class TorchEngine:
         return bool(told or self._heard or self._core.has_work)
 
     def _hear(self) -> None:
-        """Take the messages in, and wait a moment for an adapter that somebody wants kept.
+        """Take the messages in, and see whether the next step should wait for a load.
 
-        Beside a step its load takes longer and the step, too, and then it waits for the end of it.
-        For those that run this is shorter than the steps with parts of its first prompt. What a
-        step gave is told after the wait: it is in the gap that ends with that step, not in the
-        longer one that ends with the self-check.
+        It waits a moment for an adapter that somebody wants kept: beside a step its load takes
+        longer and the step, too, and then it waits for the end of it. For those that run this is
+        shorter than the steps with parts of its first prompt.
         """
         with self._changed:
             messages, self._inbox = self._inbox, deque()
         for handle, ticket in messages:
             handle(ticket)
             self._heard = True
-        if self._stats.device == "cpu" and self._core.holds():
-            with self._changed:
-                self._changed.wait_for(lambda: self._loaded or self._closing, LOADING_SECONDS)
+        with self._changed:  # a load that ends from now on ends the wait
+            if self._stats.device == "cpu" and self._core.holds():
+                self._held_until = time.monotonic() + LOADING_SECONDS
+
+    def _await_load(self, latest: float = math.inf) -> None:
+        """Wait for the load, until `latest` at most.
+
+        Part of the wait is before the tokens of the last step are told, the rest behind it: in two
+        gaps of the streams, neither of which is so long as that of a prompt's part.
+        """
+        with self._changed:
+            seconds = min(self._held_until, latest) - time.monotonic()
+            if seconds > 0:
+                self._changed.wait_for(lambda: not self._held_until or self._closing, seconds)
 
     def _tell(self, events: list[Event]) -> None:
         """Deliver what a step gave, and wait a moment for who was told that an adapter is kept.

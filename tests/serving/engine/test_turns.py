@@ -108,6 +108,7 @@ def test_what_a_step_gave_is_told_when_a_load_is_done_that_began_beside_it(
 ) -> None:
     """The wait is in the gap that ends with that step; the one behind it has the self-check."""
     monkeypatch.setattr(engine_module, "LOADING_SECONDS", 60.0)
+    monkeypatch.setattr(engine_module, "TELLING_SECONDS", 60.0)
     begun, allowed = threading.Event(), threading.Event()
 
     def fetch(ref: AdapterRef) -> Path:
