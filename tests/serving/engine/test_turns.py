@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from serving.engine import engine as engine_module
 from serving.engine import stream
 from serving.engine.boundary import TokenDelta
 from serving.engine.build import assemble, read_model
+from serving.engine.core import Event
 from serving.engine.engine import TorchEngine
 from serving.engine.sampler import Sampler
 from serving.engine.sequence import Sequence as Running
 from serving.engine.settings import EngineSettings
-from tests.serving.engine.driving import Folders, base_of, request, until
+from tests.serving.engine.driving import Folders, Result, base_of, complete, request, until
 
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_running=2, max_model_len=128)
 COUNT = 6
@@ -143,6 +145,44 @@ def test_what_a_step_gave_is_told_when_a_load_is_done_that_began_beside_it(
         allowed.set()
         await reading
         assert len(tokens) == COUNT
+        await engine.aclose()
+
+    asyncio.run(main())
+
+
+def test_what_comes_beside_a_pass_that_found_nothing_to_do_gets_a_step(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """It is taken in right behind that pass; the engine must not go to sleep on it."""
+    allowed = threading.Event()
+
+    def fetch(ref: AdapterRef) -> Path:
+        assert allowed.wait(60)
+        return tiny_folders(ref)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        parts = assemble(read_model(base_of(tiny_base), SETTINGS), fetch, SETTINGS)
+        passes, asked = parts.core.step, list[Future[Result]]()
+
+        def step() -> list[Event]:
+            events = passes()
+            if not asked:
+                later = complete(engine, request("hello", max_tokens=1))
+                asked.append(asyncio.run_coroutine_threadsafe(later, loop))
+                asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
+            return events
+
+        parts.core.step = step
+        engine = TorchEngine(parts, SETTINGS)
+        async with asyncio.timeout(30):
+            warming = asyncio.create_task(engine.warm(tiny_folders.refs["a"]))
+            while not asked:  # noqa: ASYNC110  # an engine tells nobody
+                await asyncio.sleep(0.001)
+            assert len((await asyncio.wrap_future(asked[0])).tokens) == 1
+            assert not warming.done()
+            allowed.set()
+            await warming
         await engine.aclose()
 
     asyncio.run(main())
