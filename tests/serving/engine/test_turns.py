@@ -143,7 +143,8 @@ def test_what_a_step_gave_is_told_when_a_load_is_done_that_began_beside_it(
         await asyncio.sleep(0.1)  # more than a token takes that is told at once
         assert len(tokens) == 1
         allowed.set()
-        await reading
+        async with asyncio.timeout(30):  # the end of the load ends the wait
+            await reading
         assert len(tokens) == COUNT
         await engine.aclose()
 
