@@ -158,7 +158,7 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
             settings.max_running,
             settings.kv_slots - settings.max_running,
             settings.max_batched_tokens,
-            ridge_tokens(device),
+            ridge_tokens(device, model.library is not None and model.library.matrices),
         ),
         cache,
         Residency(table, stacks, loader, _copy_bytes(spec, dtype, device)),

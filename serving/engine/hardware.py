@@ -55,13 +55,16 @@ def total_memory(device: torch.device, limit_files: Sequence[Path] = LIMIT_FILES
     return min([total, *(int(text) for text in texts if text != "max")])
 
 
-def ridge_tokens(device: torch.device) -> int:
+def ridge_tokens(device: torch.device, matrices: bool = False) -> int:
     """Return how many tokens are computed in the time that the weights take to be read once.
 
-    Measured for a CPU (docs/benchmarks.md: 9 ms a step and 0.6 ms a token); arithmetic over
-    bandwidth for a GPU (989 Tflop/s over 3.35 TB/s of an H100, of which about half is reached).
+    Measured for a CPU (docs/benchmarks.md: 9 ms a step and 0.6 ms a token, or 12 and 0.2 where it
+    multiplies matrices); arithmetic over bandwidth for a GPU (989 Tflop/s over 3.35 TB/s of an
+    H100, of which about half is reached).
     """
-    return 128 if device.type == "cuda" else 16
+    if device.type == "cuda":
+        return 128
+    return 64 if matrices else 16
 
 
 def compute_alone() -> None:

@@ -2,8 +2,8 @@
 
 import torch
 
-from serving.engine.ops.native.target import TARGETS
+from serving.engine.ops.native.target import TARGETS, capabilities
 
-HERE = torch.cpu.get_capabilities()
+HERE = capabilities()
 RUNNABLE = [target for target in TARGETS if target.runs_on(HERE)]
 DTYPES = [torch.float32, torch.bfloat16]

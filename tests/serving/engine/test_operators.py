@@ -381,7 +381,9 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -
 
 def test_a_processor_gets_the_best_body_that_it_can_run() -> None:
     modern = dict.fromkeys(TARGETS[0].needs, True)
-    assert choose_target(modern).name == "AVX-512 BF16"
+    assert choose_target(modern).name == "AMX BF16"
+    assert choose_target(modern | {"amx_bf16": False}).name == "AVX-512 BF16"
+    assert choose_target(modern | {"amx_tile": False}).name == "AVX-512 BF16"
     assert choose_target(modern | {"avx512_bf16": False}).name == "AVX2"
     assert choose_target(modern | {"avx512_vl": False}).name == "AVX2"
     assert choose_target({"avx2": True}).name == "generic"
@@ -391,9 +393,9 @@ def test_a_processor_gets_the_best_body_that_it_can_run() -> None:
 
 def test_no_target_uses_an_instruction_that_it_does_not_ask_for(tmp_path: Path) -> None:
     """A flag that the processor was not asked about would be an illegal instruction somewhere."""
-    asked = {"-mavx2": "avx2", "-mfma": "fma3"} | {
-        f"-mavx512{name}": f"avx512_{name}" for name in ("f", "bw", "vl", "dq", "bf16")
-    }
+    asked = {"-mavx2": "avx2", "-mfma": "fma3"}
+    asked |= {f"-mavx512{name}": f"avx512_{name}" for name in ("f", "bw", "vl", "dq", "bf16")}
+    asked |= {f"-mamx-{name}": f"amx_{name}" for name in ("tile", "bf16")}
     for target in TARGETS:
         assert isinstance(target, Target)
         assert {asked[flag] for flag in target.flags} == target.needs

@@ -31,7 +31,7 @@ from serving.engine.ops.native.layout import (
     run_table,
     stack_table,
 )
-from serving.engine.ops.native.target import Target, choose_target
+from serving.engine.ops.native.target import AMX_BF16, Target, choose_target
 from serving.engine.ops.sampling import Shape
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -64,6 +64,7 @@ class Library:
 
     def __init__(self, path: Path, target: Target, dtype: torch.dtype) -> None:
         self.target, self.dtype = target, dtype
+        self.matrices = target is AMX_BF16 and dtype == torch.bfloat16  # the processor's own product
         try:
             self._calls = ctypes.CDLL(str(path))
         except OSError as error:  # no OpenMP runtime in this torch, for example

@@ -5,11 +5,15 @@
 #include <atomic>
 
 #include "lora.h"
+#include "matrix.h"
 
 #if defined(__AVX512F__)
 constexpr int TILE = 12;  // rows of x at once: 24 of 32 registers are sums
 #else
 constexpr int TILE = 2;
+#endif
+#if !defined(MATRIX)
+constexpr int64_t BLOCK = TILE;
 #endif
 
 constexpr int64_t SPREAD = 8;  // tiles that fetch; those behind them multiply only
@@ -36,7 +40,7 @@ class Ahead {
   // The next panel is this one of `linear`, or null; so many rows are computed before it.
   void begin(const Dressed* next, int64_t panel, int64_t rows) {
     soon.clear(), left = 0, begun = 0, at = end = nullptr;
-    tiles = std::min(SPREAD, (rows + TILE - 1) / TILE);
+    tiles = std::min(SPREAD, (rows + BLOCK - 1) / BLOCK);
     if (next) add({(const char*)next->w.at(panel), next->w.bytes()});
     if (next && next->lora)
       next->lora->each_b(next->layer, panel, [&](const Piece& piece) { add(piece); });
@@ -104,13 +108,20 @@ struct Product {
   int64_t x_stride, y_stride, outputs;
   bool add;
 
-  // Beside each chunk of weights STREAMS others are fetched.
+  // Beside each chunk of weights STREAMS others are fetched. `sums` [N, PANEL] are those of the
+  // steps before `from`, or null.
   template <int N, int STREAMS>
-  void tile(int64_t row, int64_t panel, Ahead& ahead) const {
-    const Number* weights = own.w.at(panel);
-    Rows<N> rows(x + row * x_stride, x_stride);
+  void tile(int64_t row, int64_t panel, Ahead& ahead, int64_t from = 0,
+            const float* sums = nullptr) const {
+    const Number* weights = own.w.at(panel) + from * PANEL * STEP;
+    Rows<N> rows(x + row * x_stride + from * STEP, x_stride);
     Floats totals[N][COLUMNS] = {};
-    for (int64_t left = own.w.steps; left > 0; left -= CHUNK) {
+    if (sums)
+#pragma GCC unroll 12
+      for (int i = 0; i < N; i++)
+#pragma GCC unroll 4
+        for (int c = 0; c < COLUMNS; c++) totals[i][c] = load(sums + i * PANEL + c * LANES);
+    for (int64_t left = own.w.steps - from; left > 0; left -= CHUNK) {
       const char* soon[STREAMS + 1];  // one more than is used: an array cannot be empty
       for (int i = 0; i < STREAMS; i++) soon[i] = ahead.next((const char*)weights);
       for (int64_t k = std::min(CHUNK, left); k > 0; k--, weights += PANEL * STEP) {
@@ -154,6 +165,54 @@ struct Product {
     store(out, total, n);
   }
 
+#if defined(MATRIX)
+  // As few blocks as there can be, all of one height: the last one begins in the one before.
+  static int64_t height(int64_t rows) {
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    return blocks ? (rows + blocks - 1) / blocks : 0;
+  }
+
+  void prepare(int64_t rows) const {
+    if (own.w.steps && rows) shape_registers(height(rows));
+  }
+
+  void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
+    const int64_t high = height(rows), whole = own.w.steps / SIDE * SIDE;
+    alignas(LINE) float sums[BLOCK * PANEL];
+    for (int64_t row = 0; row < rows; row += high) {
+      const int64_t first = std::min(row, rows - high);
+      if (whole) block(first, high, panel, sums, ahead);
+      for (int64_t i = row; i < first + high; i += TILE)
+        sized(std::min<int64_t>(TILE, first + high - i), i, panel, ahead, whole,
+              whole ? sums + (i - first) * PANEL : nullptr);
+    }
+  }
+
+  void block(int64_t row, int64_t high, int64_t panel, float* sums, Ahead& ahead) const {
+    const int64_t calls = own.w.steps / SIDE * (SIDE / CHUNK);
+    const int64_t wanted = ahead.portion(), streams = (wanted + calls - 1) / calls;
+    ahead.spread(wanted, streams * calls);
+    multiply_block(own.w.at(panel), own.w.steps, x + row * x_stride, x_stride, high, sums,
+                   [&](const Number* weights) {
+      for (int64_t i = 0; i < streams * (SIDE / CHUNK); i++) {
+        const char* soon = ahead.next((const char*)weights);
+        if (soon != (const char*)weights)
+          for (int64_t line = 0; line < CHUNK_BYTES; line += LINE)
+            __builtin_prefetch(soon + line, 0, 2);
+      }
+    });
+  }
+
+  template <int N = TILE>
+  void sized(int64_t height, int64_t row, int64_t panel, Ahead& ahead, int64_t from,
+             const float* sums) const {
+    if constexpr (N > 1)
+      if (height < N) return sized<N - 1>(height, row, panel, ahead, from, sums);
+    tile<N, 0>(row, panel, ahead, from, sums);
+  }
+#else
+  void prepare(int64_t) const {}
+
   // As few tiles as there can be, of even heights: one of a single row waits for its weights.
   void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
     for (int64_t row = 0, left = (rows + TILE - 1) / TILE; left > 0; left--) {
@@ -173,6 +232,7 @@ struct Product {
     ahead.spread(wanted, streams * chunks);
     streams == 1 ? tile<N, 1>(row, panel, ahead) : tile<N, 2>(row, panel, ahead);
   }
+#endif
 
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.
   // A thread takes its next panel before it computes one, and fetches it in the meantime; beside its
@@ -180,6 +240,7 @@ struct Product {
   void run(int64_t rows, std::atomic<int64_t>& taken, const Dressed& after = {}) const {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     Ahead ahead(own, after);
+    prepare(rows);
     for (int64_t panel = thread, next; panel < own.w.count; panel = next) {
       next = threads + taken.fetch_add(1, std::memory_order_relaxed);
       if (next < own.w.count)

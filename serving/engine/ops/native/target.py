@@ -1,9 +1,14 @@
 """Which instructions the compiled operators may use on this processor."""
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+
+# Linux gives a process the registers of AMX when it asks for them (arch_prctl(2), by its numbers).
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +17,7 @@ class Target:
 
     name: str
     flags: tuple[str, ...]
-    needs: frozenset[str] = frozenset()  # names of torch.cpu.get_capabilities()
+    needs: frozenset[str] = frozenset()  # names of `capabilities`
 
     def runs_on(self, capabilities: Mapping[str, object]) -> bool:
         return all(capabilities.get(feature) for feature in self.needs)
@@ -23,16 +28,30 @@ AVX512_BF16 = Target(
     ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
     frozenset({"avx2", "fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"}),
 )
+AMX_BF16 = Target(
+    "AMX BF16",
+    (*AVX512_BF16.flags, "-mamx-tile", "-mamx-bf16"),
+    AVX512_BF16.needs | {"amx_tile", "amx_bf16"},
+)
 AVX2 = Target("AVX2", ("-mavx2", "-mfma"), frozenset({"avx2", "fma3"}))
 GENERIC = Target("generic", ())
-TARGETS = (AVX512_BF16, AVX2, GENERIC)  # the best first
+TARGETS = (AMX_BF16, AVX512_BF16, AVX2, GENERIC)  # the best first
 
 
-def choose_target(capabilities: Mapping[str, object] | None = None) -> Target:
+def capabilities() -> dict[str, object]:
+    """Return what this processor has, and what this process may use of it."""
+    known = dict(torch.cpu.get_capabilities())
+    if known.get("amx_tile"):
+        call = ctypes.CDLL(None).syscall
+        known["amx_tile"] = call(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+    return known
+
+
+def choose_target(known: Mapping[str, object] | None = None) -> Target:
     """Return the best target for a processor; None: this one.
 
     Never `-march=native`: the flags are part of the cache's key, so a cache that machines share
     never hands one of them the instructions of another.
     """
-    known = torch.cpu.get_capabilities() if capabilities is None else capabilities
-    return next(target for target in TARGETS if target.runs_on(known))
+    has = capabilities() if known is None else known
+    return next(target for target in TARGETS if target.runs_on(has))
