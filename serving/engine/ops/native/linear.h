@@ -5,7 +5,6 @@
 #include <atomic>
 
 #include "lora.h"
-#include "matrix.h"
 
 #if defined(__AVX512F__)
 constexpr int TILE = 12;  // rows of x at once: 24 of 32 registers are sums
@@ -132,7 +131,9 @@ struct Product {
         rows.template step<0>(weights, totals);
       }
     }
+#if !defined(MATRIX)
     if (own.lora) own.lora->expand(own.layer, row, panel, totals);
+#endif
     finish(row, panel, totals);
   }
 
@@ -166,41 +167,46 @@ struct Product {
   }
 
 #if defined(MATRIX)
-  // As few blocks as there can be, all of one height: the last one begins in the one before.
-  static int64_t height(int64_t rows) {
-    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-    return blocks ? (rows + blocks - 1) / blocks : 0;
-  }
-
-  void prepare(int64_t rows) const {
-    if (own.w.steps && rows) shape_registers(height(rows));
-  }
-
   void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
-    const int64_t high = height(rows), whole = own.w.steps / SIDE * SIDE;
+    const Sums block(block_height(rows));
+    const Flushing flushing;
     alignas(LINE) float sums[BLOCK * PANEL];
-    for (int64_t row = 0; row < rows; row += high) {
-      const int64_t first = std::min(row, rows - high);
-      if (whole) block(first, high, panel, sums, ahead);
-      for (int64_t i = row; i < first + high; i += TILE)
-        sized(std::min<int64_t>(TILE, first + high - i), i, panel, ahead, whole,
-              whole ? sums + (i - first) * PANEL : nullptr);
+    for (int64_t number = 0, row = 0; row < rows; number++, row += block.rows) {
+      const int64_t first = std::min(row, rows - block.rows);
+      block.clear();
+      multiply(block, first, panel, ahead);
+      if (own.lora) own.lora->expand(block, own.layer, number, panel);
+      block.store(sums);
+      if (own.lora) own.lora->expand_alone(sums, own.layer, number, panel);
+      for (int64_t i = row; i < first + block.rows; i += TILE)
+        sized(std::min<int64_t>(TILE, first + block.rows - i), i, panel, ahead,
+              own.w.steps / SIDE * SIDE, sums + (i - first) * PANEL);
     }
   }
 
-  void block(int64_t row, int64_t high, int64_t panel, float* sums, Ahead& ahead) const {
-    const int64_t calls = own.w.steps / SIDE * (SIDE / CHUNK);
-    const int64_t wanted = ahead.portion(), streams = (wanted + calls - 1) / calls;
+  // Of as many steps as registers hold at once.
+  void multiply(const Sums& block, int64_t row, int64_t panel, Ahead& ahead) const {
+    const int64_t times = own.w.steps / SIDE, calls = times * (SIDE / CHUNK);
+    const int64_t wanted = ahead.portion(), streams = calls ? (wanted + calls - 1) / calls : 0;
     ahead.spread(wanted, streams * calls);
-    multiply_block(own.w.at(panel), own.w.steps, x + row * x_stride, x_stride, high, sums,
-                   [&](const Number* weights) {
-      for (int64_t i = 0; i < streams * (SIDE / CHUNK); i++) {
-        const char* soon = ahead.next((const char*)weights);
-        if (soon != (const char*)weights)
+    const auto each = [&](const auto& rest) __attribute__((always_inline)) {
+      const Number *from = x + row * x_stride, *weights = own.w.at(panel);
+      for (int64_t i = 0; i < times; i++, from += DEEP, weights += SIDE * PANEL * STEP) {
+        for (int64_t j = 0; j < streams * (SIDE / CHUNK); j++) {
+          const char* soon = ahead.next((const char*)weights);
+          if (soon == (const char*)weights) continue;
           for (int64_t line = 0; line < CHUNK_BYTES; line += LINE)
             __builtin_prefetch(soon + line, 0, 2);
+        }
+        block.take(weights);
+        block.add_upper(from, x_stride);
+        rest(from);
       }
-    });
+    };
+    if (block.rows == block.upper)
+      each([](const Number*) {});
+    else
+      each([&](const Number* from) __attribute__((always_inline)) { block.add_lower(from, x_stride); });
   }
 
   template <int N = TILE>
@@ -210,8 +216,10 @@ struct Product {
       if (height < N) return sized<N - 1>(height, row, panel, ahead, from, sums);
     tile<N, 0>(row, panel, ahead, from, sums);
   }
+
+  static void prepare(int64_t rows) { Sums(block_height(rows)).shape(); }
 #else
-  void prepare(int64_t) const {}
+  static void prepare(int64_t) {}
 
   // As few tiles as there can be, of even heights: one of a single row waits for its weights.
   void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
@@ -239,6 +247,7 @@ struct Product {
   // last panel it fetches one of `after`.
   void run(int64_t rows, std::atomic<int64_t>& taken, const Dressed& after = {}) const {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    if (rows == 0) return;
     Ahead ahead(own, after);
     prepare(rows);
     for (int64_t panel = thread, next; panel < own.w.count; panel = next) {

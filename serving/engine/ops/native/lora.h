@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "panel.h"
+#include "matrix.h"
 
 constexpr int64_t MOST_PARTS = 3;
 constexpr int64_t ROWS = 16;  // of x in one task
@@ -45,42 +45,27 @@ struct Piece {
 // What a step adds to one group of linears; the same tasks for every layer.
 class Lora {
  public:
-  Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count)
-      : group(group), parts(group.parts), rows(count ? runs[count - 1].stop : 0), places(rows) {
-    int64_t offset = 0, output = 0;
+  // The runs are of so many rows.
+  Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count, int64_t rows)
+      : group(group), parts(group.parts), rows(rows), places(rows) {
+    int64_t output = 0;
     for (const Run* run = runs; run < runs + count; run++) {
       const Stack* stack = stacks + run->stack;
-      worn.push_back({run, stack, offset});
+      worn.push_back({run, stack});
       for (int64_t row = run->start; row < run->stop; row += ROWS)
         for (int64_t from = 0; from < parts * stack->rank; from += NARROW)
           tasks.push_back({worn.size() - 1, row, std::min(ROWS, run->stop - row), from});
-      offset += (run->stop - run->start) * parts * stack->rank;
       a_size += parts * stack->rank * group.inputs * sizeof(Number);
     }
-    narrow.resize(offset);
     for (int64_t part = 0; part < parts; part++) {
       panels[part].first = output / PANEL;
       output += group.outputs[part];
       panels[part].end = (output + PANEL - 1) / PANEL;
     }
-    for (const Worn& each : worn) {
-      const int64_t rank = each.stack->rank;
-      for (int64_t row = each.run->start; row < each.run->stop; row++) {
-        Place& place = places[row];
-        place.narrow = narrow.data() + narrow_row(each, row);
-        place.width = parts * rank, place.rank = rank, place.stop = each.run->stop;
-        for (int64_t part = 0; part < parts; part++)
-          place.b[part] = {b(each, 0, part, panels[part].first), each.stack->b[part].layer};
-      }
-    }
-    for (int64_t row = rows; row-- > 0;)
-      if (!places[row].rank)
-        places[row].stop = row + 1 < rows && !places[row + 1].rank ? places[row + 1].stop : row + 1;
+    place_rows();
   }
   Lora(const Lora&) = delete;  // places point into narrow
   Lora(Lora&&) = default;
-
-  int64_t last_row() const { return rows; }
 
   // Compute A(x) of one layer, x [rows, inputs]. Called by every thread of a parallel region.
   void shrink(int64_t layer, const Number* x, int64_t x_stride) {
@@ -109,6 +94,27 @@ class Lora {
           take(piece(b(own, layer, part, panel), own.stack->rank * PANEL));
   }
 
+#if defined(MATRIX)
+  // Add B(A(x)) of the rows of block `number` to its sums of one panel.
+  void expand(const Sums& sums, int64_t layer, int64_t number, int64_t panel) const {
+    const Block& block = blocks[number];
+    for (int64_t part = 0; part < parts; part++)
+      if (panels[part].has(panel))
+        for (int64_t i = 0; i < block.deep(); i++) expand(sums, layer, block, panel, part, i);
+  }
+
+  // The same for rows of the block whose adapter no other one wears: `sums` [rows, PANEL]. What
+  // registers do to a sum is done by hand, since B's of 16 rows do not fill them.
+  void expand_alone(float* sums, int64_t layer, int64_t number, int64_t panel) const {
+    for (int64_t part = 0; part < parts; part++)
+      if (panels[part].has(panel))
+        for (const Use& use : blocks[number].alone) {
+          const Worn& own = worn[use.worn];
+          alone(b(own, layer, part, panel), own.stack->rank,
+                narrow[use.line + part * lines_of(own)].numbers, sums + use.first * PANEL);
+        }
+  }
+#else
   // Add B(A(x)) of N rows from `row` on to the sums of one panel.
   template <int N>
   __attribute__((always_inline)) void expand(int64_t layer, int64_t row, int64_t panel,
@@ -124,13 +130,37 @@ class Lora {
           one_by_one(layer, row, panel, part, totals, std::make_index_sequence<N>());
       }
   }
+#endif
 
  private:
   struct Worn {
     const Run* run;
     const Stack* stack;
-    int64_t narrow;  // offset of its first row in A(x)
   };
+#if defined(MATRIX)
+  struct alignas(LINE) Line {  // of a register
+    Number numbers[DEEP] = {};
+  };
+  struct Use {  // of a block: what one adapter adds to some of its rows
+    size_t worn;
+    int64_t first, last;  // of the rows, counted from the block's first
+    int64_t from = 0, end = 0;  // of its numbers among all that A(x) has of the block's adapters
+    int64_t line = 0;           // of A(x), where one row has it alone
+  };
+  // A(x) of a block is [parts, deep, rows of a block] lines: each adapter has numbers of its own, which
+  // are zero in other rows, so that all of it can be multiplied with all B's at once. A row that is
+  // alone with its adapter has [parts, deep] lines elsewhere.
+  struct Block {
+    int64_t line = 0;  // its first
+    std::vector<Use> uses, alone;
+    int64_t deep() const { return uses.empty() ? 0 : (uses.back().end + DEEP - 1) / DEEP; }
+  };
+  // Of a row: its first line, how many are of one part and how far they are apart, and which of
+  // their numbers is its adapter's first.
+  struct Place {
+    int64_t line = 0, deep = 0, apart = 0, from = 0;
+  };
+#else
   struct Place {  // of a row; its rank is 0 where it wears nothing
     const Number* narrow = nullptr;  // A(x)
     int64_t width = 0, rank = 0;     // of A(x), of each part of it
@@ -140,6 +170,7 @@ class Lora {
     } b[MOST_PARTS] = {};
     int64_t stop = 0;  // of the neighbours that wear the same
   };
+#endif
   struct Task {
     size_t worn;
     int64_t row, rows;  // of x
@@ -153,7 +184,13 @@ class Lora {
   const Group group;
   const int64_t parts, rows;
   int64_t a_size = 0;  // bytes
+#if defined(MATRIX)
+  int64_t high = 0;  // rows of a block
+  std::vector<Block> blocks;
+  std::vector<Line> narrow;  // A(x)
+#else
   std::vector<Number> narrow;  // A(x): [rows, parts · rank] of each run, one run behind the other
+#endif
   std::vector<Worn> worn;
   std::vector<Place> places;
   std::vector<Task> tasks;
@@ -168,8 +205,194 @@ class Lora {
            (panel - panels[part].first) * own.stack->rank * PANEL;
   }
 
-  size_t narrow_row(const Worn& own, int64_t row) const {
-    return own.narrow + (row - own.run->start) * parts * own.stack->rank;
+#if defined(MATRIX)
+  void place_rows() {
+    high = block_height(rows);
+    blocks.resize((rows + high - 1) / high);
+    for (size_t i = 0; i < worn.size(); i++)
+      for (int64_t row = worn[i].run->start, stop; row < worn[i].run->stop; row = stop) {
+        const int64_t number = row / high, first = row - first_row(number);
+        stop = std::min(worn[i].run->stop, (number + 1) * high);
+        add_use(blocks[number], {i, first, first + stop - row - 1});
+      }
+    int64_t line = 0;
+    for (size_t number = 0; number < blocks.size(); number++) {
+      Block& block = blocks[number];
+      block.line = line;
+      line += parts * block.deep() * high;
+      for (const Use& use : block.uses)
+        for (int64_t row = use.first; row <= use.last; row++)
+          places[first_row(number) + row] = {block.line + row, block.deep(), high, use.from};
+      for (Use& use : block.alone) {
+        use.line = line;
+        line += parts * lines_of(worn[use.worn]);
+        places[first_row(number) + use.first] = {use.line, lines_of(worn[use.worn]), 1, 0};
+      }
+    }
+    narrow.resize(line);
+  }
+
+  void add_use(Block& block, Use use) const {
+    if (use.first == use.last) return block.alone.push_back(use);
+    const int64_t rank = worn[use.worn].stack->rank, whole = std::min(rank, DEEP);
+    const int64_t before = block.uses.empty() ? 0 : block.uses.back().end;
+    use.from = (before + whole - 1) / whole * whole;  // never in more lines than need be
+    use.end = use.from + rank;
+    block.uses.push_back(use);
+  }
+
+  static int64_t lines_of(const Worn& own) { return (own.stack->rank + DEEP - 1) / DEEP; }
+
+  int64_t first_row(int64_t block) const { return std::min(block * high, rows - high); }
+
+  // Where number `rank` of A(x) of a row is, of all parts; EIGHT are side by side.
+  Number* narrow_at(const Worn& own, int64_t row, int64_t rank) {
+    const Place& place = places[row];
+    const int64_t part = rank / own.stack->rank, at = place.from + rank % own.stack->rank;
+    return narrow[place.line + (part * place.deep + at / DEEP) * place.apart].numbers + at % DEEP;
+  }
+
+  // What line number `deep` of the rows of a block adds.
+  void expand(const Sums& sums, int64_t layer, const Block& block, int64_t panel, int64_t part,
+              int64_t deep) const {
+    const int64_t begin = deep * DEEP, end = begin + DEEP;
+    alignas(LINE) Number mixed[DEEP * PANEL];  // B's that do not fill a register by themselves
+    const Number* weights = mixed;
+    int64_t filled = 0;
+    bool upper = false, lower = false;
+    for (const Use& use : block.uses) {
+      const int64_t from = std::max(begin, use.from), to = std::min(end, use.end);
+      if (from >= to) continue;
+      upper |= use.first < sums.upper, lower |= use.last >= sums.upper;
+      const Number* own = b(worn[use.worn], layer, part, panel) + (from - use.from) * PANEL;
+      if (to - from == DEEP) {
+        weights = own;
+        break;
+      }
+      Number* there = mixed + (from - begin) * PANEL;
+      clear(mixed + filled, there);
+      for (int64_t i = 0; i < (to - from) * PANEL; i += LANES * STEP) put(there + i, lanes(own + i));
+      filled = (to - begin) * PANEL;
+    }
+    if (weights == mixed) clear(mixed + filled, mixed + DEEP * PANEL);
+    const Line* lines = &narrow[block.line + (part * block.deep() + deep) * high];
+    written(mixed);
+    sums.take(weights);
+    if (upper) sums.add_upper(lines->numbers, DEEP);
+    if (lower) sums.add_lower(lines->numbers, DEEP);
+  }
+
+  // sums [PANEL] += B · numbers, of one part.
+  static void alone(const Number* weights, int64_t rank, const Number* numbers, float* sums) {
+    Floats total[COLUMNS];
+    for (int c = 0; c < COLUMNS; c++) total[c] = load(sums + c * LANES);
+    for (int64_t left = rank; left > 0; left -= DEEP) {
+      Floats even[COLUMNS] = {}, odd[COLUMNS] = {};
+      for (int64_t k = std::min(left, DEEP); k > 0; k -= STEP, numbers += STEP) {
+        const Words input = broadcast(numbers);
+#pragma GCC unroll 4
+        for (int c = 0; c < COLUMNS; c++, weights += LANES * STEP) {
+          const Words own = lanes(weights);
+          even[c] = fused((Floats)(own << 16), (Floats)(input << 16), even[c]);
+          odd[c] = fused((Floats)(own & HIGH), (Floats)(input & HIGH), odd[c]);
+        }
+      }
+      for (int c = 0; c < COLUMNS; c++) total[c] += even[c] + odd[c];
+    }
+    for (int c = 0; c < COLUMNS; c++) store(sums + c * LANES, total[c]);
+  }
+
+  static constexpr uint32_t HIGH = 0xffff0000u;
+  static Floats fused(Floats a, Floats b, Floats c) {
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  }
+
+  static void put(Number* to, Words words) { memcpy((void*)to, &words, sizeof words); }
+  static void clear(Number* from, const Number* to) {
+    for (; from < to; from += LANES * STEP) put(from, Words{});
+  }
+
+  // Aᵀ is not needed: it is A xᵀ that is computed, with x as the weights.
+  void shrink(const Task& task, int64_t layer, const Number* x, int64_t x_stride) {
+    const Worn& own = worn[task.worn];
+    const int64_t count = std::min<int64_t>(NARROW, parts * own.stack->rank - task.from);
+    const Number* a = own.stack->a.of(layer, own.run->slot) + task.from * group.inputs;
+    x += task.row * x_stride;
+    Shapes shapes;
+    for (int i : {0, 1}) shapes.set(i, count, task.rows * sizeof(float));
+    shapes.set(4, count, LINE);
+    shapes.set(6, SIDE, task.rows * sizeof(float));
+    shapes.use();
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t i = 0; i < group.inputs; i += 2 * DEEP) {
+      load_both(a + i, count, x + i, task.rows, x_stride, group.inputs - i);
+      _tile_dpbf16ps(0, 4, 6);
+      if (i + DEEP >= group.inputs) break;
+      load_both(a + i + DEEP, count, x + i + DEEP, task.rows, x_stride, group.inputs - i - DEEP);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    alignas(LINE) float even[SIDE][LANES], odd[SIDE][LANES];
+    const int64_t apart = task.rows == 1 ? sizeof(float) : LINE;  // one row of x is one vector
+    _tile_stored(0, even, apart);
+    _tile_stored(1, odd, apart);
+    Words sums[LANES] = {};
+    for (int64_t k = 0; k < (task.rows == 1 ? 1 : count); k++)
+      sums[k] = (Words)(load(even[k]) + load(odd[k]));
+    if (task.rows > 1) transpose(sums);
+    for (int64_t row = 0; row < task.rows; row++) {
+      Number rounded[LANES];
+      store(rounded, (Floats)sums[row]);
+      for (int64_t k = 0; k < count; k += EIGHT)
+        memcpy(narrow_at(own, task.row + row, task.from + k), rounded + k, EIGHT * sizeof(Number));
+    }
+  }
+
+  // DEEP numbers of some rows of A and of x, or the last ones, into registers 4 and 6.
+  void load_both(const Number* a, int64_t count, const Number* x, int64_t x_rows, int64_t x_stride,
+                 int64_t left) const {
+    alignas(LINE) Number last[SIDE][DEEP];
+    Words own[LANES];
+    if (left >= DEEP) {
+      _tile_loadd(4, a, group.inputs * sizeof(Number));
+    } else {
+      for (int64_t i = 0; i < count; i++) {
+        const Words some = lanes(a + i * group.inputs, left);
+        memcpy((void*)last[i], &some, LINE);
+      }
+      written(last);
+      _tile_loadd(4, last, LINE);
+    }
+    if (x_rows == 1 && left >= DEEP) {  // words of one row are 16 rows of one word
+      _tile_loadd(6, x, STEP * sizeof(Number));
+      return;
+    }
+    for (int64_t i = 0; i < x_rows; i++) own[i] = lanes(x + i * x_stride, left);
+    for (int64_t i = x_rows; i < LANES; i++) own[i] = Words{};
+    transpose(own);
+    written(own);
+    _tile_loadd(6, own, LINE);
+  }
+#else
+  void place_rows() {
+    int64_t count = 0;
+    for (const Worn& each : worn)
+      count += (each.run->stop - each.run->start) * parts * each.stack->rank;
+    narrow.resize(count);
+    Number* next = narrow.data();
+    for (const Worn& each : worn) {
+      const int64_t rank = each.stack->rank;
+      for (int64_t row = each.run->start; row < each.run->stop; row++) {
+        Place& place = places[row];
+        place.narrow = next, next += parts * rank;
+        place.width = parts * rank, place.rank = rank, place.stop = each.run->stop;
+        for (int64_t part = 0; part < parts; part++)
+          place.b[part] = {b(each, 0, part, panels[part].first), each.stack->b[part].layer};
+      }
+    }
+    for (int64_t row = rows; row-- > 0;)
+      if (!places[row].rank)
+        places[row].stop = row + 1 < rows && !places[row + 1].rank ? places[row + 1].stop : row + 1;
   }
 
   template <int N, int FROM, int M>
@@ -195,7 +418,7 @@ class Lora {
     const int64_t width = parts * own.stack->rank;
     const int64_t count = std::min<int64_t>(NARROW, width - task.from);
     const Number* a = own.stack->a.of(layer, own.run->slot) + task.from * group.inputs;
-    Number* to = &narrow[narrow_row(own, task.row) + task.from];
+    Number* to = const_cast<Number*>(places[task.row].narrow) + task.from;
     x += task.row * x_stride;
     int64_t left = task.rows;
     for (; left > 1; left -= 2, x += 2 * x_stride, to += 2 * width)
@@ -235,4 +458,5 @@ class Lora {
         products[i * M + k] = multiply_add(weights, own[i], products[i * M + k]);
     }
   }
+#endif
 };

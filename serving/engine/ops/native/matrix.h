@@ -1,66 +1,121 @@
 // The processor's own product of matrices (AMX), where it has one. A register holds 16 rows of 64
-// bytes: 32 inputs of a row of x, or one step of 16 outputs of weights as panel.h lays them, or 16
-// sums.
+// bytes: of x 32 numbers each, of packed weights (panel.h) 16 steps of 16 outputs, or 16 sums. For
+// each sum the even numbers and the odd ones are multiplied and added from zero on, then both are
+// added to it (Intel's manual, TDPBF16PS). What is zero changes no bit.
+//
+// The compiler does not know that registers read memory: call `written` before they do.
 #pragma once
 #include "panel.h"
 
 #if defined(__AMX_BF16__) && defined(BFLOAT16)
 #define MATRIX
 constexpr int64_t SIDE = 16;         // rows of a register
+constexpr int64_t DEEP = 32;         // numbers in each of them
 constexpr int64_t BLOCK = 2 * SIDE;  // rows of x that are multiplied with each weight that is read
 
-// Shape this thread's registers for `rows` of x in each `multiply_block`, until the next call.
-inline void shape_registers(int64_t rows) {
+inline void written(const void* there) { asm volatile("" ::"r"(there) : "memory"); }
+
+// While there is one of these, this thread takes what is too small for a normal float as zero, as
+// the registers do.
+class Flushing {
+ public:
+  Flushing() : before(_mm_getcsr()) { _mm_setcsr(before | _MM_FLUSH_ZERO_MASK | DENORMALS_ARE_ZERO); }
+  ~Flushing() { _mm_setcsr(before); }
+  Flushing(const Flushing&) = delete;
+
+ private:
+  static constexpr unsigned DENORMALS_ARE_ZERO = 1 << 6;
+  const unsigned before;
+};
+
+// How many rows this thread's registers have, and how many bytes each row of them.
+class Shapes {
+ public:
+  void set(int number, int64_t rows, int64_t bytes) {
+    own.rows[number] = rows, own.row_bytes[number] = bytes;
+  }
+  void use() const {
+    written(&own);
+    _tile_loadconfig(&own);
+  }
+
+ private:
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
-  } shapes;
-  const int64_t above = rows > SIDE ? (rows + 1) / 2 : rows;
-  for (int i : {0, 1, 4}) shapes.rows[i] = above;
-  for (int i : {2, 3, 5}) shapes.rows[i] = std::max<int64_t>(1, rows - above);  // none is an error
-  for (int i : {6, 7}) shapes.rows[i] = SIDE;
-  for (int i = 0; i < 8; i++) shapes.row_bytes[i] = LINE;
-  _tile_loadconfig(&shapes);
-}
+  } own;
+};
 
-// sums [rows, PANEL] = x Wᵀ for one panel of W and the first steps / 16 · 16 steps; `beside` is
-// called with the weights of each 16 before they are multiplied.
-template <class Beside>
-inline void multiply_block(const Number* weights, int64_t steps, const Number* x, int64_t stride,
-                           int64_t rows, float* sums, const Beside& beside) {
-  const int64_t row = stride * sizeof(Number), panel = PANEL * STEP * sizeof(Number);
-  const int64_t half = LANES * STEP, above = rows > SIDE ? (rows + 1) / 2 : rows;
-  const Number* below = x + above * stride;
-  const auto each = [&](auto multiply) __attribute__((always_inline)) {
-    for (int64_t left = steps / SIDE; left > 0; left--) {
-      beside(weights);
-      _tile_loadd(4, x, row);
-      _tile_loadd(6, weights, panel);
-      _tile_loadd(7, weights + half, panel);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      multiply();
-      x += SIDE * STEP, below += SIDE * STEP, weights += SIDE * PANEL * STEP;
-    }
-  };
-  _tile_zero(0);
-  _tile_zero(1);
-  if (rows <= SIDE) {
-    each([] {});
-  } else {
+// Sums [rows, PANEL] of rows of x, at most BLOCK, with one panel. They are in registers 0 to 3: 16
+// outputs of the upper half of the rows, the other 16, and those of the lower half.
+class Sums {
+ public:
+  const int64_t rows, upper;
+
+  explicit Sums(int64_t rows) : rows(rows), upper(rows > SIDE ? (rows + 1) / 2 : rows) {}
+
+  // Before the first product of so many rows.
+  void shape() const {
+    Shapes shapes;
+    for (int i : {0, 1, 4}) shapes.set(i, upper, LINE);
+    for (int i : {2, 3, 5}) shapes.set(i, std::max<int64_t>(1, rows - upper), LINE);  // 0 is none
+    for (int i : {6, 7}) shapes.set(i, SIDE, LINE);
+    shapes.use();
+  }
+
+  void clear() const {
+    _tile_zero(0);
+    _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    each([&]() __attribute__((always_inline)) {
-      _tile_loadd(5, below, row);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    });
-    float* there = sums + above * PANEL;
-    _tile_stored(2, there, PANEL * sizeof(float));
-    _tile_stored(3, there + LANES, PANEL * sizeof(float));
   }
-  _tile_stored(0, sums, PANEL * sizeof(float));
-  _tile_stored(1, sums + LANES, PANEL * sizeof(float));
+
+  // Add x Wᵀ of SIDE steps, x [rows, DEEP] with `stride` between rows: take W's, then add one half
+  // or both.
+  __attribute__((always_inline)) void take(const Number* weights) const {
+    _tile_loadd(6, weights, PANEL * STEP * sizeof(Number));
+    _tile_loadd(7, weights + LANES * STEP, PANEL * STEP * sizeof(Number));
+  }
+  __attribute__((always_inline)) void add_upper(const Number* x, int64_t stride) const {
+    _tile_loadd(4, x, stride * sizeof(Number));
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  __attribute__((always_inline)) void add_lower(const Number* x, int64_t stride) const {
+    _tile_loadd(5, x + upper * stride, stride * sizeof(Number));
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  void store(float* to) const {
+    constexpr int64_t line = PANEL * sizeof(float);
+    _tile_stored(0, to, line);
+    _tile_stored(1, to + LANES, line);
+    if (rows == upper) return;
+    _tile_stored(2, to + upper * PANEL, line);
+    _tile_stored(3, to + upper * PANEL + LANES, line);
+  }
+};
+
+// As few blocks as there can be, all of one height; the last one may begin in the one before.
+inline int64_t block_height(int64_t rows) {
+  const int64_t blocks = std::max<int64_t>(1, (rows + BLOCK - 1) / BLOCK);
+  return (rows + blocks - 1) / blocks;
+}
+
+// Words [16, 16] with rows and columns exchanged.
+inline void transpose(Words (&v)[LANES]) {
+  constexpr Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; round++) {
+    Words before[LANES];
+    memcpy(before, v, sizeof v);
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      v[2 * i] = __builtin_shuffle(before[i], before[i + LANES / 2], low);
+      v[2 * i + 1] = __builtin_shuffle(before[i], before[i + LANES / 2], low + 8);
+    }
+  }
 }
 #endif

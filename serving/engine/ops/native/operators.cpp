@@ -45,7 +45,8 @@ void attention(const Number* q, int64_t stride, int64_t rows, int64_t heads, con
 
 void lora(const Number* x, int64_t x_stride, Number* y, int64_t y_stride, const Group* group,
           const Stack* stacks, const Run* runs, int64_t count, int64_t layer) {
-  Lora work(*group, stacks, runs, count);
+  const int64_t rows = count ? runs[count - 1].stop : 0;
+  Lora work(*group, stacks, runs, count, rows);
   // A product with nothing: what is there before stays, and what is worn is added.
   const Dressed nothing{{nullptr, 0, group->width()}, &work, layer};
   const Product product{x, nothing, nullptr, y, x_stride, y_stride, group->width(), true};
@@ -53,7 +54,7 @@ void lora(const Number* x, int64_t x_stride, Number* y, int64_t y_stride, const 
 #pragma omp parallel
   {
     work.shrink(layer, x, x_stride);
-    product.run(work.last_row(), taken);
+    product.run(rows, taken);
   }
 }
 
