@@ -64,7 +64,7 @@ def ridge_tokens(device: torch.device, matrices: bool = False) -> int:
     """
     if device.type == "cuda":
         return 128
-    return 48 if matrices else 16
+    return 32 if matrices else 16
 
 
 def compute_alone() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     return wide[:, 2:-4]
 
 
-@pytest.mark.parametrize("rows", [*range(1, 15), 24, 31, 64, 200])
+@pytest.mark.parametrize("rows", [*range(1, 15), 24, 31, 33, 64, 200])
 def test_a_linear_equals_float64(library: Library, rows: int) -> None:
     for inputs, outputs in ((2, 1), (34, 33), (64, 32), (130, 97), (576, 130)):
         x = torch.randn(rows, inputs, dtype=library.dtype)
@@ -328,6 +329,37 @@ def test_lora_mixes_rank_buckets_in_one_call(library: Library) -> None:
     stacks = {64: packed(wide, outputs), 8: packed(narrow, outputs)}
     library.lora(y, x, stacks, outputs, 1, runs)
     close(library, y, exact, 2.0)
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-62], ids=["normal", "sums below normal floats"])
+def test_a_row_of_lora_is_the_same_to_the_last_bit_beside_any_others(
+    library: Library, size: float
+) -> None:
+    """Ranks that share a register, fill one or need several, in runs of many rows and of one."""
+    outputs, ranks = (272, 34, 34), (8, 16, 64, 8, 32, 16)
+    stacks = {rank: lora_case(rank, library.dtype, 1, 100, outputs)[2] for rank in set(ranks)}
+    stacks = {
+        r: packed((a * size, *(b * size for b in bs)), outputs) for r, (a, *bs) in stacks.items()
+    }
+    x = torch.randn(150, 100).to(library.dtype)
+    bounds = [0, 1, 2, 3, 9, 40, 41, 42, 75, 150]
+    slots = [Slot(ranks[i % len(ranks)], i % 5) for i in range(len(bounds) - 1)]
+
+    def added(first: int, last: int) -> torch.Tensor:
+        own = [(max(a, first), min(b, last)) for a, b in pairwise(bounds)]
+        runs = [
+            Run(start - first, stop - first, slot)
+            for (start, stop), slot in zip(own, slots, strict=True)
+            if start < stop
+        ]
+        y = torch.zeros(last - first, sum(outputs)).to(library.dtype)
+        library.lora(y, x[first:last], stacks, outputs, 1, runs)
+        return y
+
+    whole = added(0, len(x))
+    assert (whole != 0).any()
+    for first, last in ((0, 1), (1, 41), (2, 3), (8, 10), (39, 150), (74, 76), (100, 101)):
+        assert same_bits(added(first, last), whole[first:last])
 
 
 def test_lora_of_a_wrong_slot_exceeds_the_bound(library: Library) -> None:
