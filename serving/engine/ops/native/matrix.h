@@ -47,6 +47,13 @@ class Shapes {
   } own;
 };
 
+// All registers whole.
+inline void shape_whole() {
+  Shapes shapes;
+  for (int i = 0; i < 8; i++) shapes.set(i, SIDE, LINE);
+  shapes.use();
+}
+
 // Sums [rows, PANEL] of rows of x, at most BLOCK, with one panel. They are in registers 0 to 3: 16
 // outputs of the upper half of the rows, the other 16, and those of the lower half.
 class Sums {

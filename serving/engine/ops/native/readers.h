@@ -3,7 +3,7 @@
 #pragma once
 #include <vector>
 
-#include "panel.h"
+#include "matrix.h"
 
 constexpr int64_t KEYS = 64;  // between two looks at the maximum
 #if defined(__AVX512F__)
@@ -27,8 +27,12 @@ class Readers {
  public:
   Readers(int64_t count, int64_t dim)
       : dim(dim), width((dim + LANES - 1) / LANES * LANES), scale(1.0f / std::sqrt((float)dim)),
-        queries(count * dim), most(count + LANES), sum(count + LANES), total(count * width),
-        weights(count * KEYS) {}
+        queries((count + LANES) * dim), most(count + LANES), sum(count + LANES),
+        total((count + LANES) * width), weights((count + LANES) * KEYS) {
+#if defined(MATRIX)
+    shape_whole();
+#endif
+  }
 
   const int64_t dim, width;  // width: dim, rounded up to LANES
 
@@ -54,9 +58,16 @@ class Readers {
   template <class Sight>
   void read(int64_t first, int64_t last, const Stretch& own, const Stretch& next,
             const Sight& sight) {
-    score(first, last, own.keys, own.panels(), next.keys ? next.keys - own.keys : 0);
+    const int64_t keys_ahead = next.keys ? next.keys - own.keys : 0;
+    const int64_t values_ahead = next.values ? next.values - own.values : 0;
+#if defined(MATRIX)
+    if (dim % DEEP == 0)
+      score_whole(first, last, own, keys_ahead);
+    else
+#endif
+      score(first, last, own.keys, own.panels(), keys_ahead);
     soften(first, last, own.panels(), sight);
-    weigh(first, last, own.values, own.count, next.values ? next.values - own.values : 0);
+    weigh(first, last, own.values, own.count, values_ahead);
   }
 
  private:
@@ -69,6 +80,35 @@ class Readers {
 
   // Into L2: what the first level holds is in use.
   static void fetch(const Number* address) { __builtin_prefetch(address, 0, 2); }
+
+#if defined(MATRIX)
+  // Write scores as weights. SIDE readers at once: behind the last one there is room for more.
+  void score_whole(int64_t first, int64_t last, const Stretch& own, int64_t ahead) {
+    const int64_t size = LANES * dim, panels = own.panels();
+    written(queries.data());
+    for (; first < last; first += SIDE, ahead = 0)
+      for (int64_t panel = 0; panel < panels; panel += 2) {
+        const Number *query = queries.data() + first * dim, *keys = own.keys + panel * size;
+        const bool both = panel + 1 < panels;
+        float* to = weights.data() + first * KEYS + panel * LANES;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t d = 0; d < dim; d += DEEP, query += DEEP, keys += DEEP * LANES) {
+          _tile_loadd(4, query, dim * sizeof(Number));
+          for (int64_t i = 0; ahead && i < DEEP * LANES; i += LANES * STEP) fetch(keys + ahead + i);
+          _tile_loadd(6, keys, LINE);
+          _tile_dpbf16ps(0, 4, 6);
+          if (!both) continue;
+          for (int64_t i = 0; ahead && i < DEEP * LANES; i += LANES * STEP)
+            fetch(keys + size + ahead + i);
+          _tile_loadd(7, keys + size, LINE);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, to, KEYS * sizeof(float));
+        if (both) _tile_stored(1, to + LANES, KEYS * sizeof(float));
+      }
+  }
+#endif
 
   // Write scores as weights, of WIDE panels at once. `ahead`: how far to fetch, 0 for nothing.
   template <int C = WIDE>
