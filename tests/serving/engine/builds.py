@@ -2,8 +2,7 @@
 
 import torch
 
-from serving.engine.ops.native.target import TARGETS, capabilities
+from serving.engine.ops.native.target import runnable_targets
 
-HERE = capabilities()
-RUNNABLE = [target for target in TARGETS if target.runs_on(HERE)]
+RUNNABLE = runnable_targets()
 DTYPES = [torch.float32, torch.bfloat16]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,9 @@ from serving.engine.build import read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.ops.native.compile import NotCompiled, compiled
 from serving.engine.ops.native.library import load_library
-from serving.engine.ops.native.target import Target, choose_target
+from serving.engine.ops.native.target import Target
 from serving.engine.settings import EngineSettings
+from tests.serving.engine.builds import RUNNABLE
 from tests.serving.engine.driving import Folders, base_of, request, run_all
 
 QUICK = Target("quick to build", ("-O0",))
@@ -65,6 +67,28 @@ def test_a_compiler_that_fails_is_quoted_and_torch_computes(
     assert not list((tmp_path / "cache" / "operators").glob("*.so"))
 
 
+@pytest.mark.skipif(len(RUNNABLE) == 1, reason="this processor has one set of instructions only")
+def test_a_compiler_that_does_not_know_the_newest_instructions_builds_for_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest, older = RUNNABLE[:2]
+    unknown = next(flag for flag in newest.flags if flag not in older.flags)
+    old = nowhere(monkeypatch, tmp_path) / "g++"
+    real = shutil.which("g++", path=os.defpath)
+    old.write_text(
+        f'#!/bin/sh\ncase "$*" in *{unknown}*) echo "error: {unknown}?" >&2; exit 1;; esac\n'
+        f'PATH={os.defpath} exec {real} "$@"\n'
+    )
+    old.chmod(0o755)
+    with caplog.at_level(logging.WARNING):
+        library = load_library(torch.bfloat16, tmp_path / "cache")
+    assert library.target is older
+    assert [record.message for record in caplog.records] == [
+        f"{older.name} computes, for want of better: g++ failed: error: {unknown}?"
+    ]
+    assert library.greedy(torch.tensor([[1.0, 3.0, 2.0]]).bfloat16())[0].tolist() == [1]
+
+
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotCompiled, match="cannot be written"):
@@ -74,7 +98,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 def test_torch_computes_when_it_is_asked_for(tiny_base: Path, tiny_folders: Folders) -> None:
     settings = EngineSettings(device="cpu", dtype="float32", max_model_len=64, operators="torch")
     assert stats_of(tiny_base, tiny_folders, settings) == "torch"
-    assert stats_of(tiny_base, tiny_folders, SETTINGS) == f"C++ ({choose_target().name})"
+    assert stats_of(tiny_base, tiny_folders, SETTINGS) == f"C++ ({RUNNABLE[0].name})"
 
 
 def test_a_base_that_the_compiled_pass_does_not_cover_is_computed_by_torch(

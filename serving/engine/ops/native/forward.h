@@ -37,7 +37,8 @@ class Layers {
                {m.intermediate, 1, {m.hidden}},
                {m.hidden, 1, {m.vocab}}},
         taken(m.layers * 4 + 1), looked(m.layers) {
-    for (int i = 0; i < 4 && s.runs; i++) loras.emplace_back(groups[i], s.stacks[i], s.run, s.runs, s.rows);
+    for (int i = 0; i < 4 && s.runs; i++)
+      loras.emplace_back(groups[i], s.stacks[i], s.run, s.runs, s.rows);
     for (int64_t i = 0; i < m.layers; i++) attentions.push_back(attention(m.layer[i].window));
   }
 

@@ -4,6 +4,7 @@ One call holds no lock of the interpreter while it runs, so the server's event l
 """
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int64, c_uint8, c_void_p
 from pathlib import Path
@@ -31,8 +32,10 @@ from serving.engine.ops.native.layout import (
     run_table,
     stack_table,
 )
-from serving.engine.ops.native.target import AMX_BF16, Target, choose_target
+from serving.engine.ops.native.target import AMX_BF16, Target, runnable_targets
 from serving.engine.ops.sampling import Shape
+
+logger = logging.getLogger(__name__)
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "linear": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *(c_int64,) * 5),
@@ -64,7 +67,8 @@ class Library:
 
     def __init__(self, path: Path, target: Target, dtype: torch.dtype) -> None:
         self.target, self.dtype = target, dtype
-        self.matrices = target is AMX_BF16 and dtype == torch.bfloat16  # the processor's own product
+        # Whether the processor multiplies matrices here, not vectors.
+        self.matrices = target is AMX_BF16 and dtype == torch.bfloat16
         try:
             self._calls = ctypes.CDLL(str(path))
         except OSError as error:  # no OpenMP runtime in this torch, for example
@@ -242,6 +246,18 @@ class Library:
 
 
 def load_library(dtype: torch.dtype, cache: Path, target: Target | None = None) -> Library:
-    """Build what is not built, and load it. Raises NotCompiled with the reason."""
-    target = target or choose_target()
-    return Library(compiled(target, dtype, cache), target, dtype)
+    """Build what is not built, and load it. Raises NotCompiled with the reason.
+
+    Without a target it is the best one for this processor that the compiler knows.
+    """
+    reasons: list[NotCompiled] = []
+    for each in runnable_targets() if target is None else (target,):
+        try:
+            library = Library(compiled(each, dtype, cache), each, dtype)
+        except NotCompiled as reason:
+            reasons.append(reason)
+            continue
+        if reasons:
+            logger.warning("%s computes, for want of better: %s", each.name, reasons[0])
+        return library
+    raise reasons[0]

@@ -206,7 +206,8 @@ struct Product {
     if (block.rows == block.upper)
       each([](const Number*) {});
     else
-      each([&](const Number* from) __attribute__((always_inline)) { block.add_lower(from, x_stride); });
+      each([&](const Number* from)
+               __attribute__((always_inline)) { block.add_lower(from, x_stride); });
   }
 
   template <int N = TILE>

@@ -103,8 +103,8 @@ class Lora {
         for (int64_t i = 0; i < block.deep(); i++) expand(sums, layer, block, panel, part, i);
   }
 
-  // The same for rows of the block whose adapter no other one wears: `sums` [rows, PANEL]. What
-  // registers do to a sum is done by hand, since B's of 16 rows do not fill them.
+  // The same, to sums [rows, PANEL], of the rows of the block whose adapter no other one wears: by
+  // hand what the registers do, to the same bits. They would take as long as for 16 rows.
   void expand_alone(float* sums, int64_t layer, int64_t number, int64_t panel) const {
     for (int64_t part = 0; part < parts; part++)
       if (panels[part].has(panel))
@@ -162,7 +162,7 @@ class Lora {
   };
 #else
   struct Place {  // of a row; its rank is 0 where it wears nothing
-    const Number* narrow = nullptr;  // A(x)
+    Number* narrow = nullptr;     // A(x)
     int64_t width = 0, rank = 0;     // of A(x), of each part of it
     struct {
       const Number* first;
@@ -207,6 +207,7 @@ class Lora {
 
 #if defined(MATRIX)
   void place_rows() {
+    if (rows == 0) return;
     high = block_height(rows);
     blocks.resize((rows + high - 1) / high);
     for (size_t i = 0; i < worn.size(); i++)
@@ -271,7 +272,8 @@ class Lora {
       }
       Number* there = mixed + (from - begin) * PANEL;
       clear(mixed + filled, there);
-      for (int64_t i = 0; i < (to - from) * PANEL; i += LANES * STEP) put(there + i, lanes(own + i));
+      for (int64_t i = 0; i < (to - from) * PANEL; i += LANES * STEP)
+        put(there + i, lanes(own + i));
       filled = (to - begin) * PANEL;
     }
     if (weights == mixed) clear(mixed + filled, mixed + DEEP * PANEL);
@@ -418,7 +420,7 @@ class Lora {
     const int64_t width = parts * own.stack->rank;
     const int64_t count = std::min<int64_t>(NARROW, width - task.from);
     const Number* a = own.stack->a.of(layer, own.run->slot) + task.from * group.inputs;
-    Number* to = const_cast<Number*>(places[task.row].narrow) + task.from;
+    Number* to = places[task.row].narrow + task.from;
     x += task.row * x_stride;
     int64_t left = task.rows;
     for (; left > 1; left -= 2, x += 2 * x_stride, to += 2 * width)

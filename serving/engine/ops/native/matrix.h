@@ -1,7 +1,7 @@
 // The processor's own product of matrices (AMX), where it has one. A register holds 16 rows of 64
-// bytes: of x 32 numbers each, of packed weights (panel.h) 16 steps of 16 outputs, or 16 sums. For
-// each sum the even numbers and the odd ones are multiplied and added from zero on, then both are
-// added to it (Intel's manual, TDPBF16PS). What is zero changes no bit.
+// bytes: of x 32 numbers each, of packed weights (panel.h) 16 steps of 16 outputs, or 16 sums. To
+// each sum is added what the even numbers give and what the odd ones give, both summed up from zero
+// (TDPBF16PS in Intel's manual of instructions); numbers that are zero change no bit of it.
 //
 // The compiler does not know that registers read memory: call `written` before they do.
 #pragma once
@@ -19,12 +19,12 @@ inline void written(const void* there) { asm volatile("" ::"r"(there) : "memory"
 // the registers do.
 class Flushing {
  public:
-  Flushing() : before(_mm_getcsr()) { _mm_setcsr(before | _MM_FLUSH_ZERO_MASK | DENORMALS_ARE_ZERO); }
+  Flushing() : before(_mm_getcsr()) { _mm_setcsr(before | FLUSH_TO_ZERO | DENORMALS_ARE_ZERO); }
   ~Flushing() { _mm_setcsr(before); }
   Flushing(const Flushing&) = delete;
 
  private:
-  static constexpr unsigned DENORMALS_ARE_ZERO = 1 << 6;
+  static constexpr unsigned DENORMALS_ARE_ZERO = 1 << 6, FLUSH_TO_ZERO = 1 << 15;  // of MXCSR
   const unsigned before;
 };
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-# Linux gives a process the registers of AMX when it asks for them (arch_prctl(2), by its numbers).
+# Linux gives a process the registers of AMX when it asks for them, with arch_prctl(2) by number.
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
@@ -47,11 +46,11 @@ def capabilities() -> dict[str, object]:
     return known
 
 
-def choose_target(known: Mapping[str, object] | None = None) -> Target:
-    """Return the best target for a processor; None: this one.
+def runnable_targets(known: Mapping[str, object] | None = None) -> list[Target]:
+    """Return the targets for a processor, the best one first; None: this processor.
 
     Never `-march=native`: the flags are part of the cache's key, so a cache that machines share
     never hands one of them the instructions of another.
     """
     has = capabilities() if known is None else known
-    return next(target for target in TARGETS if target.runs_on(has))
+    return [target for target in TARGETS if target.runs_on(has)]
