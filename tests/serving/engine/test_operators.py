@@ -1,7 +1,7 @@
 """The compiled operators against float64 and torch, on every set of instructions here."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -411,7 +411,7 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -
 
 
 def test_a_processor_gets_the_best_body_that_it_can_run() -> None:
-    def best(known: dict[str, object]) -> str:
+    def best(known: Mapping[str, object]) -> str:
         return runnable_targets(known)[0].name
 
     modern = dict.fromkeys(TARGETS[0].needs, True)

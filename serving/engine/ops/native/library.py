@@ -258,6 +258,6 @@ def load_library(dtype: torch.dtype, cache: Path, target: Target | None = None) 
             reasons.append(reason)
             continue
         if reasons:
-            logger.warning("%s computes, for want of better: %s", each.name, reasons[0])
+            logger.warning("C++ (%s) computes, not the best there is: %s", each.name, reasons[0])
         return library
     raise reasons[0]
