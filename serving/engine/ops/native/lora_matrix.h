@@ -1,0 +1,237 @@
+// B(A(x)) where the processor multiplies matrices (matrix.h).
+#pragma once
+#include "lora_plan.h"
+#include "matrix.h"
+
+class Lora : public LoraPlan {
+ public:
+  Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count, int64_t rows)
+      : LoraPlan(group, stacks, runs, count, rows), places(rows) {
+    place_rows();
+  }
+
+  // Compute A(x) of one layer, x [rows, inputs]. Called by every thread of a parallel region.
+  void shrink(int64_t layer, const Number* x, int64_t x_stride) {
+#pragma omp for schedule(static, 1)
+    for (size_t i = 0; i < tasks.size(); i++) shrink(tasks[i], layer, x, x_stride);
+  }
+
+  // Add B(A(x)) of the rows of block `number` to its sums of one panel.
+  void expand(const Sums& sums, int64_t layer, int64_t number, int64_t panel) const {
+    const Block& block = blocks[number];
+    for (int64_t part = 0; part < parts; part++)
+      if (panels[part].has(panel))
+        for (int64_t i = 0; i < block.deep(); i++) expand(sums, layer, block, panel, part, i);
+  }
+
+  // The same, to sums [rows, PANEL], of the rows of the block whose adapter no other one wears: by
+  // hand what the registers do, to the same bits. They would take as long as for 16 rows.
+  void expand_alone(float* sums, int64_t layer, int64_t number, int64_t panel) const {
+    for (int64_t part = 0; part < parts; part++)
+      if (panels[part].has(panel))
+        for (const Use& use : blocks[number].alone) {
+          const Worn& own = worn[use.worn];
+          alone(b(own, layer, part, panel), own.stack->rank,
+                narrow[use.line + part * lines_of(own)].numbers, sums + use.first * PANEL);
+        }
+  }
+
+ private:
+  struct alignas(LINE) Line {  // of a register
+    Number numbers[DEEP] = {};
+  };
+  struct Use {  // of a block: what one adapter adds to some of its rows
+    size_t worn;
+    int64_t first, last;  // of the rows, counted from the block's first
+    int64_t from = 0, end = 0;  // of its numbers among all that A(x) has of the block's adapters
+    int64_t line = 0;           // of A(x), where one row has it alone
+  };
+  // A(x) of a block is [parts, deep, rows of a block] lines: each adapter has numbers of its own, which
+  // are zero in other rows, so that all of it can be multiplied with all B's at once. A row that is
+  // alone with its adapter has [parts, deep] lines elsewhere.
+  struct Block {
+    int64_t line = 0;  // its first
+    std::vector<Use> uses, alone;
+    int64_t deep() const { return uses.empty() ? 0 : (uses.back().end + DEEP - 1) / DEEP; }
+  };
+  // Of a row: its first line, how many are of one part and how far they are apart, and which of
+  // their numbers is its adapter's first.
+  struct Place {
+    int64_t line = 0, deep = 0, apart = 0, from = 0;
+  };
+
+  int64_t high = 0;  // rows of a block
+  std::vector<Block> blocks;
+  std::vector<Line> narrow;  // A(x)
+  std::vector<Place> places;
+
+  void place_rows() {
+    if (rows == 0) return;
+    high = block_height(rows);
+    blocks.resize((rows + high - 1) / high);
+    for (size_t i = 0; i < worn.size(); i++)
+      for (int64_t row = worn[i].run->start, stop; row < worn[i].run->stop; row = stop) {
+        const int64_t number = row / high, first = row - first_row(number);
+        stop = std::min(worn[i].run->stop, (number + 1) * high);
+        add_use(blocks[number], {i, first, first + stop - row - 1});
+      }
+    int64_t line = 0;
+    for (size_t number = 0; number < blocks.size(); number++) {
+      Block& block = blocks[number];
+      block.line = line;
+      line += parts * block.deep() * high;
+      for (const Use& use : block.uses)
+        for (int64_t row = use.first; row <= use.last; row++)
+          places[first_row(number) + row] = {block.line + row, block.deep(), high, use.from};
+      for (Use& use : block.alone) {
+        use.line = line;
+        line += parts * lines_of(worn[use.worn]);
+        places[first_row(number) + use.first] = {use.line, lines_of(worn[use.worn]), 1, 0};
+      }
+    }
+    narrow.resize(line);
+  }
+
+  void add_use(Block& block, Use use) const {
+    if (use.first == use.last) return block.alone.push_back(use);
+    const int64_t rank = worn[use.worn].stack->rank, whole = std::min(rank, DEEP);
+    const int64_t before = block.uses.empty() ? 0 : block.uses.back().end;
+    use.from = (before + whole - 1) / whole * whole;  // never in more lines than need be
+    use.end = use.from + rank;
+    block.uses.push_back(use);
+  }
+
+  static int64_t lines_of(const Worn& own) { return (own.stack->rank + DEEP - 1) / DEEP; }
+
+  int64_t first_row(int64_t block) const { return std::min(block * high, rows - high); }
+
+  // Where number `rank` of A(x) of a row is, of all parts; EIGHT are side by side.
+  Number* narrow_at(const Worn& own, int64_t row, int64_t rank) {
+    const Place& place = places[row];
+    const int64_t part = rank / own.stack->rank, at = place.from + rank % own.stack->rank;
+    return narrow[place.line + (part * place.deep + at / DEEP) * place.apart].numbers + at % DEEP;
+  }
+
+  // What line number `deep` of the rows of a block adds.
+  void expand(const Sums& sums, int64_t layer, const Block& block, int64_t panel, int64_t part,
+              int64_t deep) const {
+    const int64_t begin = deep * DEEP, end = begin + DEEP;
+    alignas(LINE) Number mixed[DEEP * PANEL];  // B's that do not fill a register by themselves
+    const Number* weights = mixed;
+    int64_t filled = 0;
+    bool upper = false, lower = false;
+    for (const Use& use : block.uses) {
+      const int64_t from = std::max(begin, use.from), to = std::min(end, use.end);
+      if (from >= to) continue;
+      upper |= use.first < sums.upper, lower |= use.last >= sums.upper;
+      const Number* own = b(worn[use.worn], layer, part, panel) + (from - use.from) * PANEL;
+      if (to - from == DEEP) {
+        weights = own;
+        break;
+      }
+      Number* there = mixed + (from - begin) * PANEL;
+      clear(mixed + filled, there);
+      for (int64_t i = 0; i < (to - from) * PANEL; i += LANES * STEP)
+        put(there + i, lanes(own + i));
+      filled = (to - begin) * PANEL;
+    }
+    if (weights == mixed) clear(mixed + filled, mixed + DEEP * PANEL);
+    const Line* lines = &narrow[block.line + (part * block.deep() + deep) * high];
+    written(mixed);
+    sums.take(weights);
+    if (upper) sums.add_upper(lines->numbers, DEEP);
+    if (lower) sums.add_lower(lines->numbers, DEEP);
+  }
+
+  // sums [PANEL] += B · numbers, of one part.
+  static void alone(const Number* weights, int64_t rank, const Number* numbers, float* sums) {
+    Floats total[COLUMNS];
+    for (int c = 0; c < COLUMNS; c++) total[c] = load(sums + c * LANES);
+    for (int64_t left = rank; left > 0; left -= DEEP) {
+      Floats even[COLUMNS] = {}, odd[COLUMNS] = {};
+      for (int64_t k = std::min(left, DEEP); k > 0; k -= STEP, numbers += STEP) {
+        const Words input = broadcast(numbers);
+#pragma GCC unroll 4
+        for (int c = 0; c < COLUMNS; c++, weights += LANES * STEP) {
+          const Words own = lanes(weights);
+          even[c] = fused((Floats)(own << 16), (Floats)(input << 16), even[c]);
+          odd[c] = fused((Floats)(own & HIGH), (Floats)(input & HIGH), odd[c]);
+        }
+      }
+      for (int c = 0; c < COLUMNS; c++) total[c] += even[c] + odd[c];
+    }
+    for (int c = 0; c < COLUMNS; c++) store(sums + c * LANES, total[c]);
+  }
+
+  static constexpr uint32_t HIGH = 0xffff0000u;
+  static Floats fused(Floats a, Floats b, Floats c) {
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  }
+
+  static void put(Number* to, Words words) { memcpy((void*)to, &words, sizeof words); }
+  static void clear(Number* from, const Number* to) {
+    for (; from < to; from += LANES * STEP) put(from, Words{});
+  }
+
+  // Aᵀ is not needed: it is A xᵀ that is computed, with x as the weights.
+  void shrink(const Task& task, int64_t layer, const Number* x, int64_t x_stride) {
+    const Worn& own = worn[task.worn];
+    const int64_t count = std::min<int64_t>(NARROW, parts * own.stack->rank - task.from);
+    const Number* a = own.stack->a.of(layer, own.run->slot) + task.from * group.inputs;
+    x += task.row * x_stride;
+    Shapes shapes;
+    for (int i : {0, 1}) shapes.set(i, count, task.rows * sizeof(float));
+    shapes.set(4, count, LINE);
+    shapes.set(6, SIDE, task.rows * sizeof(float));
+    shapes.use();
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t i = 0; i < group.inputs; i += 2 * DEEP) {
+      load_both(a + i, count, x + i, task.rows, x_stride, group.inputs - i);
+      _tile_dpbf16ps(0, 4, 6);
+      if (i + DEEP >= group.inputs) break;
+      load_both(a + i + DEEP, count, x + i + DEEP, task.rows, x_stride, group.inputs - i - DEEP);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    alignas(LINE) float even[SIDE][LANES], odd[SIDE][LANES];
+    const int64_t apart = task.rows == 1 ? sizeof(float) : LINE;  // one row of x is one vector
+    _tile_stored(0, even, apart);
+    _tile_stored(1, odd, apart);
+    Words sums[LANES] = {};
+    for (int64_t k = 0; k < (task.rows == 1 ? 1 : count); k++)
+      sums[k] = (Words)(load(even[k]) + load(odd[k]));
+    if (task.rows > 1) transpose(sums);
+    for (int64_t row = 0; row < task.rows; row++) {
+      Number rounded[LANES];
+      store(rounded, (Floats)sums[row]);
+      for (int64_t k = 0; k < count; k += EIGHT)
+        memcpy(narrow_at(own, task.row + row, task.from + k), rounded + k, EIGHT * sizeof(Number));
+    }
+  }
+
+  // DEEP numbers of some rows of A and of x, or the last ones, into registers 4 and 6.
+  void load_both(const Number* a, int64_t count, const Number* x, int64_t x_rows, int64_t x_stride,
+                 int64_t left) const {
+    alignas(LINE) Number last[SIDE][DEEP];
+    Words own[LANES];
+    if (left >= DEEP) {
+      _tile_loadd(4, a, group.inputs * sizeof(Number));
+    } else {
+      for (int64_t i = 0; i < count; i++) {
+        const Words some = lanes(a + i * group.inputs, left);
+        memcpy((void*)last[i], &some, LINE);
+      }
+      written(last);
+      _tile_loadd(4, last, LINE);
+    }
+    if (x_rows == 1 && left >= DEEP) {  // words of one row are 16 rows of one word
+      _tile_loadd(6, x, STEP * sizeof(Number));
+      return;
+    }
+    for (int64_t i = 0; i < x_rows; i++) own[i] = lanes(x + i * x_stride, left);
+    for (int64_t i = x_rows; i < LANES; i++) own[i] = Words{};
+    transpose(own);
+    written(own);
+    _tile_loadd(6, own, LINE);
+  }
+};
