@@ -4,5 +4,5 @@ import torch
 
 from serving.engine.ops.native.target import runnable_targets
 
-RUNNABLE = runnable_targets()
+RUNNABLE = runnable_targets(torch.bfloat16)
 DTYPES = [torch.float32, torch.bfloat16]

@@ -14,9 +14,10 @@ import torch
 
 from serving.engine.build import read_model
 from serving.engine.engine import TorchEngine
+from serving.engine.ops.native import target as target_module
 from serving.engine.ops.native.compile import NotCompiled, compiled
-from serving.engine.ops.native.library import load_library
-from serving.engine.ops.native.target import Target
+from serving.engine.ops.native.library import Library, load_library
+from serving.engine.ops.native.target import AMX_BF16, Target, runnable_targets
 from serving.engine.settings import EngineSettings
 from tests.serving.engine.builds import RUNNABLE
 from tests.serving.engine.driving import Folders, base_of, request, run_all
@@ -89,6 +90,15 @@ def test_a_compiler_that_does_not_know_the_newest_instructions_builds_for_older_
     assert library.greedy(torch.tensor([[1.0, 3.0, 2.0]]).bfloat16())[0].tolist() == [1]
 
 
+def test_instructions_that_the_system_refuses_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_module, "XFEATURE_XTILEDATA", 62)  # of which Linux knows nothing
+    assert AMX_BF16 not in runnable_targets(torch.bfloat16)
+    with pytest.raises(NotCompiled, match="does not let this process use AMX BF16"):
+        Library(tmp_path / "nowhere.so", AMX_BF16, torch.bfloat16)
+
+
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotCompiled, match="cannot be written"):
@@ -98,7 +108,8 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 def test_torch_computes_when_it_is_asked_for(tiny_base: Path, tiny_folders: Folders) -> None:
     settings = EngineSettings(device="cpu", dtype="float32", max_model_len=64, operators="torch")
     assert stats_of(tiny_base, tiny_folders, settings) == "torch"
-    assert stats_of(tiny_base, tiny_folders, SETTINGS) == f"C++ ({RUNNABLE[0].name})"
+    best = runnable_targets(torch.float32)[0]
+    assert stats_of(tiny_base, tiny_folders, SETTINGS) == f"C++ ({best.name})"
 
 
 def test_a_base_that_the_compiled_pass_does_not_cover_is_computed_by_torch(

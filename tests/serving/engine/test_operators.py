@@ -383,39 +383,49 @@ def test_lora_in_torch_and_in_cpp_agree(library: Library) -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float) -> None:
+@pytest.mark.parametrize("row", [5, 30, 34, 39])
+def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float, row: int) -> None:
     """In every operator the other rows are the same to the last bit."""
-    x = torch.randn(13, 64).to(library.dtype)
+    rows = 40
+    x = torch.randn(rows, 64).to(library.dtype)
     sick = x.clone()
-    sick[5, 3] = poison
-    others = [i for i in range(13) if i != 5]
+    sick[row, 3] = poison
+    others = [i for i in range(rows) if i != row]
     weight, gain = pack(torch.randn(40, 64).to(library.dtype)), torch.ones(64).to(library.dtype)
-    values = torch.randn(13, 2, 80, 16).to(library.dtype)
-    keys = in_panels(values)
-    slots, positions = torch.arange(13), torch.arange(13) * 5
-    halves = packed(lora_case(8, library.dtype, 1, 64, (40,))[2], (40,))
+    caches = []
+    for heads, kv_heads, dim in ((4, 2, 16), (1, 1, 64)):
+        values = torch.randn(rows, kv_heads, 208, dim).to(library.dtype)
+        caches.append((heads, dim, in_panels(values), values))
+    slots, positions = torch.arange(rows), torch.arange(rows) * 5
+    ranks = (8, 16, 64)
+    stacks = {r: packed(lora_case(r, library.dtype, 1, 64, (40,))[2], (40,)) for r in ranks}
+    bounds = [2, 9, 12, 25, 33, 35, 36, 40]
+    slots_worn = [Slot(ranks[i % 3], i % 5) for i in range(len(bounds) - 1)]
+    runs = [Run(*span, slot) for span, slot in zip(pairwise(bounds), slots_worn, strict=True)]
 
     def outputs(x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield library.linear(x, weight, None, 40)
         yield library.rms_norm(x, gain, 1e-5)
         yield library.silu_mul(x)
         yield library.greedy(x)[0]
-        yield library.attention(x.view(13, 4, 16), keys, values, slots, positions)
-        y = torch.zeros(13, 40).to(library.dtype)
-        library.lora(y, x, {8: halves}, (40,), 0, [Run(2, 9, Slot(8, 1))])
+        for heads, dim, keys, values in caches:
+            yield library.attention(x.view(rows, heads, dim), keys, values, slots, positions)
+        y = torch.zeros(rows, 40).to(library.dtype)
+        library.lora(y, x, stacks, (40,), 0, runs)
         yield y
 
     for healthy, poisoned in zip(outputs(x), outputs(sick), strict=True):
         assert torch.equal(healthy[others], poisoned[others])
-    assert not library.linear(sick, weight, None, 40)[5].isfinite().any()
+    assert not library.linear(sick, weight, None, 40)[row].isfinite().any()
 
 
 def test_a_processor_gets_the_best_body_that_it_can_run() -> None:
     def best(known: Mapping[str, object]) -> str:
-        return runnable_targets(known)[0].name
+        return runnable_targets(torch.bfloat16, known)[0].name
 
     modern = dict.fromkeys(TARGETS[0].needs, True)
-    assert runnable_targets(modern) == list(TARGETS)
+    assert runnable_targets(torch.bfloat16, modern) == list(TARGETS)
+    assert runnable_targets(torch.float32, modern) == list(TARGETS[1:])
     assert best(modern | {"amx_bf16": False}) == "AVX-512 BF16"
     assert best(modern | {"amx_tile": False}) == "AVX-512 BF16"
     assert best(modern | {"avx512_bf16": False}) == "AVX2"

@@ -12,7 +12,7 @@ from registry.home import default_cache
 from serving.engine.boundary import GenerateRequest, RequestFailed, SamplingParams
 from serving.engine.engine import TorchEngine
 from serving.engine.ops.native.library import load_library
-from serving.engine.ops.native.target import TARGETS
+from serving.engine.ops.native.target import runnable_targets
 from serving.engine.ops.sampling import Shape, greedy, sample
 from serving.engine.sampler import Sampled, Sampler
 from serving.engine.sequence import Draws, Sequence
@@ -21,7 +21,6 @@ from tests.serving.engine.driving import Folders, base_of, request, run_all
 
 VOCAB = 500
 DRAWS = 4000
-HERE = torch.cpu.get_capabilities()
 
 
 class Drawn(Protocol):
@@ -31,7 +30,7 @@ class Drawn(Protocol):
 
 
 @pytest.fixture(
-    params=[None, *(target for target in TARGETS if target.runs_on(HERE))],
+    params=[None, *runnable_targets(torch.float32)],
     ids=lambda target: target.name if target else "torch",
 )
 def drawn(request: pytest.FixtureRequest) -> Drawn:

@@ -51,6 +51,9 @@ class Attention {
            std::atomic<int64_t>& taken) {
     const int64_t count = tasks.size() * kv_heads, threads = omp_get_num_threads();
     Readers readers(most * share, dim);
+#if defined(MATRIX)
+    shape_whole();
+#endif
     for (int64_t task = omp_get_thread_num(), next; task < count; task = next) {
       next = threads + taken.fetch_add(1, std::memory_order_relaxed);
       read(task, q, stride, cache, next < count ? stretch(next, cache) : Stretch{}, readers);

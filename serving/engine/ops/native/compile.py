@@ -31,6 +31,10 @@ class NotCompiled(Exception):
     """There are no compiled operators; the message says why."""
 
 
+class CompilerFailed(NotCompiled):
+    """The compiler did not take it; another set of instructions it may."""
+
+
 def compiled(target: Target, dtype: torch.dtype, cache: Path) -> Path:
     """Return the library, building it when it is not in the cache. Raises NotCompiled.
 
@@ -87,6 +91,6 @@ def _run(*command: str) -> None:
         )
     except subprocess.CalledProcessError as error:
         first = error.stderr.decode(errors="replace").strip().partition("\n")[0]
-        raise NotCompiled(f"{command[0]} failed: {first}") from error
+        raise CompilerFailed(f"{command[0]} failed: {first}") from error
     except subprocess.TimeoutExpired as error:
         raise NotCompiled(f"{command[0]} did not end in {BUILD_SECONDS} s") from error

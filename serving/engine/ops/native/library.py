@@ -14,7 +14,7 @@ import torch
 
 from serving.engine.ops.blocks import BlockCopy, Slots
 from serving.engine.ops.lora import Run
-from serving.engine.ops.native.compile import NotCompiled, compiled
+from serving.engine.ops.native.compile import CompilerFailed, NotCompiled, compiled
 from serving.engine.ops.native.layout import (
     MOST_PARTS,
     BlocksC,
@@ -66,9 +66,11 @@ class Library:
     """One build of the operators: for one number format and one set of instructions."""
 
     def __init__(self, path: Path, target: Target, dtype: torch.dtype) -> None:
+        if not target.allowed():
+            raise NotCompiled(f"Linux does not let this process use {target.name}")
         self.target, self.dtype = target, dtype
         # Whether the processor multiplies matrices here, not vectors.
-        self.matrices = target is AMX_BF16 and dtype == torch.bfloat16
+        self.matrices = target is AMX_BF16 and dtype == target.dtype
         try:
             self._calls = ctypes.CDLL(str(path))
         except OSError as error:  # no OpenMP runtime in this torch, for example
@@ -250,11 +252,11 @@ def load_library(dtype: torch.dtype, cache: Path, target: Target | None = None) 
 
     Without a target it is the best one for this processor that the compiler knows.
     """
-    reasons: list[NotCompiled] = []
-    for each in runnable_targets() if target is None else (target,):
+    reasons: list[CompilerFailed] = []
+    for each in runnable_targets(dtype) if target is None else (target,):
         try:
             library = Library(compiled(each, dtype, cache), each, dtype)
-        except NotCompiled as reason:
+        except CompilerFailed as reason:
             reasons.append(reason)
             continue
         if reasons:

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "lora.h"
 
@@ -52,7 +53,11 @@ class Ahead {
   }
 
   // How many chunks to fetch beside the next tile.
-  int64_t portion() { return tiles == 0 ? 0 : (left + tiles - 1) / tiles--; }
+  int64_t portion() {
+    const int64_t own = tiles ? (left + tiles - 1) / tiles : 0;
+    tiles -= tiles > 0;
+    return own;
+  }
 
   // Let so many of the `calls` of `next` that follow give something to fetch, spread evenly.
   void spread(int64_t wanted, int64_t calls) {
@@ -179,8 +184,9 @@ struct Product {
       block.store(sums);
       if (own.lora) own.lora->expand_alone(sums, own.layer, number, panel);
       for (int64_t i = row; i < first + block.rows; i += TILE)
-        sized(std::min<int64_t>(TILE, first + block.rows - i), i, panel, ahead,
-              own.w.steps / SIDE * SIDE, sums + (i - first) * PANEL);
+        sized(std::min<int64_t>(TILE, first + block.rows - i), [&](auto n) {
+          tile<n, 0>(i, panel, ahead, own.w.steps / SIDE * SIDE, sums + (i - first) * PANEL);
+        });
     }
   }
 
@@ -210,31 +216,22 @@ struct Product {
                __attribute__((always_inline)) { block.add_lower(from, x_stride); });
   }
 
-  template <int N = TILE>
-  void sized(int64_t height, int64_t row, int64_t panel, Ahead& ahead, int64_t from,
-             const float* sums) const {
-    if constexpr (N > 1)
-      if (height < N) return sized<N - 1>(height, row, panel, ahead, from, sums);
-    tile<N, 0>(row, panel, ahead, from, sums);
-  }
-
-  static void prepare(int64_t rows) { Sums(block_height(rows)).shape(); }
+  static void shape_registers(int64_t rows) { Sums(block_height(rows)).shape(); }
 #else
-  static void prepare(int64_t) {}
+  static void shape_registers(int64_t) {}
 
   // As few tiles as there can be, of even heights: one of a single row waits for its weights.
   void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
     for (int64_t row = 0, left = (rows + TILE - 1) / TILE; left > 0; left--) {
       const int64_t height = (rows - row + left - 1) / left;
-      sized(height, row, panel, ahead.portion(), ahead);
+      sized(height, [&](auto n) { fetching_tile<n>(row, panel, ahead); });
       row += height;
     }
   }
 
-  template <int N = TILE>
-  void sized(int64_t height, int64_t row, int64_t panel, int64_t wanted, Ahead& ahead) const {
-    if constexpr (N > 1)
-      if (height < N) return sized<N - 1>(height, row, panel, wanted, ahead);
+  template <int N>
+  void fetching_tile(int64_t row, int64_t panel, Ahead& ahead) const {
+    const int64_t wanted = ahead.portion();
     if (wanted == 0) return tile<N, 0>(row, panel, ahead);
     const int64_t chunks = (own.w.steps + CHUNK - 1) / CHUNK;
     const int streams = wanted <= chunks ? 1 : 2;
@@ -243,6 +240,14 @@ struct Product {
   }
 #endif
 
+  // Call `use` with `height`, which is at most TILE, as a constant.
+  template <int N = TILE, class Use>
+  static void sized(int64_t height, const Use& use) {
+    if constexpr (N > 1)
+      if (height < N) return sized<N - 1>(height, use);
+    use(std::integral_constant<int, N>());
+  }
+
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.
   // A thread takes its next panel before it computes one, and fetches it in the meantime; beside its
   // last panel it fetches one of `after`.
@@ -250,7 +255,7 @@ struct Product {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     if (rows == 0) return;
     Ahead ahead(own, after);
-    prepare(rows);
+    shape_registers(rows);
     for (int64_t panel = thread, next; panel < own.w.count; panel = next) {
       next = threads + taken.fetch_add(1, std::memory_order_relaxed);
       if (next < own.w.count)

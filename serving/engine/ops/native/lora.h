@@ -1,6 +1,6 @@
 // B(A(x)) with another adapter for each run of neighbouring rows. A(x) is computed before a linear;
 // B, which lies in panels as the linear's own weight does, is multiplied into the sums of the linear
-// while they are still in registers. A(x) is rounded to a Number in between, as PEFT does.
+// before they are rounded. A(x) is rounded to a Number in between, as PEFT does.
 #pragma once
 #include "matrix.h"
 #if defined(MATRIX)

@@ -1,7 +1,11 @@
-// B(A(x)) where the processor multiplies matrices (matrix.h).
+// B(A(x)) where the processor multiplies matrices (matrix.h). B's of one row are multiplied with
+// zeros for another: all that are worn must be finite, as `write_adapter` sees to. A rank divides
+// DEEP or is a multiple of it, so that sums run in the same order beside any others.
 #pragma once
 #include "lora_plan.h"
 #include "matrix.h"
+
+static_assert(ROWS <= SIDE && NARROW <= SIDE, "a task of A(x) is one register");
 
 class Lora : public LoraPlan {
  public:
@@ -24,8 +28,8 @@ class Lora : public LoraPlan {
         for (int64_t i = 0; i < block.deep(); i++) expand(sums, layer, block, panel, part, i);
   }
 
-  // The same, to sums [rows, PANEL], of the rows of the block whose adapter no other one wears: by
-  // hand what the registers do, to the same bits. They would take as long as for 16 rows.
+  // The same, to sums [rows, PANEL], of the runs that have only one row in the block: by hand what
+  // the registers do, to the same bits. They would take as long as for 16 rows.
   void expand_alone(float* sums, int64_t layer, int64_t number, int64_t panel) const {
     for (int64_t part = 0; part < parts; part++)
       if (panels[part].has(panel))
@@ -139,6 +143,7 @@ class Lora : public LoraPlan {
     const Line* lines = &narrow[block.line + (part * block.deep() + deep) * high];
     written(mixed);
     sums.take(weights);
+    written(mixed);
     if (upper) sums.add_upper(lines->numbers, DEEP);
     if (lower) sums.add_lower(lines->numbers, DEEP);
   }
@@ -223,6 +228,7 @@ class Lora : public LoraPlan {
       }
       written(last);
       _tile_loadd(4, last, LINE);
+      written(last);
     }
     if (x_rows == 1 && left >= DEEP) {  // words of one row are 16 rows of one word
       _tile_loadd(6, x, STEP * sizeof(Number));
@@ -233,5 +239,6 @@ class Lora : public LoraPlan {
     transpose(own);
     written(own);
     _tile_loadd(6, own, LINE);
+    written(own);
   }
 };

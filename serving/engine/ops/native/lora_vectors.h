@@ -23,7 +23,6 @@ class Lora : public LoraPlan {
   template <int N>
   __attribute__((always_inline)) void expand(int64_t layer, int64_t row, int64_t panel,
                                              Floats (&totals)[N][COLUMNS]) const {
-    if (row >= rows) return;
     const bool alike = places[row].stop >= row + N;
     if (alike && !places[row].rank) return;
     for (int64_t part = 0; part < parts; part++)
@@ -84,7 +83,7 @@ class Lora : public LoraPlan {
   __attribute__((always_inline)) void one_by_one(int64_t layer, int64_t row, int64_t panel,
                                                  int64_t part, Floats (&totals)[N][COLUMNS],
                                                  std::index_sequence<I...>) const {
-    ((row + (int64_t)I < rows && places[row + I].rank
+    ((places[row + I].rank
           ? rows_of<1, I>(layer, row + I, panel, part, totals) : void()), ...);
   }
 

@@ -1,9 +1,11 @@
 // The processor's own product of matrices (AMX), where it has one. A register holds 16 rows of 64
 // bytes: of x 32 numbers each, of packed weights (panel.h) 16 steps of 16 outputs, or 16 sums. To
 // each sum is added what the even numbers give and what the odd ones give, both summed up from zero
-// (TDPBF16PS in Intel's manual of instructions); numbers that are zero change no bit of it.
+// (TDPBF16PS in Intel's manual of instructions). So numbers that are zero change no bit of it, but
+// for a sum of -0.
 //
-// The compiler does not know that registers read memory: call `written` before they do.
+// The compiler does not know that registers read memory: call `written` before they do, and after
+// it where the same memory is written again.
 #pragma once
 #include "panel.h"
 

@@ -28,11 +28,7 @@ class Readers {
   Readers(int64_t count, int64_t dim)
       : dim(dim), width((dim + LANES - 1) / LANES * LANES), scale(1.0f / std::sqrt((float)dim)),
         queries((count + LANES) * dim), most(count + LANES), sum(count + LANES),
-        total((count + LANES) * width), weights((count + LANES) * KEYS) {
-#if defined(MATRIX)
-    shape_whole();
-#endif
-  }
+        total(count * width), weights((count + LANES) * KEYS) {}
 
   const int64_t dim, width;  // width: dim, rounded up to LANES
 

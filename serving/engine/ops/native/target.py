@@ -16,10 +16,18 @@ class Target:
 
     name: str
     flags: tuple[str, ...]
-    needs: frozenset[str] = frozenset()  # names of `capabilities`
+    needs: frozenset[str] = frozenset()  # names of torch.cpu.get_capabilities()
+    dtype: torch.dtype | None = None  # the only one for which it is another body
 
     def runs_on(self, capabilities: Mapping[str, object]) -> bool:
         return all(capabilities.get(feature) for feature in self.needs)
+
+    def allowed(self) -> bool:
+        """Ask for what a process may only use when it has asked. Tell whether it may."""
+        if "amx_tile" not in self.needs:
+            return True
+        call = ctypes.CDLL(None).syscall
+        return call(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
 AVX512_BF16 = Target(
@@ -31,26 +39,19 @@ AMX_BF16 = Target(
     "AMX BF16",
     (*AVX512_BF16.flags, "-mamx-tile", "-mamx-bf16"),
     AVX512_BF16.needs | {"amx_tile", "amx_bf16"},
+    torch.bfloat16,
 )
 AVX2 = Target("AVX2", ("-mavx2", "-mfma"), frozenset({"avx2", "fma3"}))
 GENERIC = Target("generic", ())
 TARGETS = (AMX_BF16, AVX512_BF16, AVX2, GENERIC)  # the best first
 
 
-def capabilities() -> dict[str, object]:
-    """Return what this processor has, and what this process may use of it."""
-    known = dict(torch.cpu.get_capabilities())
-    if known.get("amx_tile"):
-        call = ctypes.CDLL(None).syscall
-        known["amx_tile"] = call(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
-    return known
-
-
-def runnable_targets(known: Mapping[str, object] | None = None) -> list[Target]:
-    """Return the targets for a processor, the best one first; None: this processor.
+def runnable_targets(dtype: torch.dtype, known: Mapping[str, object] | None = None) -> list[Target]:
+    """Return the targets for a number format and a processor, the best one first; None: this one.
 
     Never `-march=native`: the flags are part of the cache's key, so a cache that machines share
     never hands one of them the instructions of another.
     """
-    has = capabilities() if known is None else known
-    return [target for target in TARGETS if target.runs_on(has)]
+    has = torch.cpu.get_capabilities() if known is None else known
+    found = [t for t in TARGETS if t.dtype in (None, dtype) and t.runs_on(has)]
+    return [target for target in found if known is not None or target.allowed()]
