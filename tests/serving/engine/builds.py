@@ -4,5 +4,5 @@ import torch
 
 from serving.engine.ops.native.target import runnable_targets
 
-RUNNABLE = runnable_targets(torch.bfloat16)
-DTYPES = [torch.float32, torch.bfloat16]
+BUILDS = [(t, dtype) for dtype in (torch.float32, torch.bfloat16) for t in runnable_targets(dtype)]
+NAMES = [f"{target.name}-{str(dtype)[6:]}" for target, dtype in BUILDS]

@@ -5,7 +5,7 @@ import pytest
 from registry.home import default_cache
 from serving.engine.ops.native.library import Library, load_library
 from tests import tiny
-from tests.serving.engine.builds import DTYPES, RUNNABLE
+from tests.serving.engine.builds import BUILDS, NAMES
 from tests.serving.engine.driving import Folders
 
 
@@ -40,10 +40,10 @@ def tiny_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> F
 
 @pytest.fixture(
     scope="module",
-    params=[(target, dtype) for target in RUNNABLE for dtype in DTYPES],
-    ids=lambda pair: f"{pair[0].name}-{str(pair[1])[6:]}",
+    params=BUILDS,
+    ids=NAMES,
 )
 def library(request: pytest.FixtureRequest) -> Library:
-    """Every set of instructions here, in both number formats."""
+    """Every set of instructions here, in the number formats that it is for."""
     target, dtype = request.param
     return load_library(dtype, default_cache() / "operators", target)

@@ -19,10 +19,10 @@ from serving.engine.ops.native.compile import NotCompiled, compiled
 from serving.engine.ops.native.library import Library, load_library
 from serving.engine.ops.native.target import AMX_BF16, Target, runnable_targets
 from serving.engine.settings import EngineSettings
-from tests.serving.engine.builds import RUNNABLE
 from tests.serving.engine.driving import Folders, base_of, request, run_all
 
 QUICK = Target("quick to build", ("-O0",))
+RUNNABLE = runnable_targets(torch.bfloat16)
 SETTINGS = EngineSettings(device="cpu", dtype="float32", max_model_len=64)
 
 

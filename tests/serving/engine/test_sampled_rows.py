@@ -22,7 +22,7 @@ from serving.engine.spec import ModelSpec
 from serving.engine.weights import read_weights
 from tests import tiny
 from tests.peft_cases import CASES, make
-from tests.serving.engine.builds import RUNNABLE
+from tests.serving.engine.builds import BUILDS, NAMES
 from tests.serving.engine.driving import Folders, request
 
 TITLES = (
@@ -137,8 +137,7 @@ def one_by_one(sequence: Request) -> Iterator[list[Row]]:
         yield [Row(sequence, index, 1)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("target", RUNNABLE, ids=lambda target: target.name)
+@pytest.mark.parametrize(("target", "dtype"), BUILDS, ids=NAMES)
 def test_mixed_steps_give_what_each_row_alone_gives_to_the_last_bit(
     base: Path, folders: Folders, target: Target, dtype: torch.dtype
 ) -> None:
