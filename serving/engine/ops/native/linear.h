@@ -37,7 +37,7 @@ class Ahead {
         share(after.lora ? after.lora->a_bytes() / CHUNK_BYTES / std::min(LATE, own.w.count) + 1 : 0),
         late_from(own.w.count - LATE) {}
 
-  // The next panel is this one of `linear`, or null; so many rows are computed before it.
+  // The next panel is this one of `next`, or null; so many rows are computed before it.
   void begin(const Dressed* next, int64_t panel, int64_t rows) {
     soon.clear(), left = 0, begun = 0, at = end = nullptr;
     tiles = std::min(SPREAD, (rows + BLOCK - 1) / BLOCK);
