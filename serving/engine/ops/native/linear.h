@@ -28,7 +28,7 @@ struct Dressed {
 
 // What a thread fetches while it multiplies, so that memory and multipliers are busy at the same
 // time: its next panel and the B's for that, then, beside the last panels, the A's that it reads
-// before the next linear.
+// before the next linear; adapters' only as far as `Lora` wants them early.
 // It is spread evenly over the tiles of a panel: in one go it would stop the multipliers.
 class Ahead {
  public:
@@ -42,9 +42,9 @@ class Ahead {
     soon.clear(), left = 0, begun = 0, at = end = nullptr;
     tiles = std::min(SPREAD, (rows + BLOCK - 1) / BLOCK);
     if (next) add({(const char*)next->w.at(panel), next->w.bytes()});
-    if (next && next->lora)
+    if (next && next->lora && Lora::b_early(rows))
       next->lora->each_b(next->layer, panel, [&](const Piece& piece) { add(piece); });
-    if (after.lora && (next != &own || panel >= late_from))
+    if (after.lora && Lora::a_early() && (next != &own || panel >= late_from))
       for (int64_t due = share; due > 0 && a < after.lora->a_pieces(); a += threads) {
         const Piece piece = after.lora->a_piece(after.layer, a);
         add(piece);

@@ -2,6 +2,8 @@
 // zeros for another: all that are worn must be finite, as `write_adapter` sees to. A rank divides
 // DEEP or is a multiple of it, so that sums run in the same order beside any others.
 #pragma once
+#include <omp.h>
+
 #include "lora_plan.h"
 #include "matrix.h"
 
@@ -9,15 +11,25 @@ static_assert(ROWS <= SIDE && NARROW <= SIDE, "a task of A(x) is one register");
 
 class Lora : public LoraPlan {
  public:
+  // What is fetched beside the linear before: not A's, `shrink` does it. And B's only where there is
+  // more to do than to wait for the weights; elsewhere all comes later for it.
+  static constexpr bool a_early() { return false; }
+  static constexpr bool b_early(int64_t rows) { return rows > BLOCK; }
+
   Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count, int64_t rows)
       : LoraPlan(group, stacks, runs, count, rows), places(rows) {
     place_rows();
   }
 
-  // Compute A(x) of one layer, x [rows, inputs]. Called by every thread of a parallel region.
+  // Compute A(x) of one layer, x [rows, inputs]. Called by every thread of a parallel region. The A
+  // of a thread's next task is fetched beside each.
   void shrink(int64_t layer, const Number* x, int64_t x_stride) {
+    const size_t threads = omp_get_num_threads();
 #pragma omp for schedule(static, 1)
-    for (size_t i = 0; i < tasks.size(); i++) shrink(tasks[i], layer, x, x_stride);
+    for (size_t i = 0; i < tasks.size(); i++) {
+      const Piece soon = i + threads < tasks.size() ? a_piece(layer, i + threads) : Piece{};
+      shrink(tasks[i], soon, layer, x, x_stride);
+    }
   }
 
   // Add B(A(x)) of the rows of block `number` to its sums of one panel.
@@ -179,7 +191,8 @@ class Lora : public LoraPlan {
   }
 
   // Aᵀ is not needed: it is A xᵀ that is computed, with x as the weights.
-  void shrink(const Task& task, int64_t layer, const Number* x, int64_t x_stride) {
+  void shrink(const Task& task, const Piece& soon, int64_t layer, const Number* x,
+              int64_t x_stride) {
     const Worn& own = worn[task.worn];
     const int64_t count = std::min<int64_t>(NARROW, parts * own.stack->rank - task.from);
     const Number* a = own.stack->a.of(layer, own.run->slot) + task.from * group.inputs;
@@ -192,9 +205,11 @@ class Lora : public LoraPlan {
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t i = 0; i < group.inputs; i += 2 * DEEP) {
+      fetch(soon, i);
       load_both(a + i, count, x + i, task.rows, x_stride, group.inputs - i);
       _tile_dpbf16ps(0, 4, 6);
       if (i + DEEP >= group.inputs) break;
+      fetch(soon, i + DEEP);
       load_both(a + i + DEEP, count, x + i + DEEP, task.rows, x_stride, group.inputs - i - DEEP);
       _tile_dpbf16ps(1, 4, 6);
     }
@@ -212,6 +227,14 @@ class Lora : public LoraPlan {
       for (int64_t k = 0; k < count; k += EIGHT)
         memcpy(narrow_at(own, task.row + row, task.from + k), rounded + k, EIGHT * sizeof(Number));
     }
+  }
+
+  // Numbers `from` to `from` + DEEP of all rows of a piece of A.
+  void fetch(const Piece& piece, int64_t from) const {
+    const int64_t stride = group.inputs * sizeof(Number);
+    const char* here = piece.first + from * sizeof(Number);
+    for (int64_t left = piece.bytes; left > 0; left -= stride, here += stride)
+      __builtin_prefetch(here, 0, 2);
   }
 
   // DEEP numbers of some rows of A and of x, or the last ones, into registers 4 and 6.

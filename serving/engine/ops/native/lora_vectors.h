@@ -6,6 +6,10 @@
 
 class Lora : public LoraPlan {
  public:
+  // What is fetched beside the linear before.
+  static constexpr bool a_early() { return true; }
+  static constexpr bool b_early(int64_t) { return true; }
+
   Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count, int64_t rows)
       : LoraPlan(group, stacks, runs, count, rows), places(rows) {
     place_rows();
