@@ -13,9 +13,17 @@ class Journal:
         self.path, self.setting = path, setting
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            entry = json.loads(line)
-            if entry.pop("setting") == self.setting:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = dict(json.loads(line))
+                setting = entry.pop("setting")
+            except (ValueError, TypeError, KeyError) as error:
+                raise SystemExit(
+                    f"{self.path}, line {number}, is not a figure of a benchmark: {line[:40]!r}. "
+                    "Delete that line, or name another file."
+                ) from error
+            if setting == self.setting:
                 yield entry
 
     def write(self, *entries: Mapping[str, object]) -> None:
