@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -55,6 +56,14 @@ class Counters:
     paused: int = 0
 
 
+class Chore(Protocol):
+    """Work on memory that can be put off for any time, in pieces that take some milliseconds."""
+
+    @property
+    def waiting(self) -> bool: ...
+    def work(self) -> None: ...
+
+
 class EngineCore:
     """Every request's state, and `step`, which moves all of them on by one token."""
 
@@ -72,6 +81,7 @@ class EngineCore:
         self.warming: dict[Warm, None] = {}
         self.counters = Counters()
         self._stirred = False  # a place was taken or freed since the last pass over the waiting
+        self._unkept: dict[Sequence, None] = {}  # whose new blocks no prefix cache has seen yet
 
     @property
     def has_work(self) -> bool:
@@ -111,6 +121,7 @@ class EngineCore:
 
     def step(self) -> list[Event]:
         """Admit what can be admitted, read and sample one step, and tell what came of it."""
+        self.settle()
         events = self._admit()
         rows = self.scheduler.schedule()
         if not rows:
@@ -120,6 +131,19 @@ class EngineCore:
         for row in rows:
             events += self._publish(row, outcomes.get(row.sequence))
         return events
+
+    def settle(self) -> None:
+        """Keep for later requests what the last step has read; nobody waits for that.
+
+        Call it while its tokens are written. Otherwise the next step begins with it.
+        """
+        while self._unkept:
+            self._settle(next(iter(self._unkept)))
+
+    def chores(self) -> list[Chore]:
+        """Return what is to be done when there is nothing else to do."""
+        each: tuple[Chore, ...] = (self.prefixes.pages, self.residency.stacks.large_pages)
+        return [chore for chore in each if chore.waiting]
 
     def stats(self, base: EngineStats) -> EngineStats:
         """Return `base` with everything that changes filled in."""
@@ -249,6 +273,7 @@ class EngineCore:
         if sequence.adapter is not None:
             self.residency.table.pin(sequence.adapter.digest)
             sequence.share = self.residency.share(sequence.adapter)
+            sequence.is_new = self.residency.is_new(sequence.adapter)
         self._stirred = True
 
     def _write_prefix(self, sequence: Sequence) -> None:
@@ -296,7 +321,7 @@ class EngineCore:
         self.counters.prompt_tokens += row.new_prompt_tokens
         self.scheduler.charge(row, sampled=outcome is not None)
         sequence.advance(row)
-        self.prefixes.store(sequence)
+        self._unkept[sequence] = None
         if outcome is None:
             return
         self.counters.generated_tokens += 1
@@ -320,12 +345,18 @@ class EngineCore:
 
     def _release(self, sequence: Sequence) -> None:
         """End a request and free what it holds: a running one all, a paused one perhaps KV."""
+        self._settle(sequence)
         if sequence in self.scheduler.running:
             self._leave(sequence)
         if sequence.kv_slot >= 0:
             self._forget(sequence)
         self.scheduler.remove(sequence)
         self._stirred = True
+
+    def _settle(self, sequence: Sequence) -> None:
+        if sequence in self._unkept:
+            del self._unkept[sequence]
+            self.prefixes.store(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """Let nobody wait for what a request was about to read, and unpin its adapter."""

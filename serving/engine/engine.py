@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRY_SECONDS = 60
 LOADING_SECONDS = 0.035  # that a step waits for an adapter which is read meanwhile
-TELLING_SECONDS = 0.03  # from the beginning of a step until what it gave is told, beside a load
-QUIET_SECONDS = 0.1  # without anything to do, before memory is put in order
+TELLING_SECONDS = 0.034  # from the beginning of a step until what it gave is told, beside a load
+QUIET_SECONDS = 0.1  # without anything to do, before memory is made ready and put in order
 WRITING_TURNS = 2  # of the event loop, until whoever was given a token has written it
 ANSWERING_TURNS = 8  # from the end of a self-check until its load call is answered
 ASKING_SECONDS = 0.005  # from the answer to a load call to the request for what it has loaded
@@ -240,19 +240,18 @@ class TorchEngine:
         self._deliver([(ticket, EngineUnavailable(reason)) for ticket in tickets], WRITING_TURNS)
 
     def _await_work(self) -> bool:
-        """Wait until there is something to do; after a while of nothing, make pages large.
+        """Wait until there is something to do; after a while of nothing, do the chores.
 
         False: close.
         """
-        pages = self._core.residency.stacks.large_pages
         while True:
             with self._changed:
-                quiet = QUIET_SECONDS if pages.waiting else None
+                quiet = QUIET_SECONDS if self._core.chores() else None
                 if self._changed.wait_for(self._is_due, quiet):
                     self._loaded = False
                     return not self._closing
-            while pages.waiting and not self._is_due():
-                pages.enlarge()
+            while (chores := self._core.chores()) and not self._is_due():
+                chores[0].work()
 
     def _is_due(self) -> bool:
         told = self._inbox or self._loaded or self._closing
@@ -292,15 +291,16 @@ class TorchEngine:
         has begun, and wait for all of it. The others get their tokens after the wait, which so
         makes the short gap of a self-check longer, not the next one, with a part of a prompt.
         """
-        if self._stats.device != "cpu" or not any(map(_is_kept, events)):
-            self._deliver(events, WRITING_TURNS)
-            return
-        self._deliver(filter(_ends, events), ANSWERING_TURNS)
-        with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._closing, ASKING_SECONDS)
-        self._deliver(filterfalse(_ends, events), WRITING_TURNS)
+        if self._stats.device == "cpu" and any(map(_is_kept, events)):
+            self._deliver(filter(_ends, events), ANSWERING_TURNS)
+            with self._changed:
+                self._changed.wait_for(lambda: self._inbox or self._closing, ASKING_SECONDS)
+            events = list(filterfalse(_ends, events))
+        self._deliver(events, WRITING_TURNS, self._core.settle)
 
-    def _deliver(self, events: Iterable[Event], turns: int) -> None:
+    def _deliver(
+        self, events: Iterable[Event], turns: int, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Hand the events to their callers; on a CPU, give these so many turns to write them."""
         items: list[tuple[Stream, Item]] = []
         with self._changed:
@@ -313,7 +313,8 @@ class TorchEngine:
                     if isinstance(item, TokenDelta):
                         self._smooth(time.monotonic() - stream.started)
                 items.append((stream, item))
-        for stream in hand_over(items, turns=turns if self._stats.device == "cpu" else 0):
+        turns = turns if self._stats.device == "cpu" else 0
+        for stream in hand_over(items, turns=turns, meanwhile=meanwhile):
             self._forget(stream)  # nobody is left to read
 
     def _smooth(self, seconds: float) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from serving.engine.ops.blocks import BlockCopy, CopyBlocks
-from serving.engine.pages import lazy_zeros
+from serving.engine.pages import QuietPages, lazy_zeros
 from serving.engine.spec import DecoderSpec
 
 BLOCK = 16  # tokens
+READY = 128 << 20  # bytes of blocks that have their pages before they are used, if there are any
 
 
 class KVCache:
@@ -100,10 +101,12 @@ class KVBlocks:
         self.count = count
         self.size_bytes = block_bytes(spec, dtype)  # of one block
         self._all = lazy_zeros(shape, dtype, device) if count else torch.empty(shape)
+        self.pages = QuietPages(self._all, READY)
         self._copy = copy_blocks
 
     def write(self, blocks: Sequence[int], cache: KVCache, slot: int, first: int) -> bool:
         """Copy as many blocks of a slot here, from its block `first` on; tell if all is finite."""
+        self.pages.wrote((max(blocks, default=-1) + 1) * self.size_bytes)
         return self._copy(self._all, cache.whole, BlockCopy(blocks, slot, first))
 
     def read(self, blocks: Sequence[int], cache: KVCache, slot: int) -> None:

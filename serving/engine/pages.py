@@ -89,10 +89,10 @@ class LaterPages:
         pages = range(start // PAGE, -(-end // PAGE)) if self._can else ()
         self._waiting.update(p for p in pages if p in self._whole and p not in self._large)
 
-    def enlarge(self) -> None:
+    def work(self) -> None:
         """Make one of those that wait large. It takes 7 ms, in which whoever reads it waits."""
         page = self._waiting.pop()
-        fault = _advise(page, COLLAPSE)
+        fault = _advise(page * PAGE, PAGE, COLLAPSE)
         if fault == 0:
             self._large.add(page)
         elif fault == errno.EAGAIN and self._patience:  # it is busy with it
@@ -152,8 +152,9 @@ class PagesAhead:
     def _prepare(self) -> None:
         time.sleep(self.DELAY)
         while (page := self._next()) is not None:
-            _advise(page, mmap.MADV_HUGEPAGE)  # or small ones, where Linux was built without them
-            _advise(page, POPULATE_WRITE)  # where that fails, who writes waits, as everywhere else
+            start = page * PAGE
+            _advise(start, PAGE, mmap.MADV_HUGEPAGE)  # or small ones, where Linux has none
+            _advise(start, PAGE, POPULATE_WRITE)  # where it fails, who writes waits, as everywhere
             time.sleep(self.PAUSE)
 
     def _next(self) -> int | None:
@@ -163,6 +164,37 @@ class PagesAhead:
                 return None
             self._ready += 1
             return page
+
+
+class QuietPages:
+    """The same for memory that is written often, whenever there is nothing else to do.
+
+    They are pages of 4 KB: no request that comes meanwhile waits until a large one is found.
+    """
+
+    PIECE = 1 << 20  # bytes at once, 2 ms where pages are slow
+
+    def __init__(self, memory: torch.Tensor, ahead: int) -> None:
+        """Keep `ahead` bytes ready behind the last one that was written."""
+        self._memory, self._ahead = memory, ahead
+        self._size = memory.nbytes if memory.device.type == "cpu" else 0
+        self._ready, self._wanted = 0, min(ahead, self._size)
+
+    @property
+    def waiting(self) -> bool:
+        return self._ready < self._wanted
+
+    def wrote(self, end: int) -> None:
+        """Note that bytes up to this one have been written."""
+        self._ready = max(self._ready, end // self.PIECE * self.PIECE)
+        self._wanted = max(self._wanted, min(end + self._ahead, self._size))
+
+    def work(self) -> None:
+        """Make one piece ready."""
+        size = min(self.PIECE, self._size - self._ready)
+        if _advise(self._memory.data_ptr() + self._ready, size, POPULATE_WRITE):
+            self._size = self._wanted = 0  # this Linux cannot
+        self._ready += size
 
 
 class SpareMemory:
@@ -224,8 +256,8 @@ def _whole_pages(memory: torch.Tensor) -> range:
     return range(-(-start // PAGE), end // PAGE)
 
 
-def _advise(page: int, advice: int) -> int:
-    """Call madvise(2) for a large page; return the error number, or 0."""
+def _advise(start: int, size: int, advice: int) -> int:
+    """Call madvise(2) for memory that begins with a page; return the error number, or 0."""
     system = ctypes.CDLL(None, use_errno=True)
-    failed = system.madvise(ctypes.c_void_p(page * PAGE), ctypes.c_size_t(PAGE), advice)
+    failed = system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
     return ctypes.get_errno() if failed else 0

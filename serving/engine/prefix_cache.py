@@ -27,6 +27,7 @@ class PrefixCache:
 
     def __init__(self, cache: KVCache, blocks: KVBlocks) -> None:
         self._cache, self._blocks = cache, blocks
+        self.pages = blocks.pages
         self._tenants: dict[str, OrderedDict[bytes, int]] = {}  # key → number of the block
         self._used = 0  # blocks, the first ones; a used one goes on to another beginning at once
         self._spare: list[int] = []  # used ones that nothing is in

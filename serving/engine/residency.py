@@ -11,6 +11,7 @@ from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import Place, SlotTable
 from serving.engine.vectors import Vectors
 
+NEW_SECONDS = 0.25  # after its load, in which an adapter's prompts are those that it was loaded for
 MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
 
 
@@ -42,6 +43,7 @@ class Residency:
         self.kept: set[str] = set()  # digests that stay in their slots whoever waits
         self._place_seconds = 0.0
         self._labels: dict[str, str] = {}
+        self._placed_at: dict[str, float] = {}  # digest → when its slot was whole
         self._waits: dict[str, Load] = {}  # digest → its load, while somebody waits for it
         self._claims: dict[str, tuple[str, ...]] = {}  # waiting digest → those that drain for it
         self._filling: dict[str, _Filling] = {}  # digests whose slots are not whole yet
@@ -105,6 +107,10 @@ class Residency:
     def share(self, ref: AdapterRef) -> float:
         """Return the size of a resident adapter over that of the linears it is worn by."""
         return self.stacks.layout.share(self.table.slot_of(ref.digest).bucket)
+
+    def is_new(self, ref: AdapterRef) -> bool:
+        """Tell whether a resident adapter was on its way a moment ago."""
+        return time.monotonic() - self._placed_at[ref.digest] < NEW_SECONDS
 
     def begin(self, ref: AdapterRef, ahead: int, files: AdapterFiles | None = None) -> Load | None:
         """Start a load for `prefetch` while a step still runs. The only method for any thread.
@@ -217,12 +223,14 @@ class Residency:
         if filling.written < len(filling.adapter.weights):
             return False
         del self._filling[digest]
+        self._placed_at[digest] = time.monotonic()
         self.loads += 1
         return True
 
     def _evict(self, digest: str) -> None:
         self.table.evict(digest)
         self._filling.pop(digest, None)
+        self._placed_at.pop(digest, None)
         del self._labels[digest]
         self.evictions += 1
 

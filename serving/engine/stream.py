@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from serving.engine.boundary import EngineError, TokenDelta
 from serving.engine.core import Ticket
@@ -23,16 +23,20 @@ class Stream:
         self.started = time.monotonic()
 
 
-def hand_over(items: Iterable[tuple[Stream, Item]], *, turns: int) -> Iterator[Stream]:
+def hand_over(
+    items: Iterable[tuple[Stream, Item]], *, turns: int, meanwhile: Callable[[], None]
+) -> Iterator[Stream]:
     """Put the items into their streams, one call for each loop; yield streams nobody reads.
 
     Each loop then has its `turns`, the first of which wakes the readers. A step computes on all
     cores of a CPU, and its threads meet some hundred times: a loop that writes beside it takes one
-    core from one thread, and time from all of them.
+    core from one thread, and time from all of them. So the next step is waited with, and
+    `meanwhile` is what one thread can do until then.
     """
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = defaultdict(list)
     for stream, item in items:
         by_loop[stream.loop].append((stream, item))
+    told: list[threading.Event] = []
     for loop, own in by_loop.items():
         written = threading.Event()
         try:
@@ -40,8 +44,11 @@ def hand_over(items: Iterable[tuple[Stream, Item]], *, turns: int) -> Iterator[S
         except RuntimeError:  # the caller's loop is closed
             yield from (stream for stream, _ in own)
         else:
-            if turns:
-                written.wait(TURN_SECONDS)
+            told.append(written)
+    until = time.monotonic() + TURN_SECONDS
+    meanwhile()
+    for written in told if turns else ():
+        written.wait(until - time.monotonic())
 
 
 def _put(items: list[tuple[Stream, Item]], written: threading.Event, turns: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from registry.adapter import AdapterRef
+from serving.engine import pages as pages_module
 from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
@@ -24,6 +25,7 @@ from serving.engine.pages import (
     LargePages,
     LaterPages,
     PagesAhead,
+    QuietPages,
     SpareMemory,
     lazy_zeros,
 )
@@ -281,12 +283,12 @@ def test_pages_become_large_afterwards_and_hold_what_they_held() -> None:
     pages.wrote(part)
     if not pages.waiting:
         pytest.skip("large pages are off here")
-    pages.enlarge()
+    pages.work()
     if _large_bytes() == before:
         assert not pages.waiting, "who cannot does not try again"
         pytest.skip("this Linux does not put pages together")
     while pages.waiting:
-        pages.enlarge()
+        pages.work()
     assert _large_bytes() - before in (2 * PAGE, 3 * PAGE), "whole ones"
     assert torch.equal(part, wanted)
     assert not memory[4 * PAGE :].any()
@@ -309,7 +311,7 @@ def test_a_page_that_the_system_is_busy_with_becomes_large_later() -> None:
     before = _large_bytes()
     pages.wrote(free)
     while pages.waiting:
-        pages.enlarge()
+        pages.work()
     if _large_bytes() == before:
         pytest.skip("large pages are off here, or this Linux does not put pages together")
     pages.wrote(busy)
@@ -317,10 +319,10 @@ def test_a_page_that_the_system_is_busy_with_becomes_large_later() -> None:
     try:
         held = Piece(busy.data_ptr(), mmap.PAGESIZE)
         assert ctypes.CDLL(None).vmsplice(write, ctypes.byref(held), 1, 0) == mmap.PAGESIZE
-        pages.enlarge()
+        pages.work()
         assert pages.waiting
         os.read(read, mmap.PAGESIZE)
-        pages.enlarge()
+        pages.work()
     finally:
         os.close(read)
         os.close(write)
@@ -425,6 +427,43 @@ def test_memory_that_lies_ready_is_bounded(at_once: None, monkeypatch: pytest.Mo
     assert not take(1), "the latest size has taken its room"
 
 
+def test_memory_for_blocks_is_ready_in_quiet_as_far_as_is_wanted() -> None:
+    piece = QuietPages.PIECE
+    memory = lazy_zeros((10 * piece + 5000,), torch.uint8, torch.device("cpu"))
+    pages = QuietPages(memory, 3 * piece)
+
+    def work() -> float:
+        while pages.waiting:
+            pages.work()
+        return _pages_there(memory) * PAGE / piece
+
+    if not work():
+        pytest.skip("this Linux does not make memory ready")
+    assert _pages_there(memory) * PAGE == 3 * piece
+    memory[: 5 * piece].fill_(5)
+    pages.wrote(5 * piece)
+    assert work() == 8
+    pages.wrote(2 * piece)
+    assert not pages.waiting, "what is written once more is there"
+    pages.wrote(8 * piece)
+    assert work() == pytest.approx(10 + 2 * mmap.PAGESIZE / piece), "to the end, and no further"
+    assert bool((memory[: 5 * piece] == 5).all())
+    assert not memory[5 * piece :].any()
+
+
+def test_where_memory_cannot_be_made_ready_nobody_tries_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pages_module, "POPULATE_WRITE", 12345)  # as an older Linux answers
+    pages = QuietPages(lazy_zeros((4 * PAGE,), torch.uint8, torch.device("cpu")), PAGE)
+    assert pages.waiting
+    pages.work()
+    pages.wrote(PAGE)
+    assert not pages.waiting
+    elsewhere = torch.empty(4 * PAGE, dtype=torch.uint8, device="meta")
+    assert not QuietPages(elsewhere, PAGE).waiting
+
+
 class PagesThatWait:
     """Stands for `LaterPages`: a thousand of them, a millisecond each."""
 
@@ -438,7 +477,7 @@ class PagesThatWait:
     def wrote(self, part: torch.Tensor) -> None:
         pass
 
-    def enlarge(self) -> None:
+    def work(self) -> None:
         self.left -= 1
         time.sleep(0.001)
 

@@ -62,6 +62,7 @@ class Driven:
                 else:
                     assert event is not None
                     self.deltas[ticket].append(event)
+            self.core.settle()
 
     def finish(self) -> None:
         while self.core.scheduler.running or self.core.scheduler.waiting:
@@ -266,6 +267,22 @@ def test_only_blocks_that_were_read_whole_come_from_a_request_that_is_aborted(
     (again,) = driven.run(ask(range(100)))
     assert cached(again) == 64
     assert [numbers(again)] == new(tiny_base, tiny_folders, OFF).run(ask(range(100)))
+    assert is_clean(driven.core)
+
+
+def test_what_was_read_is_kept_also_where_nobody_had_the_time_to_do_it(
+    tiny_base: Path, tiny_folders: Folders
+) -> None:
+    """The next step does it, and an abort; nothing is kept while the step's tokens wait for it."""
+    driven = new(tiny_base, tiny_folders)
+    left = driven.add(ask(range(100)))
+    with torch.inference_mode():
+        driven.core.step()
+        assert (left.computed, driven.blocks) == (34, 0)
+        driven.core.step()
+        assert (left.computed, driven.blocks) == (68, 2)
+        driven.core.abort(left)
+    assert driven.blocks == 4
     assert is_clean(driven.core)
 
 

@@ -9,7 +9,7 @@ from benchmarks.workload import jain, percentile
 from registry.adapter import AdapterRef
 from serving.engine.boundary import GenerateRequest, Priority, SamplingParams
 from serving.engine.fair_queue import CREDIT, OUTPUT_WEIGHT, PROMPT_WEIGHT
-from serving.engine.scheduler import LOW_SHARE, SITS_OUT, STRETCH, Scheduler
+from serving.engine.scheduler import LOW_SHARE, SITS_OUT, STRETCH, STRETCH_NEW, Scheduler
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 
@@ -345,13 +345,14 @@ def test_prompts_make_a_step_no_more_than_three_times_as_long() -> None:
         assert not decoding or RIDGE + tokens <= STRETCH * (RIDGE + decoding)
 
 
-def alone_beside(decoding: int, prompt: int, share: float = 0.0) -> list[int]:
+def alone_beside(decoding: int, prompt: int, share: float = 0.0, is_new: bool = False) -> list[int]:
     """Return in which parts a prompt is read beside sequences that decode, each in its adapter."""
     scheduler = Scheduler(PLACES, 0, max_batched_tokens=512, ridge=RIDGE)
     for i in range(decoding):
         ref = AdapterRef(f"{i % 4}", "")
         scheduler.add(Request(GenerateRequest("r", (1,), SamplingParams(max_tokens=100), ref)))
     late = Request(GenerateRequest("r", (1,) * prompt, SamplingParams()))
+    late.is_new = is_new
     scheduler.add(late)
     for move in scheduler.admit(lambda _: True):
         move.starts.share = share
@@ -371,6 +372,14 @@ def test_a_prompt_is_read_in_as_few_steps_as_may_be_and_in_even_parts() -> None:
     assert alone_beside(8, 48) == [48]
     assert alone_beside(8, 49) == [25, 24]
     assert alone_beside(8, 100) == [34, 33, 33]
+
+
+def test_a_prompt_for_an_adapter_that_was_just_loaded_makes_shorter_steps() -> None:
+    assert int((STRETCH_NEW - 1) * (RIDGE + 8)) == 28
+    assert alone_beside(8, 28, is_new=True) == [28]
+    assert alone_beside(8, 48, is_new=True) == [24, 24]
+    assert alone_beside(8, 100, is_new=True) == [25, 25, 25, 25]
+    assert alone_beside(0, 100, is_new=True) == [100], "nobody decodes"
 
 
 def test_what_adapters_take_to_be_read_makes_room_for_prompts_once_each() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from serving.engine import residency
 from serving.engine.boundary import AdapterLoadFailed
 from serving.engine.build import assemble, read_model
 from serving.engine.engine import TorchEngine
@@ -122,6 +123,27 @@ def test_a_large_adapter_comes_between_steps_in_pieces_and_is_worn_when_it_is_wh
         while not waiting.produced:
             core.step()
         assert running.produced - before >= 4  # a step for each piece
+    core.residency.loader.close()
+
+
+def test_an_adapter_is_new_for_who_waited_for_its_load_and_a_moment_longer(
+    tiny_base: Path, ranks: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = assemble(read_model(base_of(tiny_base), SETTINGS), ranks, SETTINGS).core
+
+    def starts_new(name: str) -> bool:
+        sequence = Sequence(request([1], ranks.refs[name], max_tokens=1))
+        core.add(sequence)
+        while not sequence.produced:
+            core.step()
+        return sequence.is_new
+
+    monkeypatch.setattr(residency, "NEW_SECONDS", 60.0)
+    with torch.inference_mode():
+        assert starts_new("8")
+        assert starts_new("8")
+        monkeypatch.setattr(residency, "NEW_SECONDS", 0.0)
+        assert not starts_new("8")
     core.residency.loader.close()
 
 

@@ -54,6 +54,32 @@ def test_a_step_waits_until_the_tokens_of_the_last_one_are_written(
     assert steps == list(range(1, COUNT + 1))
 
 
+def test_what_a_step_read_is_kept_while_its_tokens_are_written(
+    tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for a token does not wait for copies into the prefix cache."""
+    read, came_first = threading.Event(), list[bool]()
+
+    async def main() -> None:
+        parts = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS)
+        store = parts.core.prefixes.store
+
+        def slowly(sequence: Running) -> None:
+            if not came_first:
+                came_first.append(read.wait(10))
+            store(sequence)
+
+        monkeypatch.setattr(parts.core.prefixes, "store", slowly)
+        engine = TorchEngine(parts, SETTINGS)
+        async for _ in engine.generate(request("a text of more than one block", max_tokens=2)):
+            read.set()
+        assert (await engine.stats()).prefix_bytes
+        await engine.aclose()
+
+    asyncio.run(main())
+    assert came_first == [True]
+
+
 def test_a_loop_that_does_not_come_to_write_holds_up_no_steps(
     tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:

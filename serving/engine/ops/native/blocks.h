@@ -22,8 +22,12 @@ struct Blocks {
         const Words words = lanes((back ? own : other) + i, n);
         strange |= (words & 0x7f800000) == 0x7f800000;
         if (STEP == 2) strange |= (words & 0x7f80) == 0x7f80;
-        memcpy((back ? other : own) + i, &words, n * sizeof(Number));
+        if (back || n < LANES * STEP)
+          memcpy((back ? other : own) + i, &words, n * sizeof(Number));
+        else
+          stream(own + i, words);
       }
+    streamed();
     for (int lane = 0; lane < LANES; lane++)
       if (strange[lane]) return false;
     return true;

@@ -76,10 +76,11 @@ void sample_rows(const float* scores, int64_t stride, int64_t rows, int64_t size
   }
 }
 
+// What is kept is copied by one thread, while others write what the step gave.
 void copy_blocks(const Blocks* blocks, const int64_t* kept, int64_t count, int64_t slot,
                  int64_t first, int64_t back, uint8_t* finite) {
   bool whole = true;
-#pragma omp parallel for collapse(3) schedule(static) reduction(&& : whole)
+#pragma omp parallel for collapse(3) schedule(static) reduction(&& : whole) if (back)
   for (int64_t i = 0; i < count; i++)
     for (int64_t half = 0; half < 2; half++)
       for (int64_t layer = 0; layer < blocks->layers; layer++)

@@ -82,6 +82,19 @@ inline Words lanes(const Number* p, int64_t n) {
   memcpy(&v, p, n * sizeof(Number));
   return v;
 }
+// Store what nobody reads soon: past the caches, and without reading what was there. `streamed` comes
+// after the last one and before another thread reads it.
+inline void stream(Number* p, Words v) {
+#if defined(__AVX512F__)
+  if ((uintptr_t)p % sizeof v == 0) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+  memcpy(p, &v, sizeof v);
+}
+inline void streamed() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 inline Words broadcast(const Number* p) {
   uint32_t word;
   memcpy(&word, p, sizeof word);
