@@ -32,6 +32,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SWITCH_SECONDS = 0.0001  # that a thread keeps the interpreter for itself while a step waits for it
 CUT_SECONDS = 2.0  # for the error events of answers that were cut
 BACKLOG = 2048
+# More than clients and balancers keep an idle connection (15 s in aiohttp, 60 in many balancers):
+# whoever gives up last must not be the one that sends, or a request meets a closed connection.
+KEEP_ALIVE_SECONDS = 75
 
 log = logging.getLogger("wardrobe.server")
 
@@ -127,7 +130,7 @@ def _uvicorn_config(app: Litestar, settings: ServerSettings) -> uvicorn.Config:
         date_header=False,
         proxy_headers=False,  # nothing here believes X-Forwarded-*
         backlog=BACKLOG,
-        timeout_keep_alive=15,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,  # the drain is over by then
         h11_max_incomplete_event_size=64 * KIB,
     )

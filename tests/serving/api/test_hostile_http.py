@@ -338,6 +338,16 @@ def test_a_keep_alive_connection_outlives_the_header_deadline(server: Running) -
             time.sleep(0.4)
 
 
+@pytest.mark.long
+def test_an_idle_connection_outlives_what_a_client_keeps_it_for(server: Running) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as sock:
+        for pause in (0, 16, 61):  # aiohttp keeps one for 15 seconds, many a balancer for 60
+            time.sleep(pause)
+            sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200"), f"after {pause} seconds"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
