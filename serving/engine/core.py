@@ -81,7 +81,7 @@ class EngineCore:
         self.warming: dict[Warm, None] = {}
         self.counters = Counters()
         self._stirred = False  # a place was taken or freed since the last pass over the waiting
-        self._unkept: dict[Sequence, None] = {}  # whose new blocks no prefix cache has seen yet
+        self._unstored: dict[Sequence, None] = {}  # the prefix cache has not seen what they read
 
     @property
     def has_work(self) -> bool:
@@ -121,7 +121,7 @@ class EngineCore:
 
     def step(self) -> list[Event]:
         """Admit what can be admitted, read and sample one step, and tell what came of it."""
-        self.settle()
+        self.store_read()
         events = self._admit()
         rows = self.scheduler.schedule()
         if not rows:
@@ -132,13 +132,14 @@ class EngineCore:
             events += self._publish(row, outcomes.get(row.sequence))
         return events
 
-    def settle(self) -> None:
-        """Keep for later requests what the last step has read; nobody waits for that.
+    def store_read(self) -> None:
+        """Give the prefix cache what the last step has read, of those that go on.
 
-        Call it while its tokens are written. Otherwise the next step begins with it.
+        Call it while the step's tokens are written. Otherwise the next step begins with it. Who
+        ends gives up its slot, and has stored before that.
         """
-        while self._unkept:
-            self._settle(next(iter(self._unkept)))
+        while self._unstored:
+            self._store(next(iter(self._unstored)))
 
     def chores(self) -> list[Chore]:
         """Return what is to be done when there is nothing else to do."""
@@ -321,7 +322,7 @@ class EngineCore:
         self.counters.prompt_tokens += row.new_prompt_tokens
         self.scheduler.charge(row, sampled=outcome is not None)
         sequence.advance(row)
-        self._unkept[sequence] = None
+        self._unstored[sequence] = None
         if outcome is None:
             return
         self.counters.generated_tokens += 1
@@ -345,7 +346,7 @@ class EngineCore:
 
     def _release(self, sequence: Sequence) -> None:
         """End a request and free what it holds: a running one all, a paused one perhaps KV."""
-        self._settle(sequence)
+        self._store(sequence)
         if sequence in self.scheduler.running:
             self._leave(sequence)
         if sequence.kv_slot >= 0:
@@ -353,9 +354,9 @@ class EngineCore:
         self.scheduler.remove(sequence)
         self._stirred = True
 
-    def _settle(self, sequence: Sequence) -> None:
-        if sequence in self._unkept:
-            del self._unkept[sequence]
+    def _store(self, sequence: Sequence) -> None:
+        if sequence in self._unstored:
+            del self._unstored[sequence]
             self.prefixes.store(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -262,7 +262,7 @@ class TorchEngine:
 
         It waits a moment for an adapter that somebody wants kept: beside a step its load takes
         longer and the step, too, and then it waits for the end of it. For those that run this is
-        shorter than the steps with parts of its first prompt.
+        about as long as a step with a part of its first prompt, or shorter.
         """
         with self._changed:
             messages, self._inbox = self._inbox, deque()
@@ -277,7 +277,7 @@ class TorchEngine:
         """Wait for the load, until `latest` at most.
 
         Part of the wait is before the tokens of the last step are told, the rest behind it: in two
-        gaps of the streams, neither of which is so long as that of a prompt's part.
+        gaps of the streams, each about as long as that of a prompt's part.
         """
         with self._changed:
             seconds = min(self._held_until, latest) - time.monotonic()
@@ -296,7 +296,7 @@ class TorchEngine:
             with self._changed:
                 self._changed.wait_for(lambda: self._inbox or self._closing, ASKING_SECONDS)
             events = list(filterfalse(_ends, events))
-        self._deliver(events, WRITING_TURNS, self._core.settle)
+        self._deliver(events, WRITING_TURNS, self._core.store_read)
 
     def _deliver(
         self, events: Iterable[Event], turns: int, meanwhile: Callable[[], None] = lambda: None

@@ -10,7 +10,7 @@ from serving.engine.pages import QuietPages, lazy_zeros
 from serving.engine.spec import DecoderSpec
 
 BLOCK = 16  # tokens
-READY = 128 << 20  # bytes of blocks that have their pages before they are used, if there are any
+READY = 128 << 20  # bytes of unused blocks whose pages the system has given already, at most
 
 
 class KVCache:
@@ -86,7 +86,7 @@ class KVCache:
 class KVBlocks:
     """Room for keys and values of `count` times BLOCK tokens, each block in one piece.
 
-    On a CPU the memory is given when a block is first written.
+    On a CPU the system gives the memory as it is written, and READY bytes ahead in quiet times.
     """
 
     def __init__(

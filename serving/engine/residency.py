@@ -11,7 +11,7 @@ from serving.engine.lora import HostAdapter, LoraStacks
 from serving.engine.slots import Place, SlotTable
 from serving.engine.vectors import Vectors
 
-NEW_SECONDS = 0.25  # after its load, in which an adapter's prompts are those that it was loaded for
+NEW_SECONDS = 0.25  # after a load call: a prompt that starts by then is what it was made for
 MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
 
 
@@ -109,8 +109,10 @@ class Residency:
         return self.stacks.layout.share(self.table.slot_of(ref.digest).bucket)
 
     def is_new(self, ref: AdapterRef) -> bool:
-        """Tell whether a resident adapter was on its way a moment ago."""
-        return time.monotonic() - self._placed_at[ref.digest] < NEW_SECONDS
+        """Tell whether a resident adapter is kept for somebody who asked a moment ago."""
+        return ref.digest in self.kept and (
+            time.monotonic() - self._placed_at[ref.digest] < NEW_SECONDS
+        )
 
     def begin(self, ref: AdapterRef, ahead: int, files: AdapterFiles | None = None) -> Load | None:
         """Start a load for `prefetch` while a step still runs. The only method for any thread.

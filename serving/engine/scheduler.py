@@ -10,7 +10,6 @@ from serving.engine.fair_queue import FairQueue
 from serving.engine.sequence import Row, Sequence
 
 STRETCH = 3  # times as long as without prompts: the most that a step with prompts should take
-STRETCH_NEW = 2.2  # the same beside a load: those that run have waited for that before
 READING_ADAPTERS = 0.5  # times the base, at most: more of it hides behind what rows compute
 SITS_OUT = 3  # steps in a row at most, for prompts of a tenant that has had less
 LOW_SHARE = 8  # beside normal requests, low ones get one token in so many
@@ -148,23 +147,26 @@ class Scheduler:
         STRETCH (ridge + decoding) - ridge tokens it takes STRETCH times as long as without prompts.
         It may take once more when some sit out: fewer wait for it, and a whole prompt may fit in.
         A prompt that needs several steps is read in even parts: none is longer than it has to be.
-        A prompt whose adapter has just been loaded makes shorter steps, in more parts, so that a
-        load is seen no more than any other new request.
+        Right after a load call it is read in a part more: those that run have waited for the load,
+        and a step with a part of this prompt should not be longer than such a wait.
         """
         running, due = self._of(priority), self._due(priority)
         out = self._sit_out(priority, running, due)
         here = [sequence for sequence in running if sequence not in out]
         rows = [Row(s, s.computed, 1) for s in here if s.remaining == 1][:tokens]
         budget = tokens - len(rows)
-        prompts = [sequence for sequence in here if sequence.unread]
         if decoding := sum(s.remaining == 1 for s in running):
             ridge = self.ridge * (1 + _worn(running))
-            stretch = STRETCH_NEW if any(s.is_new for s in prompts) else STRETCH
-            longest = (stretch + bool(out)) * (ridge + decoding)
+            longest = (STRETCH + bool(out)) * (ridge + decoding)
             budget = min(budget, int(longest - ridge) - len(rows))
+        prompts = [sequence for sequence in here if sequence.unread]
         for sequence in sorted(prompts, key=lambda s: due[s.request.tenant]):
             if budget > 0:
                 parts = math.ceil(sequence.unread / budget)
+                if decoding and sequence.is_new and parts > 1:
+                    sequence.part = sequence.part or math.ceil(sequence.unread / (parts + 1))
+                if decoding and sequence.part:
+                    parts = max(parts, math.ceil(sequence.unread / sequence.part))
                 count = math.ceil(sequence.unread / parts)
                 rows.append(Row(sequence, sequence.computed, count))
                 budget -= count

@@ -48,7 +48,8 @@ class Sequence:
         self.sat_out = 0  # steps in a row, up to now, that went on without it
         self.kv_slot = -1  # -1 until admitted
         self.share = 0.0  # size of its adapter over that of the base's linears
-        self.is_new = False  # it started just when its adapter had been loaded
+        self.is_new = False  # it started just after its adapter had been loaded by a call
+        self.part = 0  # tokens of its prompt in a step at most; 0: as many as the step has room for
         self.cached = 0  # prompt tokens that were in the prefix cache when it started
         self.block_keys: list[bytes] = []  # of the blocks that its tokens fill, see PrefixCache
         self.awaits = b""  # key of the block that it needs next, while another one reads it

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from registry.adapter import AdapterRef
+from serving.engine import kv_cache
 from serving.engine import pages as pages_module
 from serving.engine.boundary import AdapterLoadFailed, EngineUnavailable
 from serving.engine.build import assemble, read_model
@@ -462,6 +463,43 @@ def test_where_memory_cannot_be_made_ready_nobody_tries_again(
     assert not pages.waiting
     elsewhere = torch.empty(4 * PAGE, dtype=torch.uint8, device="meta")
     assert not QuietPages(elsewhere, PAGE).waiting
+
+
+def test_memory_for_blocks_is_made_ready_while_nothing_runs_and_as_they_are_used(
+    tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuietPages, "PIECE", mmap.PAGESIZE)
+    monkeypatch.setattr(kv_cache, "READY", 2 * mmap.PAGESIZE)
+    pieces: list[QuietPages] = []
+    work = QuietPages.work
+
+    def counted(pages: QuietPages) -> None:
+        pieces.append(pages)
+        work(pages)
+
+    monkeypatch.setattr(QuietPages, "work", counted)
+
+    async def main() -> None:
+        settings = replace(SETTINGS, prefix_cache_bytes=1 << 20)
+        parts = assemble(read_model(base_of(tiny_base), settings), tiny_folders, settings)
+        engine = TorchEngine(parts, settings)
+
+        async def pieces_after(prompt: str) -> int:
+            await complete(engine, request(prompt, max_tokens=1))
+            async with asyncio.timeout(10):
+                while parts.core.prefixes.pages.waiting:  # noqa: ASYNC110  # it tells nobody
+                    await asyncio.sleep(0.01)
+            return len(pieces)
+
+        first = await pieces_after("x")
+        assert first
+        if first == 1:
+            pytest.skip("this Linux does not make memory ready")
+        assert first == 2
+        assert await pieces_after("a prompt of several blocks, " * 3) > first
+        await engine.aclose()
+
+    asyncio.run(main())
 
 
 class PagesThatWait:

@@ -62,7 +62,7 @@ class Driven:
                 else:
                     assert event is not None
                     self.deltas[ticket].append(event)
-            self.core.settle()
+            self.core.store_read()
 
     def finish(self) -> None:
         while self.core.scheduler.running or self.core.scheduler.waiting:
@@ -273,7 +273,7 @@ def test_only_blocks_that_were_read_whole_come_from_a_request_that_is_aborted(
 def test_what_was_read_is_kept_also_where_nobody_had_the_time_to_do_it(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
-    """The next step does it, and an abort; nothing is kept while the step's tokens wait for it."""
+    """The next step does it, and an abort; the step itself does not."""
     driven = new(tiny_base, tiny_folders)
     left = driven.add(ask(range(100)))
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from benchmarks.workload import jain, percentile
 from registry.adapter import AdapterRef
 from serving.engine.boundary import GenerateRequest, Priority, SamplingParams
 from serving.engine.fair_queue import CREDIT, OUTPUT_WEIGHT, PROMPT_WEIGHT
-from serving.engine.scheduler import LOW_SHARE, SITS_OUT, STRETCH, STRETCH_NEW, Scheduler
+from serving.engine.scheduler import LOW_SHARE, SITS_OUT, STRETCH, Scheduler
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 
@@ -374,11 +374,11 @@ def test_a_prompt_is_read_in_as_few_steps_as_may_be_and_in_even_parts() -> None:
     assert alone_beside(8, 100) == [34, 33, 33]
 
 
-def test_a_prompt_for_an_adapter_that_was_just_loaded_makes_shorter_steps() -> None:
-    assert int((STRETCH_NEW - 1) * (RIDGE + 8)) == 28
-    assert alone_beside(8, 28, is_new=True) == [28]
-    assert alone_beside(8, 48, is_new=True) == [24, 24]
+def test_a_prompt_right_after_its_load_call_is_read_in_a_part_more_if_it_needs_several() -> None:
+    assert alone_beside(8, 48, is_new=True) == [48]
+    assert alone_beside(8, 49, is_new=True) == [17, 16, 16]
     assert alone_beside(8, 100, is_new=True) == [25, 25, 25, 25]
+    assert alone_beside(8, 450, is_new=True) == [41] * 10 + [40], "not one more for each"
     assert alone_beside(0, 100, is_new=True) == [100], "nobody decodes"
 
 
