@@ -108,6 +108,30 @@ def test_top_p_is_taken_of_what_top_k_left(drawn: Drawn) -> None:
     assert set(drawn(scores, top_k=2, top_p=0.6).tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (300, 1.0), (300, 0.8), (40, 0.5)])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_what_is_kept_is_drawn_by_its_share_the_likeliest_first(
+    drawn: Drawn, top_k: int, top_p: float, scale: float
+) -> None:
+    scores = scores_of(4) / 3 * scale
+    probs = torch.softmax(scores.double(), dim=-1)
+    order = sorted(range(VOCAB), key=lambda token: -float(probs[token]))
+    order = order[: top_k or VOCAB]
+    whole, kept, mass = float(probs[order].sum()) if top_k else 1.0, list[int](), 0.0
+    for token in order:
+        if kept and mass >= top_p * whole:
+            break
+        kept.append(token)
+        mass += float(probs[token])
+    tokens = drawn(scores, top_k=top_k, top_p=top_p)
+    shares = torch.zeros(VOCAB, dtype=torch.float64)
+    shares[kept] = probs[kept] / mass
+    counts = torch.bincount(tokens, minlength=VOCAB)
+    assert (counts - shares * DRAWS).abs().max() <= 1.0
+    places = torch.tensor([kept.index(token) for token in tokens.tolist()])
+    assert (places.diff() >= 0).all(), "larger numbers draw less likely tokens"
+
+
 def test_tokens_without_probability_are_never_drawn(drawn: Drawn) -> None:
     scores = torch.full((VOCAB,), -torch.inf)
     scores[[3, 400]] = 0.0

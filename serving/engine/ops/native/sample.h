@@ -18,7 +18,6 @@ class Sampling {
   explicit Sampling(int64_t size)
       : size(size), weights((size + BLOCK - 1) / BLOCK * BLOCK), masses(weights.size() / BLOCK) {}
 
-
   int64_t draw(const float* scores, const Wish& wish) {
     weigh(scores, wish);
     return wish.top_k > 0 || wish.top_p < 1 ? cut(wish) : whole(wish.uniform);
@@ -79,25 +78,64 @@ class Sampling {
     const size_t limit = wish.top_k > 0 ? std::min(wish.top_k, size) : size;
     for (float least = FIRST;; least = least > 1e-30f ? least / 32 : 0) {
       const double mass = collect(least);
-      const bool full = candidates.size() >= limit;
-      if (full || mass >= wish.top_p * total || least == 0) break;
+      // top-p is of what top-k leaves, so that has to be there as a whole.
+      const bool enough = wish.top_k > 0 ? candidates.size() >= limit : mass >= wish.top_p * total;
+      if (enough || least == 0) break;
     }
     if (candidates.empty()) return 0;  // scores that are no numbers: their row fails elsewhere
-    const auto likelier = [](const Candidate& one, const Candidate& two) {
-      return one.first > two.first || (one.first == two.first && one.second < two.second);
-    };
-    std::sort(candidates.begin(), candidates.end(), likelier);
-    if (candidates.size() > limit) candidates.resize(limit);
-    double whole = wish.top_k > 0 ? 0 : total;
-    for (size_t i = 0; wish.top_k > 0 && i < candidates.size(); i++) whole += candidates[i].first;
-    double kept = 0;
-    size_t count = 0;
-    do kept += candidates[count++].first;
-    while (count < candidates.size() && kept < wish.top_p * whole);
+    double whole = total;
+    if (wish.top_k > 0) {
+      if (candidates.size() > limit) {
+        const auto first = candidates.begin();
+        std::nth_element(first, first + limit, candidates.end(), likelier);
+        candidates.resize(limit);
+      }
+      whole = mass_of(0, candidates.size());
+    }
+    const double wanted = wish.top_p * whole;
+    const auto [count, mass] = likeliest(candidates.size(), [=](double m) { return m >= wanted; });
+    const double aim = wish.uniform * mass;
+    return candidates[likeliest(count, [=](double m) { return m > aim; }).count - 1].second;
+  }
+
+  static bool likelier(const Candidate& one, const Candidate& two) {
+    return one.first > two.first || (one.first == two.first && one.second < two.second);
+  }
+
+  double mass_of(size_t from, size_t to) const {
     double mass = 0;
-    for (size_t i = 0; i < count; i++)
-      if ((mass += candidates[i].first) > wish.uniform * kept) return candidates[i].second;
-    return candidates[count - 1].second;
+    for (size_t i = from; i < to; i++) mass += candidates[i].first;
+    return mass;
+  }
+
+  struct Likeliest {
+    size_t count;
+    double mass;
+  };
+
+  // Put the fewest likeliest of the first `count` candidates that have `enough` mass to the front,
+  // the least likely of them last; all, if they have not. Only the part in which the last one lies
+  // is put in order, half of it at a time: a flat distribution has tens of thousands of candidates.
+  template <class Enough>
+  Likeliest likeliest(size_t count, const Enough& enough) {
+    const auto first = candidates.begin();
+    size_t low = 0, high = count;
+    double mass = 0;  // of those before `low`, all of which are taken
+    while (high - low > 32) {
+      const size_t middle = low + (high - low) / 2;
+      std::nth_element(first + low, first + middle, first + high, likelier);
+      const double more = mass_of(low, middle);
+      if (enough(mass + more)) {
+        high = middle;
+      } else {
+        mass += more;
+        low = middle;
+      }
+    }
+    std::sort(first + low, first + high, likelier);
+    do mass += candidates[low++].first;
+    while (low < high && !enough(mass));
+    return {low, mass};
   }
 
   // Gather the tokens that have at least this share of the largest weight; return their mass.
