@@ -26,6 +26,7 @@ from typing import Any
 import aiohttp
 from rich.progress import Progress
 
+from benchmarks.plots import Plot, add_option, draw_dots
 from benchmarks.throughput import (
     NO_PREFIX_CACHE,
     Refused,
@@ -150,6 +151,14 @@ def fill_registry(home: Path, base: BaseModel, bases: Bases, *, one_tenant: bool
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    share: float  # requests a second of a tenant
+    quiet: list[Phase]
+    noisy: list[Phase]
+    crowded: Phase
+
+
 @contextlib.asynccontextmanager
 async def signed_in(keys: dict[str, str]) -> AsyncIterator[dict[str, aiohttp.ClientSession]]:
     """Open a session for each tenant."""
@@ -168,7 +177,7 @@ async def signed_in(keys: dict[str, str]) -> AsyncIterator[dict[str, aiohttp.Cli
 
 async def measure(
     url: str, keys: dict[str, str], pool: list[list[int]], seconds: float, repeats: int
-) -> str:
+) -> Result:
     async with signed_in(keys) as sessions:
         load = Load(url, sessions, pool)
         for tenant in TENANTS:
@@ -184,12 +193,13 @@ async def measure(
                     progress.advance(bar)
             crowded = await load.crowded(seconds / 2)
             progress.advance(bar)
-    return report(share, quiet, noisy, crowded)
+    return Result(share, quiet, noisy, crowded)
 
 
-def report(share: float, quiet: list[Phase], noisy: list[Phase], crowded: Phase) -> str:
+def report(result: Result) -> str:
+    quiet, noisy, crowded = result.quiet, result.noisy, result.crowded
     lines = [
-        f"A tenant's share is {share:.2f} requests a second.",
+        f"A tenant's share is {result.share:.2f} requests a second.",
         "",
         "| others' time to first token | answered | p50 ms | p99 ms | refused |",
         "|---|---|---|---|---|",
@@ -216,11 +226,18 @@ def report(share: float, quiet: list[Phase], noisy: list[Phase], crowded: Phase)
     return "\n".join(lines)
 
 
+def draw_waits(result: Result, plot: Plot) -> None:
+    phases = {"quiet": result.quiet, "noisy": result.noisy}
+    rows = {name: [t for phase in each for t in phase.ttft()] for name, each in phases.items()}
+    draw_dots(plot, "others' time to first token, ms", {n: v for n, v in rows.items() if v})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--seconds", type=float, default=60, help="of each phase")
     parser.add_argument("--repeats", type=int, default=2)
+    add_option(parser)
     parser.add_argument("--one-tenant", action="store_true", help="the control: no shares")
     parser.add_argument("serve", nargs="*", help="after --: options handed to `wardrobe serve`")
     args = parser.parse_args()
@@ -232,7 +249,9 @@ def main() -> None:
         pool = prompts(str(base.path), 400, seed=0)
         with running_server(home, base.id, [*NO_PREFIX_CACHE, *args.serve]) as url:
             result = asyncio.run(measure(url, keys, pool, args.seconds, args.repeats))
-    print(f"\n{setup_line(base, args.repeats)}\n\n{result}")
+    print(f"\n{setup_line(base, args.repeats)}\n\n{report(result)}")
+    if args.plot:
+        draw_waits(result, Plot(args.plot, setup_line(base, args.repeats)))
 
 
 if __name__ == "__main__":

@@ -48,10 +48,6 @@ class Limits:
             rates[rows] = 2 * rows * w.numel() / seconds
         return cls(read, rates)
 
-    def __str__(self) -> str:
-        rates = ", ".join(f"{rate / 1e9:.0f} at {rows} rows" for rows, rate in self.rates.items())
-        return f"{self.read / 1e9:.1f} GB/s read; bfloat16 GFLOP/s: {rates}"
-
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

@@ -31,6 +31,7 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.journal import Journal
+from benchmarks.plots import Bar, Plot, add_option, draw_bars
 
 if TYPE_CHECKING:
     from benchmarks.gpu_bodies import Steps
@@ -147,6 +148,20 @@ def table(results: Results, shapes: Sequence[str]) -> Iterator[str]:
             yield _prompt_line(results, cell)
 
 
+def draw_shares(results: Results, shapes: Sequence[str], rank: int, plot: Plot) -> None:
+    """Draw how near decode steps are to the memory floor, with adapters of one rank."""
+    groups: dict[str, dict[str, Bar]] = {}
+    for figure in results.figures.values():
+        cell = figure.cell
+        own = cell.shape in shapes and cell.body == "wardrobe" and not cell.prompt
+        if own and cell.rank in (0, rank) and figure.milliseconds:
+            note = f"  ({figure.milliseconds:.1f} ms)"
+            bars = groups.setdefault(f"{cell.shape}, batch {cell.batch}", {})
+            share = figure.floor / figure.milliseconds
+            bars[f"{cell.adapters} adapters" if cell.adapters else "none"] = Bar(share, note=note)
+    draw_bars(plot, f"share of the memory floor; adapters of rank {rank}", groups, digits=2)
+
+
 def _decode_line(results: Results, cell: Cell) -> str:
     figure, peft = results.figures[cell], _text(results, cell, "peft")
     share = f"{figure.floor / figure.milliseconds:.2f}" if figure.milliseconds else ""
@@ -243,6 +258,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--results", type=Path, default=Path("gpu-results.jsonl"))
     parser.add_argument("--table", type=Path, default=None, help="write the table here, too")
+    add_option(parser)
     options = parser.parse_args()
     if options.device == "cpu" and options.shape != ["tiny"]:
         parser.error("a CPU only interprets the kernels: --device cpu goes with --shape tiny.")
@@ -260,6 +276,8 @@ def main() -> None:
     print(text)
     if options.table is not None:
         options.table.write_text(text + "\n")
+    if options.plot:
+        draw_shares(results, options.shape, options.peft_rank, Plot(options.plot, results.setting))
     if not complete:
         raise SystemExit(
             f"Stopped after {options.minutes} minutes. The same command goes on from here."

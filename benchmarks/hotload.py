@@ -1,6 +1,6 @@
 """What a new adapter costs: its own first token, and the streams that run meanwhile, over HTTP.
 
-    python -m benchmarks.hotload [--trials 10] [--streams 8] [--out FILE.json]
+    python -m benchmarks.hotload [--trials 10] [--streams 8] [--out FILE.json] [--plot FILE]
 
 Each trial takes adapters that the server has not touched since they were pushed. Idle: a request
 for one, beside the same request for one that is in a slot. Busy: while the streams run on resident
@@ -29,6 +29,7 @@ from pathlib import Path
 import aiohttp
 from rich.progress import Progress
 
+from benchmarks.plots import Plot, add_option, draw_dots
 from benchmarks.throughput import running_server, setup_line, write_adapter
 from benchmarks.workload import prompts
 from registry.adapter import AdapterName
@@ -277,12 +278,29 @@ def report(trials: Sequence[Trial]) -> str:
     )
 
 
+def draw_trials(trials: Sequence[Trial], plot: Plot) -> None:
+    rows = {
+        "idle, short prompt: a new one's first token": "idle_short",
+        "the same, one in a slot": "idle_short_control",
+        "beside streams: first token since the load call": "first_new",
+        "since a push over HTTP": "first_pushed",
+        "one in a slot": "first_control",
+        "longest gap of the streams: a new one": "gap_new",
+        "one in a slot ": "gap_control",
+        "nothing new": "gap_quiet",
+        "their median step": "step",
+    }
+    values = {row: [getattr(t, name) for t in trials] for row, name in rows.items()}
+    draw_dots(plot, "milliseconds", values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--out", type=Path, help="also write every trial as JSON")
+    add_option(parser)
     parser.add_argument("serve", nargs="*", help="after --: options handed to `wardrobe serve`")
     args = parser.parse_args()
     bases = Bases(default_cache() / "bases")
@@ -298,6 +316,8 @@ def main() -> None:
             )
     print(f"\n{setup_line(base, args.trials)}\n\n{report(trials)}")
     print(f"\nA load took on average: {stages}.")
+    if args.plot:
+        draw_trials(trials, Plot(args.plot, setup_line(base, args.trials)))
     if args.out:
         args.out.write_text(json.dumps([asdict(trial) for trial in trials], indent=1))
 

@@ -13,7 +13,8 @@ cell goes round them in turn, so that what else the machine does meets all alike
 it is not is stopped (SIGSTOP), because some wait by spinning.
 A round (one cell, once on every server) is written to `--results` when it is complete; the same
 command goes on where it was stopped, and `--minutes` stops it. Prints one Markdown table: rates,
-times, how many times as fast as the peer we are, and our share of the floor (benchmarks/floor.py).
+times, how many times as fast as the peer we are, and the share of the floor (benchmarks/floor.py),
+whose limits are measured before each server's turn: a host's speed may change within minutes.
 A peer that is missing, or does not start, is said and left out.
 """
 
@@ -21,21 +22,25 @@ import argparse
 import asyncio
 import contextlib
 import signal
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
 from benchmarks.floor import Limits, Sizes, floor
 from benchmarks.journal import Journal
 from benchmarks.peer_servers import Peer, Server, turn, up
+from benchmarks.plots import Bar, Plot, add_option, draw_bars
 from benchmarks.throughput import (
     ADAPTERS,
     fill_registry,
+    label,
     model_name,
     one_request,
     parse_cells,
@@ -52,30 +57,43 @@ OURS = "wardrobe"
 Round = tuple[Cell, int]  # and its number
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One server's part of a round, and what the machine reached just before."""
+
+    figures: Figures
+    limits: Limits
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> "Turn":
+        rates = {int(rows): rate for rows, rate in entry["limits"]["rates"].items()}
+        return cls(Figures(**entry["figures"]), Limits(entry["limits"]["read"], rates))
+
+    def share(self, cell: Cell, sizes: Sizes) -> float:
+        """Return the rate over the floor's."""
+        return self.figures.tokens_per_second / floor(cell, sizes, self.limits)
+
+
 class Results:
     """What complete rounds gave, in this run and in earlier ones."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal, self.setting = journal, journal.setting
-        self.figures: dict[Round, dict[str, Figures]] = {}
-        self.limits: list[Limits] = []
+        self.turns: dict[Round, dict[str, Turn]] = {}
         for entry in journal:
-            if "limits" in entry:
-                rates = {int(rows): rate for rows, rate in entry["limits"]["rates"].items()}
-                self.limits.append(Limits(entry["limits"]["read"], rates))
-            else:
-                known = self.figures.setdefault((Cell(**entry["cell"]), entry["repeat"]), {})
-                known[entry["server"]] = Figures(**entry["figures"])
+            if "figures" not in entry or "limits" not in entry:
+                raise SystemExit(
+                    f"{journal.path} is of an older form of this benchmark, which measured limits "
+                    "once. Name another file with --results."
+                )
+            known = self.turns.setdefault((Cell(**entry["cell"]), entry["repeat"]), {})
+            known[entry["server"]] = Turn.read(entry)
 
-    def add_limits(self, limits: Limits) -> None:
-        self.limits.append(limits)
-        self._journal.write({"limits": asdict(limits)})
-
-    def add(self, cell: Cell, repeat: int, figures: dict[str, Figures]) -> None:
-        self.figures[cell, repeat] = figures
+    def add(self, cell: Cell, repeat: int, turns: dict[str, Turn]) -> None:
+        self.turns[cell, repeat] = turns
         place = {"cell": asdict(cell), "repeat": repeat}
         self._journal.write(
-            *(place | {"server": name, "figures": asdict(f)} for name, f in figures.items())
+            *(place | {"server": name} | asdict(own) for name, own in turns.items())
         )
 
     def missing(self, wanted: Sequence[Round], peers: Sequence[Peer]) -> list[Round]:
@@ -83,21 +101,30 @@ class Results:
         return [
             (cell, repeat)
             for cell, repeat in wanted
-            for known in [self.figures.get((cell, repeat), {})]
+            for known in [self.turns.get((cell, repeat), {})]
             if not all(peer.name in known for peer in peers if peer.runs(cell))
         ]
 
-    def of(self, cell: Cell, name: str) -> list[Figures]:
-        rounds = [known for (own, _), known in self.figures.items() if own == cell]
+    def of(self, cell: Cell, name: str) -> list[Turn]:
+        rounds = [known for (own, _), known in self.turns.items() if own == cell]
         return [known[name] for known in rounds if name in known]
 
-    @property
-    def best(self) -> Limits:
-        """The most that this machine reached, in any of the pieces that a run was done in."""
-        rates = {
-            rows: max(each.rates[rows] for each in self.limits) for rows in self.limits[0].rates
-        }
-        return Limits(max(each.read for each in self.limits), rates)
+    def limits(self) -> str:
+        """Return what the machine reached, from turn to turn."""
+        all_limits = [own.limits for known in self.turns.values() for own in known.values()]
+        if not all_limits:
+            return "none measured"
+        rates = (
+            f"{_span([each.rates[rows] / 1e9 for each in all_limits], 0)} at {rows} rows"
+            for rows in all_limits[0].rates
+        )
+        read = _span([each.read / 1e9 for each in all_limits], 1)
+        return f"{read} GB/s read; bfloat16 GFLOP/s: {', '.join(rates)}"
+
+
+def _span(values: Sequence[float], digits: int) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 async def touch(server: Server) -> None:
@@ -124,12 +151,13 @@ async def measure(
             if time.monotonic() > until:
                 return False
             here = [server for server in servers if server.peer.runs(cell)]
-            figures: dict[str, Figures] = {}
+            turns: dict[str, Turn] = {}
             for server in here if repeat % 2 == 0 else reversed(here):
+                limits = Limits.measure()
                 async with turn(server) as session:
                     own = await run_cell(session, server.url, cell, texts[cell, repeat])
-                figures[server.peer.name] = own
-            results.add(cell, repeat, figures)
+                turns[server.peer.name] = Turn(own, limits)
+            results.add(cell, repeat, turns)
             progress.advance(bar)
     return True
 
@@ -142,19 +170,32 @@ def table(results: Results, peers: Sequence[Peer], cells: Sequence[Cell], sizes:
     ]
     for cell in cells:
         own = results.of(cell, OURS)
-        least = floor(cell, sizes, results.best)
-        for peer in peers:
-            if repeats := results.of(cell, peer.name):
-                m, rates = Figures.median(repeats), [r.tokens_per_second for r in repeats]
-                ours = Figures.median(own).tokens_per_second
+        for peer in peers if own else ():
+            if turns := results.of(cell, peer.name):
+                m = Figures.median([each.figures for each in turns])
+                ours = Figures.median([each.figures for each in own])
+                rate = _span([each.figures.tokens_per_second for each in turns], 0)
+                share = statistics.median(each.share(cell, sizes) for each in turns)
                 lines.append(
-                    f"| {cell.clients} | {cell.adapters} | {peer.name} "
-                    f"| {m.tokens_per_second:.0f} ({min(rates):.0f}–{max(rates):.0f}) "
+                    f"| {cell.clients} | {cell.adapters} | {peer.name} | {rate} "
                     f"| {m.ttft_p50:.0f} | {m.itl_p50:.1f} | {m.itl_p95:.1f} | {m.itl_p99:.1f} "
-                    f"| {ours / m.tokens_per_second:.2f} "
-                    f"| {m.tokens_per_second / least:.2f} |"
+                    f"| {ours.tokens_per_second / m.tokens_per_second:.2f} | {share:.2f} |"
                 )
     return "\n".join(lines)
+
+
+def draw_rates(results: Results, peers: Sequence[Peer], cells: Sequence[Cell], plot: Plot) -> None:
+    """Draw the rates of all servers, and how many times as fast as a peer we are."""
+    groups: dict[str, dict[str, Bar]] = {}
+    for cell in cells:
+        own = [each.figures.tokens_per_second for each in results.of(cell, OURS)]
+        for peer in peers if own else ():
+            if turns := results.of(cell, peer.name):
+                rates = [each.figures.tokens_per_second for each in turns]
+                times = statistics.median(own) / statistics.median(rates)
+                note = "" if peer.name == OURS else f"  (wardrobe: {times:.1f} times)"
+                groups.setdefault(label(cell), {})[peer.name] = Bar.of(rates, note)
+    draw_bars(plot, "output tokens a second", groups)
 
 
 def named(options: argparse.Namespace) -> list[Peer]:
@@ -173,7 +214,6 @@ def run_missing(
     missing = results.missing(rounds, peers)
     if not missing:
         return True
-    results.add_limits(Limits.measure())
     needed = [peer for peer in peers if any(peer.runs(cell) for cell, _ in missing)]
     pool = iter(prompts(str(base.path), sum(cell.requests for cell, _ in rounds), seed=0))
     texts = {each: [next(pool) for _ in range(each[0].requests)] for each in rounds}
@@ -196,6 +236,7 @@ def main() -> None:
     parser.add_argument("--lora-peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--results", type=Path, default=Path("peers-results.jsonl"))
+    add_option(parser)
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     # Whoever ends it ends the servers that it started, too.
@@ -206,8 +247,11 @@ def main() -> None:
     rounds = [(cell, repeat) for repeat in range(options.repeats) for cell in cells]
     complete = run_missing(results, peers, rounds, base, until)
     print(f"\n{results.setting}, medians of {options.repeats}, {time.strftime('%F')}")
-    print(f"Limits: {results.best}\n")
+    print(f"Limits, before each turn: {results.limits()}\n")
     print(table(results, peers, cells, Sizes.read(base.path)))
+    if options.plot and results.turns:
+        title = f"{results.setting}, medians of {options.repeats}, {time.strftime('%F')}"
+        draw_rates(results, peers, cells, Plot(options.plot, title))
     if not complete:
         raise SystemExit(f"Stopped after {options.minutes} minutes. The same command goes on.")
 

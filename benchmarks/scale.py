@@ -1,10 +1,12 @@
 """Ten thousand registered adapters, a few of which everybody wants: throughput by adapter memory.
 
-    python -m benchmarks.scale [--adapters 10000] [--requests 256] [--zipf 1.0] [--home DIR]
+    python -m benchmarks.scale [--adapters 10000] [--requests 256] [--zipf 1.0] [--repeats 3]
+        [--home DIR] [--plot FILE]
 
 Adapter number k is asked for with a probability that falls as 1 / k^zipf. Clients in a closed loop
 send the same requests to servers with memory for all adapters that the requests name, for half of
-them, and so on; each server gets as many requests to one adapter alone before, as the control.
+them, and so on; each server gets as many requests to one adapter alone before, as the control, and
+both again in every repeat.
 Before a phase every adapter of it is touched once, the least popular first, so that what is
 measured is traffic and not a cold start.
 
@@ -17,6 +19,7 @@ import asyncio
 import json
 import random
 import shutil
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -29,7 +32,15 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
 
-from benchmarks.throughput import one_request, running_server, setup_line, write_adapter
+from benchmarks.floor import SIZE, Sizes
+from benchmarks.plots import Bar, Plot, add_option, draw_bars
+from benchmarks.throughput import (
+    NO_PREFIX_CACHE,
+    one_request,
+    running_server,
+    setup_line,
+    write_adapter,
+)
 from benchmarks.workload import OUTPUT_TOKENS, Figures, Record, prompts
 from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
@@ -41,12 +52,15 @@ SHARES = (1.0, 0.5, 0.25, 0.125)
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one memory size gave."""
+    """What one memory size gave, once."""
 
-    slots: int  # adapters that memory holds
+    room: int  # adapters of rank 16 that memory holds
     distinct: int  # adapters that were asked for
     loads: int  # into slots, while it was measured
     figures: Figures
+
+
+Pair = tuple[Phase, Phase]  # one adapter alone, then all that are asked for
 
 
 def name_of(number: int) -> AdapterName:
@@ -107,7 +121,7 @@ class Traffic:
     def __init__(self, pool: Sequence[list[int]], clients: int) -> None:
         self._pool, self._clients = pool, clients
 
-    async def phase(self, url: str, slots: int, numbers: Sequence[int]) -> Phase:
+    async def phase(self, url: str, room: int, numbers: Sequence[int]) -> Phase:
         timeout = aiohttp.ClientTimeout(total=600)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
@@ -118,7 +132,7 @@ class Traffic:
             records = await self._send(session, url, numbers, OUTPUT_TOKENS)
             figures = Figures.of(records, time.perf_counter() - began)
             loads = await loads_of(session, url) - loads
-        return Phase(slots, len(popular), loads, figures)
+        return Phase(room, len(popular), loads, figures)
 
     async def _send(
         self, session: aiohttp.ClientSession, url: str, numbers: Sequence[int], tokens: int
@@ -148,42 +162,68 @@ def measure(
     numbers: Sequence[int],
     traffic: Traffic,
     shares: Sequence[float],
+    repeats: int,
     serve: list[str],
-) -> list[tuple[Phase, Phase]]:
-    """Serve once for each memory size: one adapter alone, then all that are asked for."""
-    found: list[tuple[Phase, Phase]] = []
-    distinct = len(set(numbers))
+) -> list[list[Pair]]:
+    """Serve once for each memory size, and return the repeats of each."""
+    found: list[list[Pair]] = []
+    distinct, size = len(set(numbers)), SIZE * Sizes.read(base.path).adapter
     with Progress() as progress:
-        bar = progress.add_task("measuring", total=2 * len(shares))
+        bar = progress.add_task("measuring", total=2 * repeats * len(shares))
 
-        def phase(url: str, slots: int, wanted: Sequence[int]) -> Phase:
-            done = asyncio.run(traffic.phase(url, slots, wanted))
+        def phase(url: str, room: int, wanted: Sequence[int]) -> Phase:
+            done = asyncio.run(traffic.phase(url, room, wanted))
             progress.advance(bar)
             return done
 
         for share in shares:
-            slots = max(1, round(share * distinct))
-            options = ["--no-auth", "--adapter-slots", str(slots), *serve]
+            room = max(1, round(share * distinct))
+            options = ["--no-auth", *NO_PREFIX_CACHE, "--adapter-memory", str(room * size), *serve]
             with running_server(home, base.id, options) as url:
-                alone = phase(url, slots, [0] * len(numbers))
-                found.append((alone, phase(url, slots, numbers)))
+                found.append(
+                    [
+                        (phase(url, room, [0] * len(numbers)), phase(url, room, numbers))
+                        for _ in range(repeats)
+                    ]
+                )
     return found
 
 
-def report(found: Sequence[tuple[Phase, Phase]]) -> str:
+def ratios(pairs: Sequence[Pair]) -> list[float]:
+    return [
+        phase.figures.tokens_per_second / alone.figures.tokens_per_second for alone, phase in pairs
+    ]
+
+
+def report(found: Sequence[Sequence[Pair]]) -> str:
     lines = [
-        "| room for | asked for | loads | tok/s | one adapter's | ratio | TTFT p50 ms | p99 "
-        "| ITL p50 ms | p95 |",
+        "| room for | asked for | loads | tok/s | one adapter's | ratio (min–max) | TTFT p50 ms "
+        "| p99 | ITL p50 ms | p95 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for alone, phase in found:
-        f, one = phase.figures, alone.figures.tokens_per_second
+    for pairs in found:
+        _, phase = pairs[0]
+        one = Figures.median([alone.figures for alone, _ in pairs]).tokens_per_second
+        f, each = Figures.median([phase.figures for _, phase in pairs]), ratios(pairs)
+        loads = statistics.median(phase.loads for _, phase in pairs)
         lines.append(
-            f"| {phase.slots} | {phase.distinct} | {phase.loads} | {f.tokens_per_second:.0f} "
-            f"| {one:.0f} | {f.tokens_per_second / one:.2f} | {f.ttft_p50:.0f} "
-            f"| {f.ttft_p99:.0f} | {f.itl_p50:.1f} | {f.itl_p95:.1f} |"
+            f"| {phase.room} | {phase.distinct} | {loads:.0f} | {f.tokens_per_second:.0f} "
+            f"| {one:.0f} | {statistics.median(each):.2f} ({min(each):.2f}–{max(each):.2f}) "
+            f"| {f.ttft_p50:.0f} | {f.ttft_p99:.0f} | {f.itl_p50:.1f} | {f.itl_p95:.1f} |"
         )
     return "\n".join(lines)
+
+
+def draw_rates(found: Sequence[Sequence[Pair]], plot: Plot) -> None:
+    groups: dict[str, dict[str, Bar]] = {}
+    for pairs in found:
+        _, phase = pairs[0]
+        note = f"  ({statistics.median(ratios(pairs)):.2f} of one's)"
+        groups[f"room for {phase.room} of {phase.distinct}"] = {
+            "one adapter": Bar.of([alone.figures.tokens_per_second for alone, _ in pairs]),
+            "all": Bar.of([each.figures.tokens_per_second for _, each in pairs], note),
+        }
+    draw_bars(plot, "output tokens a second", groups)
 
 
 def main() -> None:
@@ -200,6 +240,8 @@ def main() -> None:
         default=SHARES,
         help="of the adapters that are asked for: how many memory holds",
     )
+    parser.add_argument("--repeats", type=int, default=3)
+    add_option(parser)
     parser.add_argument("--home", type=Path, help="keep the registry that is made here")
     parser.add_argument("serve", nargs="*", help="after --: options handed to `wardrobe serve`")
     args = parser.parse_args()
@@ -210,10 +252,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="wardrobe-bench-") as folder:
         home = args.home or Path(folder)
         fill_registry(home, base, bases, args.adapters, {0, *numbers})
-        found = measure(home, base, numbers, traffic, args.shares, args.serve)
-    print(f"\n{setup_line(base, 1)}")
-    print(f"{args.adapters} adapters registered, {args.clients} clients, Zipf {args.zipf}\n")
-    print(report(found))
+        found = measure(home, base, numbers, traffic, args.shares, args.repeats, args.serve)
+    print(f"\n{setup_line(base, args.repeats)}")
+    traffic_line = f"{args.adapters} adapters registered, {args.clients} clients, Zipf {args.zipf}"
+    print(f"{traffic_line}\n\n{report(found)}")
+    if args.plot:
+        draw_rates(found, Plot(args.plot, f"{setup_line(base, args.repeats)}; {traffic_line}"))
 
 
 if __name__ == "__main__":

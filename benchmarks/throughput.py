@@ -1,6 +1,6 @@
 """Output tokens per second, time to first token and inter-token times, over HTTP.
 
-    python -m benchmarks.throughput [--repeats 3] [--cells 8,8;32,32] [--out FILE.json]
+    python -m benchmarks.throughput [--repeats 3] [--cells 8,8;32,32] [--plot FILE]
 
 Makes a throw-away registry with 32 random rank-16 adapters on all seven linears, starts
 `wardrobe serve` on a free loopback port, drives it with a closed loop of streaming clients on the
@@ -28,6 +28,7 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
 
+from benchmarks.plots import Bar, Plot, add_option, draw_bars
 from benchmarks.workload import CELLS, OUTPUT_TOKENS, Cell, Figures, Record, prompts
 from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
@@ -216,6 +217,18 @@ def table(figures: dict[Cell, list[Figures]]) -> str:
     return "\n".join(lines)
 
 
+def label(cell: Cell) -> str:
+    clients = "1 client" if cell.clients == 1 else f"{cell.clients} clients"
+    adapters = {0: "base", 1: "1 adapter"}.get(cell.adapters, f"{cell.adapters} adapters")
+    return f"{clients}, {adapters}"
+
+
+def draw_rates(figures: dict[Cell, list[Figures]], plot: Plot) -> None:
+    rates = {cell: [r.tokens_per_second for r in repeats] for cell, repeats in figures.items()}
+    groups = {label(cell): {"wardrobe": Bar.of(each)} for cell, each in rates.items()}
+    draw_bars(plot, "output tokens a second", groups)
+
+
 def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -253,6 +266,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cells", default="", help="clients,adapters;… (default: all nine)")
     parser.add_argument("--out", type=Path, help="also write every repeat as JSON")
+    add_option(parser)
     parser.add_argument("serve", nargs="*", help="after --: options handed to `wardrobe serve`")
     args = parser.parse_args()
     cells = parse_cells(args.cells)
@@ -266,6 +280,8 @@ def main() -> None:
         with running_server(home, base.id, ["--no-auth", *args.serve]) as url:
             figures = asyncio.run(measure(url, cells, args.repeats, pool))
     print(f"\n{setup_line(base, args.repeats)}\n\n{table(figures)}")
+    if args.plot:
+        draw_rates(figures, Plot(args.plot, setup_line(base, args.repeats)))
     if args.out:
         rows = [
             asdict(cell) | {"repeat": i} | asdict(repeat)

@@ -197,7 +197,7 @@ def _copy_bytes(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> 
     """Return the bytes that are copied in about the time of a step, which reads all weights.
 
     On a CPU memory that was never written takes five times as long as what is read
-    (docs/benchmarks.md). To a GPU it is arithmetic: PCIe 5 over the memory of an H100.
+    (docs/tuning.md). To a GPU it is arithmetic: PCIe 5 over the memory of an H100.
     """
     linears = sum(group.inputs * sum(group.outputs) for group in spec.groups)
     share = 64 if device.type == "cuda" else 8

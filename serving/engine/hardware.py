@@ -58,7 +58,7 @@ def total_memory(device: torch.device, limit_files: Sequence[Path] = LIMIT_FILES
 def ridge_tokens(device: torch.device, matrices: bool = False) -> int:
     """Return how many tokens are computed in the time that the weights take to be read once.
 
-    Measured for a CPU (docs/benchmarks.md: 9 ms a step and 0.6 ms a token), and for one that
+    Measured for a CPU (docs/tuning.md: 9 ms a step and 0.6 ms a token), and for one that
     multiplies `matrices` what it is while its host is busy; arithmetic over bandwidth for a GPU
     (989 Tflop/s over 3.35 TB/s of an H100, of which about half is reached).
     """
