@@ -168,7 +168,7 @@ def main() -> None:
     dtype = choose_dtype(options.dtype, device, torch.bfloat16)
     with torch.inference_mode():
         models = bodies(spec, dtype, device)
-        engines = [assemble(model, _no_fetch, EngineSettings()) for model in models]
+        engines = [assemble(model, no_fetch, EngineSettings()) for model in models]
         most = max(1, *options.adapters)
         named = [load_adapters(parts, most, dtype) for parts in engines]
         print(f"{device} {dtype} threads={torch.get_num_threads()} context={options.context}")
@@ -188,7 +188,7 @@ def main() -> None:
                 print(f"prompt of {tokens}, {'one adapter' if ref else 'base':11} {result}")
 
 
-def _no_fetch(ref: AdapterRef) -> NoReturn:
+def no_fetch(ref: AdapterRef) -> NoReturn:
     raise AssertionError(f"{ref.label} is loaded already")
 
 
