@@ -72,8 +72,13 @@ class ChatEncoder:
         answer: bool = True,
     ) -> str:
         """Render as the template has it; `answer`: up to where the assistant speaks."""
+        offered = [*tools] or None
         return self._template.apply_chat_template(
-            [*messages], tools=[*tools] or None, tokenize=False, add_generation_prompt=answer
+            [*messages],
+            tools=offered,
+            xml_tools=offered,  # their name in SmolLM3's template
+            tokenize=False,
+            add_generation_prompt=answer,
         )
 
     def _encode(self, text: str) -> list[int]:

@@ -1,32 +1,45 @@
 """Calls of tools in what a model writes, found while it is written.
 
-A family of models writes a call as a JSON object with the tool's name and its arguments. Where the
-objects stand differs. Every character is read once, whatever the model writes.
+A family of models writes a call as a JSON object with the tool's name and its arguments, or as the
+name and then an object of arguments. Where they stand differs. Every character is read a bounded
+number of times, whatever the model writes.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 _SPACE = " \t\r\n"
+_CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
+_HEAD_PIECES = re.compile(r"(?:[a-zA-Z0-9_\- \t\r\n]|\[CALL_ID\]|\[ARGS\])*")
+_HEAD = re.compile(r"\s*([a-zA-Z0-9_-]{1,64})(?:\[CALL_ID\][a-zA-Z0-9_-]{1,64})?\[ARGS\]\s*")
+_MAX_HEAD = 256  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
     """How a family of models writes calls."""
 
-    name: Literal["hermes", "mistral", "llama"]
+    name: Literal["hermes", "mistral", "mistral_args", "llama"]
     opening: str  # what stands before calls
     closing: str  # what stands after each call; empty: nothing
     arguments: str  # the key of the arguments; the tool's name is under `name`
     bare: bool = False  # an answer that begins with an object is a call without `opening`, too
     listed: bool = False  # the objects are in a JSON list
+    marks: tuple[str, ...] = ()  # between the tool's name, which is in no object, and its arguments
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Tokens that are not part of a text but must be seen to find the calls."""
+        return (self.opening, *self.marks, self.closing)
 
 
 HERMES = CallFormat("hermes", "<tool_call>", "</tool_call>", "arguments")
 MISTRAL = CallFormat("mistral", "[TOOL_CALLS]", "", "arguments", listed=True)
+MISTRAL_ARGS = CallFormat("mistral_args", "[TOOL_CALLS]", "", "arguments", marks=(_CALL_ID, _ARGS))
 LLAMA = CallFormat("llama", "<|python_tag|>", "", "parameters", bare=True)
-FORMATS = (HERMES, MISTRAL, LLAMA)
+FORMATS = (HERMES, MISTRAL, MISTRAL_ARGS, LLAMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +128,7 @@ class CallParser:
         text, end = self._text, "]" if form.listed else form.closing
         if not text or (text != end and end.startswith(text)):
             return False
-        if text[0] == "{":
+        if not self._called if form.marks else text[0] == "{":
             self._begin_object()
             return True
         if end and text.startswith(end) and self._called:
@@ -131,7 +144,8 @@ class CallParser:
 
     def _begin_object(self) -> None:
         self._at_start = False
-        self._object = _CallObject(self._form.arguments)
+        made = _NamedCall if self._form.marks else _CallObject
+        self._object = made(self._form.arguments)
 
     def _read_object(self, found: "_CallObject") -> bool:
         read = found.read(self._text)
@@ -182,7 +196,7 @@ class _CallObject:
         self.name: str | None = None
         self.begun = False  # it is known to be a call
         self.over = False  # at its end, or not what it should be
-        self._depth = 0
+        self._depth = self._outside = 0  # the object is over where it is `_outside` again
         self._in_string = self._escaped = False
         self._key: str | None = None
         self._piece: list[str] = []  # of the key or value that is read now
@@ -204,7 +218,7 @@ class _CallObject:
             elif character in "}]":
                 self._depth -= 1
                 self._end_value() if self._depth == 0 else self._keep(character)
-                self.over = self.over or self._depth == 0
+                self.over = self.over or self._depth == self._outside
             elif self._depth > 1:
                 self._keep(character)
             elif character in ":,":
@@ -260,6 +274,32 @@ class _CallObject:
             self._arguments.append(text if inner is None else inner)
             self._given = True
         self._key, self._piece = None, []
+
+
+class _NamedCall(_CallObject):
+    """The tool's name, and maybe an id, before the arguments: `name[CALL_ID]id[ARGS]{…}`."""
+
+    def __init__(self, arguments: str) -> None:
+        super().__init__(arguments)
+        self._head = ""
+
+    def read(self, text: str) -> int:
+        read = 0 if self._outside else self._read_head(text)
+        return read + super().read(text[read:]) if self._outside else read
+
+    def _read_head(self, text: str) -> int:
+        """Read up to the arguments, or to a mark that is not whole yet."""
+        pieces = _HEAD_PIECES.match(text)
+        read = pieces.end() if pieces else 0
+        self._head += text[:read]
+        rest = text[read : read + len(_CALL_ID)]
+        if rest.startswith("{") and (found := _HEAD.fullmatch(self._head)):
+            self._outside = 1
+            super().read(f'{{"name": "{found[1]}", "{self._argument_keys[0]}": ')
+        elif rest and not _CALL_ID.startswith(rest) and not _ARGS.startswith(rest):
+            self.over = True
+        self.over = self.over or len(self._head) > _MAX_HEAD
+        return read
 
 
 def _string(text: str) -> str | None:

@@ -1,21 +1,24 @@
 """What a base's chat template does with tools: it is asked, not guessed.
 
-The template renders calls, and the format that reads them back is its own.
+The template renders calls, and the format that reads them back is its own. Some templates teach
+calls to the model and write none themselves (SmolLM3): calls of the history go into their text.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
 from registry.chat import ChatEncoder
-from serving.calls import FORMATS, CallDelta, CallFormat, CallParser
+from serving.calls import FORMATS, HERMES, CallDelta, CallFormat, CallParser
 from serving.tools import Tool
 
 _TOOL = Tool("probe_tool", {"type": "object", "properties": {"key": {"type": "string"}}})
 _ARGUMENTS = {"key": "value"}
 _QUESTION = {"role": "user", "content": "?"}
+_RESULT = "probe result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +27,33 @@ class ToolTemplate:
 
     form: CallFormat
     several: bool  # a message may hold several calls
+    in_text: bool = False  # it writes no calls: they are part of a message's text
 
 
 def ask_template(chat: ChatEncoder) -> ToolTemplate | None:
     """Return how the template has tools; None: not at all, or in no form that is known."""
-    form = next((form for form in FORMATS if _reads(form, chat, 1)), None)
-    return ToolTemplate(form, _reads(form, chat, 2)) if form else None
+    one, two = (_render(chat, tool_calls=[_call(n) for n in range(count)]) for count in (1, 2))
+    if form := next((form for form in FORMATS if _reads(form, one, 1)), None):
+        return ToolTemplate(form, _reads(form, two, 2))
+    if _TOOL.name in one or not _teaches(HERMES, chat):
+        return None
+    two = _render(chat, content=calls_in_text([(_TOOL.name, _ARGUMENTS)] * 2))
+    return ToolTemplate(HERMES, several=True, in_text=True) if _reads(HERMES, two, 2) else None
 
 
-def _reads(form: CallFormat, chat: ChatEncoder, count: int) -> bool:
+def calls_in_text(calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Write calls of (name, arguments) as a model that learned the Hermes format does."""
+    objects = [
+        json.dumps({"name": name, HERMES.arguments: arguments}, ensure_ascii=False)
+        for name, arguments in calls
+    ]
+    return "\n".join(f"{HERMES.opening}\n{each}\n{HERMES.closing}" for each in objects)
+
+
+def _reads(form: CallFormat, told: str, count: int) -> bool:
     """Tell whether the format reads as many calls as the template was given."""
     parser = CallParser(form, frozenset({_TOOL.name}))
-    events = [*parser.push(_render(chat, count)), *parser.finish()]
+    events = [*parser.push(told), *parser.finish()]
     written = [""] * parser.calls
     for event in events:
         if isinstance(event, CallDelta):
@@ -46,10 +64,20 @@ def _reads(form: CallFormat, chat: ChatEncoder, count: int) -> bool:
         return False
 
 
-def _render(chat: ChatEncoder, count: int) -> str:
-    """Return what the template writes for an answer of that many calls; empty: it takes none."""
-    calls = [_call(number) for number in range(count)]
-    answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": calls}
+def _teaches(form: CallFormat, chat: ChatEncoder) -> bool:
+    """Tell whether the prompt says how to call, only where there are tools, and takes results."""
+    result = {"role": "tool", "content": _RESULT, "tool_call_id": _call(0)["id"]}
+    asked = [_QUESTION, {"role": "assistant", "content": "."}, result]
+    try:
+        shown, plain = chat.text(asked, [_TOOL.described]), chat.text(asked)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    return form.opening in shown and form.opening not in plain and _RESULT in shown
+
+
+def _render(chat: ChatEncoder, **fields: Any) -> str:
+    """Return what the template writes for an answer of these fields; empty: it takes none."""
+    answer: dict[str, Any] = {"role": "assistant", "content": "", **fields}
     try:
         asked = chat.text([_QUESTION], [_TOOL.described])
         told = chat.text([_QUESTION, answer], [_TOOL.described], answer=False)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from registry.chat import ChatEncoder
 from registry.errors import WardrobeError
 from serving.detokenizer import Detokenizer
-from serving.template import ToolTemplate, ask_template
+from serving.template import ToolTemplate, ask_template, calls_in_text
 from serving.tools import Tool
 
 # One Unicode character takes at most this many UTF-8 bytes.
@@ -59,11 +59,16 @@ class ChatMessage:
     calls: tuple[ToolCall, ...] = ()  # of the role assistant
     call_id: str = ""  # of the role tool: which call this answers
 
-    @property
-    def rendered(self) -> dict[str, Any]:
-        """The message as chat templates read it: a key that says nothing is not there."""
+    def rendered(self, in_text: bool) -> dict[str, Any]:
+        """The message as chat templates read it: a key that says nothing is not there.
+
+        `in_text`: of a template that writes no calls.
+        """
         message: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.calls:
+        if self.calls and in_text:
+            written = calls_in_text([(call.name, call.arguments) for call in self.calls])
+            message["content"] = f"{self.content}\n{written}".lstrip("\n")
+        elif self.calls:
             message["tool_calls"] = [
                 {
                     "id": call.id,
@@ -174,9 +179,12 @@ class Tokens:
             raise TemplateRefused(
                 "This base model has no chat template. Use /v1/completions with a raw prompt."
             )
+        called = any(message.calls for message in messages)
+        in_text = called and self.tool_template is not None and self.tool_template.in_text
         try:
             return self._chat.ids_of(
-                [message.rendered for message in messages], [tool.described for tool in tools]
+                [message.rendered(in_text) for message in messages],
+                [tool.described for tool in tools],
             )
         except TemplateError as error:
             raise TemplateRefused(

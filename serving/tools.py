@@ -60,14 +60,20 @@ def _rules(
         yield f"start: {calls}" if must else f"start: {calls} | OTHER?"
         yield r"OTHER: /[ \t\r\n]*[^{ \t\r\n](.|\n)*/"
         return
+    gap = "" if form.marks else '"\\n"'  # between a call and the next
     if form.listed:
         objects = 'object (", " object)*' if many else "object"
         yield f'body: " "? "[" {objects} "]"'
+    elif form.marks:
+        call_id, arguments = map(symbol, form.marks)
+        yield "body: object"
+        yield f"between: ({call_id} CALL_ID)? {arguments}"
+        yield "CALL_ID: /[a-zA-Z0-9]{9}/"
     else:
         yield f'body: "\\n" object "\\n" {symbol(form.closing)}'
     repeated = many and not form.listed
     if must:
-        yield f"start: {opening} body" + (f' ("\\n" {opening} body)*' if repeated else "")
+        yield f"start: {opening} body" + (f" ({gap} {opening} body)*" if repeated else "")
         return
     yield "start: (head body)* text" if repeated else "start: text | head body"
     lazy = "[lazy]" if special_id(form.opening) is None else ""
@@ -79,8 +85,10 @@ def _rules(
 def _calls(form: CallFormat, tools: Sequence[Tool], must: bool) -> Iterator[str]:
     yield "object: " + " | ".join(f"tool_{number}" for number in range(len(tools)))
     for number, tool in enumerate(tools):
-        head = f'{{"name": {json.dumps(tool.name)}, "{form.arguments}": '
+        name = json.dumps(tool.name)
+        head = json.dumps(f'{{"name": {name}, "{form.arguments}": ')
         schema = tool.parameters if must or tool.strict else ANY_OBJECT
         held = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **ANY_OBJECT, **schema}
-        yield f'tool_{number}: {json.dumps(head)} arguments_{number} "}}"'
+        around = (f"{name} between", "") if form.marks else (head, '"}"')
+        yield f"tool_{number}: {around[0]} arguments_{number} {around[1]}"
         yield f"arguments_{number}: %json {json.dumps(held)}"

@@ -29,7 +29,7 @@ class Plan:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        return self.toolbox.control_tokens if self.toolbox else ()
+        return self.toolbox.form.control_tokens if self.toolbox else ()
 
 
 def make_plan(

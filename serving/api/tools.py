@@ -20,11 +20,6 @@ class Toolbox:
     tools: tuple[Tool, ...]
     grammar: Grammar | None  # None: the model decides what it writes
 
-    @property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Tokens that are not part of a text but must be seen to find the calls."""
-        return (self.form.opening, self.form.closing)
-
     def parser(self) -> CallParser:
         return CallParser(self.form, frozenset(tool.name for tool in self.tools))
 

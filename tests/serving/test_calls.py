@@ -5,7 +5,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from serving.calls import HERMES, LLAMA, MISTRAL, CallFormat, CallParser, Event
+from serving.calls import (
+    FORMATS,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_ARGS,
+    CallFormat,
+    CallParser,
+    Event,
+)
 
 TOOLS = frozenset({"f", "g"})
 Found = tuple[str, list[tuple[str, str]]]
@@ -68,6 +77,26 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             "I see",
             [("f", "{}"), ("g", '{"b": 2}')],
         ),
+        (MISTRAL_ARGS, f"[TOOL_CALLS]f[ARGS]{ARGUMENTS}", "", [("f", ARGUMENTS)]),
+        (
+            MISTRAL_ARGS,
+            'I see[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}[TOOL_CALLS] g[ARGS] {"b": "[ARGS]"}\n',
+            "I see",
+            [("f", "{}"), ("g", '{"b": "[ARGS]"}')],
+        ),
+        (
+            MISTRAL_ARGS,
+            '[TOOL_CALLS]unknown[ARGS]{"a": 1} ok',
+            " ok",
+            [("unknown", '{"a": 1}')],
+        ),
+        (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": [1', "", [("f", '{"a": [1')]),
+        (
+            MISTRAL_ARGS,
+            "[TOOL_CALLS]oops[TOOL_CALLS][CALL_ID][TOOL_CALLS]f[ARGS]{}",
+            "[TOOL_CALLS]oops[TOOL_CALLS][CALL_ID]",
+            [("f", "{}")],
+        ),
         (LLAMA, '{"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
         (
             LLAMA,
@@ -88,6 +117,8 @@ def test_calls_are_found_however_the_text_is_cut(
 ) -> None:
     assert parse(form, text) == (said, calls)
     assert parse(form, text, range(1, len(text))) == (said, calls)
+    for cut in range(1, len(text)):
+        assert parse(form, text, [cut]) == (said, calls)
     rng = random.Random(text)
     for _ in range(50):
         cuts = sorted(rng.sample(range(len(text)), rng.randint(1, 9)))
@@ -109,6 +140,18 @@ def test_calls_are_found_however_the_text_is_cut(
         (MISTRAL, "[TOOL_CALLS] [1, 2]"),
         (MISTRAL, "[TOOL_CALLS] []"),
         (MISTRAL, "a [TOOL_CALL"),
+        (MISTRAL_ARGS, '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'),
+        (MISTRAL_ARGS, "[TOOL_CALLS]f{}"),
+        (MISTRAL_ARGS, "[TOOL_CALLS][ARGS]{}"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS][ARGS]{}"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]f[CALL_ID][ARGS]{}"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]f g[ARGS]{}"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS]7 and so on"),
+        (MISTRAL_ARGS, f"[TOOL_CALLS]{'f' * 65}[ARGS]{{}}"),
+        (MISTRAL_ARGS, f"[TOOL_CALLS]{'f' * 999}"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]f[ARG"),
+        (MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS]"),
+        (MISTRAL_ARGS, "f[ARGS]{}"),
         (LLAMA, '{"name": "nobody", "parameters": {"a": 1}}'),
         (LLAMA, '{"answer": {"name": "f", "parameters": {}}} and more'),
         (LLAMA, '  \n hello {"name": "f", "parameters": {}}'),
@@ -130,9 +173,13 @@ def test_arguments_come_while_they_are_written() -> None:
     assert (more.index, more.name, more.arguments) == (0, "", "rlin")
 
 
-@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA])
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
-    "piece", ["{", '{"a":', " ", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>{", '"', "\\", "}"]
+    "piece",
+    [
+        *("{", '{"a":', " ", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>{", '"', "\\", "}"),
+        *("[TOOL_CALLS]f", "[TOOL_CALLS][ARGS", "[ARGS]"),
+    ],
 )
 def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) -> None:
     """Each character is looked at a bounded number of times: counted, not timed."""

@@ -1,15 +1,14 @@
-"""Which chat templates have tools, and in which form: the real ones that trl ships."""
-
-import importlib.util
-from pathlib import Path
+"""Which chat templates have tools, and in which form."""
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from registry.chat import ChatEncoder
-from serving.calls import HERMES, LLAMA, CallFormat
+from serving.calls import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, CallFormat
 from serving.template import ask_template
+from serving.tokens import ChatMessage, ToolCall
 from tests import tiny
+from tests.serving.chat_templates import chat_template
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +25,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
         ("qwen3_instruct_2507", HERMES, True),
         ("llama3_1", LLAMA, False),
         ("llama3_2", LLAMA, False),
+        ("mistral", MISTRAL, True),
+        ("mistral_args", MISTRAL_ARGS, True),
+        ("mistral_call_id", MISTRAL_ARGS, True),
+        ("smollm3", HERMES, True),
+        ("smollm3_tools", HERMES, True),
         ("llama3", None, False),  # no tools
         ("phi3", None, False),
         ("gemma3", None, False),
@@ -37,10 +41,38 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 def test_a_template_tells_its_own_form(
     tokenizer: PreTrainedTokenizerBase, name: str, form: CallFormat | None, several: bool
 ) -> None:
-    spec = importlib.util.find_spec("trl")
-    assert spec is not None
-    [folder] = spec.submodule_search_locations or []
-    tokenizer.chat_template = (Path(folder) / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer.chat_template = chat_template(name)
     found = ask_template(ChatEncoder(tokenizer))
     assert (found.form if found else None) == form
     assert (found.several if found else False) == several
+    assert (found is not None and found.in_text) == name.startswith("smollm3")
+
+
+@pytest.mark.parametrize(
+    ("says", "instead"),
+    [
+        ("<tool_call>", "<call>"),  # teaches another form
+        ("{% if xml_tools %}", "<tool_call>{% if xml_tools %}"),  # of something else
+        ("{{ tool | string }}", ""),  # shows no tools
+        ("m.role == 'tool'", "false"),  # drops results
+        ("content.lstrip('\n')", "''"),  # drops what the assistant said
+    ],
+)
+def test_a_template_that_writes_no_calls_has_tools_only_where_it_teaches_and_keeps_them(
+    tokenizer: PreTrainedTokenizerBase, says: str, instead: str
+) -> None:
+    template = chat_template("smollm3")
+    assert says in template
+    tokenizer.chat_template = template.replace(says, instead)
+    assert ask_template(ChatEncoder(tokenizer)) is None
+
+
+def test_calls_that_a_template_does_not_write_follow_the_text_of_their_message() -> None:
+    calls = (ToolCall("a", "f", {"x": "é"}), ToolCall("b", "g", {}))
+    written = (
+        '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+    )
+    for said, content in (("so", f"so\n{written}"), ("", written)):
+        message = ChatMessage("assistant", said, calls).rendered(in_text=True)
+        assert message == {"role": "assistant", "content": content}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 from tokenizers import Tokenizer
 
-from serving.calls import FORMATS, HERMES, LLAMA, MISTRAL, CallFormat
+from serving.calls import FORMATS, HERMES, LLAMA, MISTRAL_ARGS, CallFormat
 from serving.engine.grammar import GrammarCompiler
 from serving.tools import Tool, call_grammar
 from tests import tiny
@@ -23,7 +23,7 @@ CITY = Tool(
 )
 ANY = Tool("any", {"type": "object"})
 RIGHT, WRONG = '{"name": "Oslo"}', '{"name": "Bonn"}'
-MARKS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"]
+MARKS = [*("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")]
 
 
 @pytest.fixture(scope="module", params=["control tokens", "plain text"])
@@ -89,6 +89,8 @@ def judge(compiler: GrammarCompiler, tokenizer: Tokenizer) -> Judge:
 
 def call(form: CallFormat, *written: tuple[str, str]) -> str:
     """Write calls of (name, arguments) as the family does."""
+    if form is MISTRAL_ARGS:
+        return "".join(f"[TOOL_CALLS]{name}[ARGS]{said}" for name, said in written)
     objects = [f'{{"name": "{name}", "{form.arguments}": {said}}}' for name, said in written]
     if form is HERMES:
         return "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects)
@@ -128,9 +130,19 @@ def test_a_strict_tool_is_held_to_its_schema_where_the_model_decides(
     assert takes(call(form, ("city", RIGHT), ("city", RIGHT)))
     assert not takes(call(form, ("city", RIGHT), ("city", WRONG)))
     assert not takes(call(form, ("city", RIGHT), ("city", RIGHT)), many=False)
-    if form in (HERMES, MISTRAL):
+    if not form.bare:
         assert takes("so: " + call(form, ("city", RIGHT)))
         assert not takes("so: " + call(form, ("city", WRONG)))
+
+
+def test_a_call_may_have_an_id_of_nine_characters_where_the_family_has_them(judge: Judge) -> None:
+    def takes(call_id: str) -> bool:
+        text = f"[TOOL_CALLS]city[CALL_ID]{call_id}[ARGS]{RIGHT}"
+        return judge.takes(MISTRAL_ARGS, text, must=True, many=True)
+
+    assert takes("abc12EFGH")
+    assert not takes("abc12EFG")
+    assert not takes("")
 
 
 def test_arguments_are_an_object_where_their_schema_does_not_say_so(judge: Judge) -> None:

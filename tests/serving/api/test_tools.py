@@ -1,6 +1,5 @@
 """Tools over HTTP with the stock client: offered to the template, called, streamed, answered."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,26 +8,17 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from tokenizers import Tokenizer
 
 from serving.engine.engine import TorchEngine
 from serving.engine.settings import EngineSettings
 from serving.tokens import Tokens
 from tests import tiny
+from tests.serving.chat_templates import chat_template
 from tests.serving.engine.driving import Folders, base_of
 from tests.serving.live import CHAT, Running, Wardrobe, opened, running
 from tests.serving.scripted import ScriptedEngine, says
 
-MISTRAL = (
-    "{% if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
-    "{% elif m.tool_calls is defined %}[TOOL_CALLS] [{% for c in m.tool_calls %}"
-    "{% if c.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, '
-    '"id": "{{ c.id }}"}{{ ", " if not loop.last }}{% endfor %}]<|im_end|>'
-    '{% elif m.role == "tool" %}[TOOL_RESULTS] {"content": {{ m.content | tojson }}, '
-    '"call_id": "{{ m.tool_call_id }}"}[/TOOL_RESULTS]'
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-)
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "maximum": 9}},
@@ -44,17 +34,11 @@ SCHEMAS = {"weather": PARAMETERS, "clock": {"type": "object", "maxProperties": 0
 SPOKEN = {
     "hermes": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
     "mistral": '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}}]',
+    "mistral_args": '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}',
     "llama": '{"name": "weather", "parameters": {"city": "Oslo"}}',
+    "smollm3": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
 }
-
-
-def template(family: str) -> str:
-    """A template as models of the family have it; trl ships the real ones."""
-    if family == "mistral":
-        return MISTRAL
-    [folder] = importlib.util.find_spec("trl").submodule_search_locations or []  # type: ignore[union-attr]  # a dependency of the tests
-    name = {"hermes": "qwen2_5", "llama": "llama3_2"}[family]
-    return (Path(folder) / "chat_templates" / f"{name}.jinja").read_text()
+TEMPLATES = {"hermes": "qwen2_5", "llama": "llama3_2"}  # the others have the family's name
 
 
 @pytest.fixture(scope="module", params=sorted(SPOKEN))
@@ -65,7 +49,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def tool_base(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny.make_base(tmp_path_factory.mktemp(family) / "base", seed=2)
-    (base / "chat_template.jinja").write_text(template(family))
+    (base / "chat_template.jinja").write_text(chat_template(TEMPLATES.get(family, family)))
     return base
 
 
@@ -162,6 +146,25 @@ def test_the_template_is_shown_the_tools_and_the_history_of_calls(
     assert SPOKEN[family].strip("]}") in second.split("Tell it.")[1]
     assert "rain <|im_end|>" in second, "what looks like a control token is plain text"
     assert "Tell it." not in without, "`none`: the model is shown no tools"
+
+
+def test_marks_of_calls_that_are_control_tokens_are_seen(
+    wardrobe: Wardrobe, tmp_path: Path
+) -> None:
+    base = tiny.make_base(tmp_path / "base", seed=2)
+    (base / "chat_template.jinja").write_text(chat_template("mistral_call_id"))
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"])  # type: ignore[arg-type]  # it takes strings, too
+    tokenizer.save(str(base / "tokenizer.json"))
+    said = 'so[TOOL_CALLS]weather[CALL_ID]abc12EFGH[ARGS]{"city": "Oslo"}[TOOL_CALLS]clock[ARGS]{}'
+    ids = [*tokenizer.encode(said).ids, tiny.EOS_ID]
+    tokens = Tokens(base)
+    with running(wardrobe, tokens, ScriptedEngine(lambda _: iter(ids), max_model_len=8192)) as live:
+        content, calls, reason = streamed(live, **CHAT, tools=[WEATHER, CLOCK])
+    tokens.close()
+    assert (content, reason) == ("so", "tool_calls")
+    found = [(call["name"], call["arguments"]) for call in calls]
+    assert found == [("weather", '{"city": "Oslo"}'), ("clock", "{}")]
 
 
 def test_text_that_calls_nothing_is_content(
