@@ -121,12 +121,22 @@ def serve(
     max_batched_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens of one step: prompts go in chunks of it.")
     ] = 512,
+    kv_cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=memory,
+            metavar="SIZE",
+            help="For keys and values of what runs, such as 8GiB. Default: half of what the "
+            "weights leave.",
+        ),
+    ] = None,
     prefix_cache_memory: Annotated[
         int | None,
         typer.Option(
             parser=memory,
             metavar="SIZE",
-            help="For what prompts begin with, such as 2GiB; 0: none. Default: an eighth of all.",
+            help="For what prompts begin with, such as 2GiB; 0: none. Default: an eighth of what "
+            "the weights leave.",
         ),
     ] = None,
     adapter_memory: Annotated[
@@ -134,7 +144,8 @@ def serve(
         typer.Option(
             parser=memory,
             metavar="SIZE",
-            help="Of the device, for adapters that can be worn. Default: an eighth of all.",
+            help="Of the device, for adapters that can be worn. Default: an eighth of what the "
+            "weights leave.",
         ),
     ] = None,
     adapter_host_memory: Annotated[
@@ -193,6 +204,7 @@ def serve(
             max_waiting=max_waiting,
             max_model_len=max_model_len,
             max_batched_tokens=max_batched_tokens,
+            kv_cache_bytes=kv_cache_memory,
             prefix_cache_bytes=prefix_cache_memory,
             adapter_memory=adapter_memory,
             adapter_host_memory=adapter_host_memory,

@@ -137,8 +137,13 @@ def test_the_operator_key_is_shown_once_and_opens_the_server(shop: Shop) -> None
         (("base", "pull", "/nonexistent/model.gguf"), "/nonexistent/model.gguf"),
         (("serve", "--host", "0.0.0.0", "--no-auth"), "loopback"),
         (("serve", "--base", "nobody/nothing-here"), "nobody/nothing-here"),
-        (("serve", "--no-auth", "--max-batched-tokens", "16"), "max_batched_tokens=16"),
-        (("serve", "--no-auth", "--max-model-len", "100000"), "max_model_len=100000"),
+        (("serve", "--no-auth", "--max-batched-tokens", "16"), "--max-batched-tokens=16"),
+        (("serve", "--no-auth", "--max-model-len", "100000"), "--max-model-len=100000"),
+        (("serve", "--no-auth", "--kv-cache-memory", "0"), "--kv-cache-memory=0"),
+        (
+            ("serve", "--no-auth", "--device", "cpu", "--kv-cache-memory", "900TiB"),
+            f"--kv-cache-memory={900 << 40}",
+        ),
     ],
 )
 def test_a_wrong_command_ends_with_a_sentence_and_no_traceback(

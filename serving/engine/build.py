@@ -180,14 +180,14 @@ def _slot_table(
     lowest = sizes[BUCKETS[0]]
     if budget < lowest:
         raise EngineUnavailable(
-            f"adapter_memory={budget}: an adapter of the lowest rank, {BUCKETS[0]}, takes {lowest} "
-            "bytes on this base. Raise adapter_memory."
+            f"--adapter-memory={budget}: an adapter of the lowest rank, {BUCKETS[0]}, takes "
+            f"{lowest} bytes on this base. Raise --adapter-memory."
         )
     wanted = bucket_of(settings.max_lora_rank)
     highest = max(bucket for bucket in BUCKETS if bucket <= wanted and sizes[bucket] <= budget)
     if highest < wanted:
         logger.warning(
-            "adapters above rank %d will be refused: one takes %d bytes, and adapter_memory=%d.",
+            "adapters above rank %d will be refused: one takes %d bytes, and --adapter-memory=%d.",
             *(highest, sizes[wanted], budget),
         )
     return SlotTable(budget // lowest, highest, settings.adapter_slots)
@@ -225,18 +225,18 @@ def _max_model_len(
     fits = budget // (spec.kv_bytes_per_token(dtype) * settings.kv_slots)
     wanted = settings.max_model_len
     if wanted is None:
-        wanted = min(spec.context, fits // LENGTH_STEP * LENGTH_STEP)
+        wanted = min(spec.context, max(1, fits // LENGTH_STEP) * LENGTH_STEP)
     if not 0 < wanted <= min(spec.context, fits):
         raise EngineUnavailable(
-            f"max_model_len={wanted}: the base was made for {spec.context} tokens, and "
-            f"{budget} bytes hold {fits} tokens for each of {settings.kv_slots} sequences. "
-            "Lower max_model_len or max_running, or raise kv_cache_bytes."
+            f"--max-model-len={wanted}: the base was made for {spec.context} tokens, and "
+            f"--kv-cache-memory={budget} holds {fits} for each of {settings.kv_slots} sequences. "
+            "Lower --max-model-len or --max-running, or raise --kv-cache-memory."
         )
     return wanted
 
 
 def _unread_bytes(spec: DecoderSpec, device: torch.device) -> int:
-    """Return what the weights will take of a GPU's free memory; a CPU's is counted with them."""
+    """Return what the weights will take of a GPU's free memory; of a CPU's see `budgets`."""
     if device.type == "cpu":
         return 0
     return sum(file.stat().st_size for file in tensor_files(spec.folder))
@@ -252,7 +252,7 @@ def _prefix_blocks(
         budget = memory // 8
     elif 0 < budget < size or budget > memory:
         raise EngineUnavailable(
-            f"prefix_cache_bytes={budget}: {BLOCK} tokens take {size} bytes of this base, and "
+            f"--prefix-cache-memory={budget}: {BLOCK} tokens take {size} bytes of this base, and "
             f"{device} has {memory}. Take something between, or 0 for no prefix cache."
         )
     return budget // size

@@ -25,6 +25,7 @@ from serving.engine.boundary import (
     RequestRefused,
     TokenDelta,
 )
+from serving.engine.budgets import within_memory
 from serving.engine.build import Parts, assemble, read_model
 from serving.engine.core import Event, Ticket, Warm
 from serving.engine.hardware import elsewhere
@@ -79,7 +80,7 @@ class TorchEngine:
 
         Raises EngineUnavailable when this engine cannot run the base, with the reason.
         """
-        settings = settings or EngineSettings()
+        settings = within_memory(base, settings or EngineSettings())
         parts = elsewhere(lambda: assemble(read_model(base, settings), fetch, settings))
         return cls(parts, settings)
 

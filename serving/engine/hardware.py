@@ -39,19 +39,35 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-# What a container sees of its own limit: control groups version 2, then version 1.
-LIMIT_FILES = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+def limit_files(
+    groups: Path = Path("/proc/self/cgroup"), top: Path = Path("/sys/fs/cgroup")
+) -> list[Path]:
+    """Return where limits of this process may stand: of its control groups, and those around.
+
+    cgroups(7): `0::/system.slice/x` is version 2, `4:memory:/x` is version 1. A container sees its
+    own limit at the top, whatever path its host has told it.
+    """
+    files: list[Path] = []
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for kinds, path in (line.split(":", 2)[1:] for line in lines):
+        if "memory" in kinds.split(","):
+            root, name = top / "memory", "memory.limit_in_bytes"
+        elif not kinds:
+            root, name = top, "memory.max"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        files += [each / name for each in (own, *own.parents) if each.is_relative_to(root)]
+    return files
 
 
-def total_memory(device: torch.device, limit_files: Sequence[Path] = LIMIT_FILES) -> int:
+def total_memory(device: torch.device, limits: Sequence[Path] | None = None) -> int:
     """Return the bytes this process may use on the device: the container's limit counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    texts = [file.read_text().strip() for file in limit_files if file.is_file()]
+    files = limit_files() if limits is None else limits
+    texts = [file.read_text().strip() for file in files if file.is_file()]
     return min([total, *(int(text) for text in texts if text != "max")])
 
 

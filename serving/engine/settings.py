@@ -27,7 +27,7 @@ class EngineSettings:
     max_batched_tokens: int = 512
     """Tokens of one step at most. Beside running sequences prompts are read in smaller chunks."""
     adapter_memory: int | None = None
-    """Bytes of the slots, in which adapters are worn; None: an eighth of the device's memory."""
+    """Bytes of the slots, in which adapters are worn; None: an eighth of what the weights leave."""
     adapter_slots: int | None = None
     """Adapters in slots at most; None: as many as the memory holds."""
     max_lora_rank: int = 256
@@ -36,11 +36,10 @@ class EngineSettings:
     """Bytes of converted adapters kept ready for slots; None: an eighth of the host's memory, but
     none on the CPU, where slots are in the same memory and hold all that is kept."""
     kv_cache_bytes: int | None = None
-    """Bytes for keys and values of all sequences; None: half of the machine's memory, or
-    of what the weights leave of a GPU's."""
+    """Bytes for keys and values of all sequences; None: half of what the weights leave."""
     prefix_cache_bytes: int | None = None
     """Bytes for what prompts begin with, beside `kv_cache_bytes`; 0: no prefix cache; None: an
-    eighth of the device's memory."""
+    eighth of what the weights leave."""
     threads: int | None = None
     """CPU threads of one operator; None: torch decides."""
 
@@ -52,18 +51,23 @@ class EngineSettings:
     def __post_init__(self) -> None:
         for name in ("max_running", "max_lora_rank"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more.")
+                raise ValueError(f"{option(name)}={getattr(self, name)}: must be 1 or more.")
         for name in ("max_waiting", "adapter_host_memory", "prefix_cache_bytes"):
             if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more.")
+                raise ValueError(f"{option(name)}={getattr(self, name)}: must be 0 or more.")
         optional = ("max_model_len", "adapter_memory", "adapter_slots", "kv_cache_bytes", "threads")
         for name in optional:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be 1 or more, or None.")
+                raise ValueError(f"{option(name)}={value}: must be 1 or more, or not given.")
         if self.max_batched_tokens <= self.max_running:
             # Otherwise a full batch of running sequences would leave prompts no room, for ever.
             raise ValueError(
-                f"max_batched_tokens={self.max_batched_tokens} must be above "
-                f"max_running={self.max_running}."
+                f"{option('max_batched_tokens')}={self.max_batched_tokens} must be above "
+                f"{option('max_running')}={self.max_running}."
             )
+
+
+def option(field: str) -> str:
+    """Return the option of `wardrobe serve` that sets a field: what to say to people."""
+    return f"--{field.replace('_bytes', '_memory').replace('_', '-')}"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from serving.engine.boundary import EngineUnavailable
 from serving.engine.engine import TorchEngine
-from serving.engine.settings import DeviceName, DtypeName, EngineSettings
+from serving.engine.settings import DeviceName, DtypeName, EngineSettings, option
 from tests import tiny
 from tests.serving.engine.driving import Folders, base_of, request, run_all
 
@@ -102,7 +102,7 @@ def test_a_base_that_would_be_computed_wrongly_is_refused_at_start(
     ("settings", "words"),
     [
         (EngineSettings(device="cpu", max_model_len=1000), "512"),
-        (EngineSettings(device="cpu", kv_cache_bytes=1000), "kv_cache_bytes"),
+        (EngineSettings(device="cpu", kv_cache_bytes=1000), "--kv-cache-memory=1000"),
     ],
 )
 def test_a_length_that_does_not_fit_is_refused_at_start(
@@ -126,11 +126,12 @@ def test_the_length_follows_the_kv_budget_when_it_is_not_given(tiny_base: Path) 
     "wrong",
     [
         {"max_running": 0},
+        {"kv_cache_bytes": 0},
         {"max_waiting": -1},
         {"threads": 0},
         {"max_running": 64, "max_batched_tokens": 64},
     ],
 )
 def test_settings_out_of_bounds_are_refused_by_name(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=option(next(iter(wrong)))):
         EngineSettings(**wrong)  # type: ignore[arg-type]  # that is the point

@@ -453,7 +453,7 @@ def test_a_cache_of_no_bytes_keeps_nothing_and_lets_nobody_wait(
 def test_a_bound_that_holds_no_block_or_more_than_there_is_is_refused(
     tiny_base: Path, tiny_folders: Folders
 ) -> None:
-    with pytest.raises(ValueError, match="prefix_cache_bytes=-1"):
+    with pytest.raises(ValueError, match="--prefix-cache-memory=-1"):
         replace(SETTINGS, prefix_cache_bytes=-1)
     for wrong in (TINY_BLOCK - 1, 1 << 60):
         with pytest.raises(
