@@ -81,6 +81,7 @@ class TorchEngine:
         """
         settings = settings or EngineSettings()
         parts = elsewhere(lambda: assemble(read_model(base, settings), fetch, settings))
+        logger.info("computing with %s in %s", parts.stats.operators, parts.stats.dtype)
         return cls(parts, settings)
 
     @property
