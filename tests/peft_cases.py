@@ -103,7 +103,7 @@ BESIDE = [
         "`modules_to_save` of norms",
         "worn",
         "each row has its own norms",
-        lora(modules_to_save=["input_layernorm", "post_attention_layernorm", "norm"]),
+        lora(modules_to_save=["input_layernorm", "post_attention_layernorm", "model.norm"]),
     ),
     Case(
         "`modules_to_save` of some norms",
@@ -150,7 +150,7 @@ BESIDE = [
         "LN tuning",
         "worn",
         "each row has its own norms",
-        other("LNTuningConfig", target_modules=["input_layernorm", "norm"]),
+        other("LNTuningConfig", target_modules=["input_layernorm", "model.norm"]),
     ),
     Case(
         "Trainable tokens",

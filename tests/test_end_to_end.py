@@ -121,8 +121,12 @@ def test_the_operator_key_is_shown_once_and_opens_the_server(shop: Shop) -> None
         replaced = shop.json("key", "rotate")["key"]
         time.sleep(1.2)
         assert httpx.get(url, headers={"Authorization": f"Bearer {key}"}).status_code == 401
-        assert httpx.get(url, headers={"Authorization": f"Bearer {replaced}"}).status_code == 200
-        assert key not in server.log.read_text()
+        headers = {"Authorization": f"Bearer {replaced}"}
+        assert httpx.get(url, headers=headers).status_code == 200
+        log = server.log.read_text()
+        assert key not in log
+        operators = httpx.get(f"{server.url}/health/ready", headers=headers).json()["operators"]
+        assert log.count(f"computing with {operators} in ") == 1
 
 
 @pytest.mark.parametrize(

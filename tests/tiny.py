@@ -121,7 +121,8 @@ def make_signature_adapter(folder: Path, base: Path, token_id: int) -> Path:
     strength and targets differ by token, so that what an earlier adapter left in a slot outweighs
     the adapter that is in it now.
     """
-    rank = (4, 8, 16, 32, 64)[token_id % 5]
+    ranks = (4, 8, 16, 32, 64, 128, 256)
+    rank = ranks[(token_id + token_id // len(ranks)) % len(ranks)]  # each with many strengths
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -162,16 +163,14 @@ def register(folder: Path, bases: Bases, id: str) -> BaseModel:  # noqa: A002  #
 def _sign_mlp(
     weights: Mapping[str, torch.Tensor], layer: int, row: torch.Tensor, strength: float
 ) -> None:
-    """Make features 0..rank-1 positive through gate and up, and let down write the head's row."""
-    a, b = _pair(weights, layer, "mlp.gate_proj")
-    rank = a.shape[0]
+    """Make as many features positive as the rank is, or all of them, and let down write the row."""
     for name in ("mlp.gate_proj", "mlp.up_proj"):
         a, b = _pair(weights, layer, name)
         a[:, 0] = 0.25
-        b[:rank].copy_(torch.eye(rank))
+        b.copy_(torch.eye(*b.shape))
     a, b = _pair(weights, layer, "mlp.down_proj")
-    a[:, :rank].copy_(torch.eye(rank))
-    b.copy_(row[:, None] * strength * 2 / rank)
+    a.copy_(torch.eye(*a.shape))
+    b.copy_(row[:, None] * strength * 2 / min(a.shape))
 
 
 def _sign_attention(

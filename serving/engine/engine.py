@@ -82,6 +82,7 @@ class TorchEngine:
         """
         settings = within_memory(base, settings or EngineSettings())
         parts = elsewhere(lambda: assemble(read_model(base, settings), fetch, settings))
+        logger.info("computing with %s in %s", parts.stats.operators, parts.stats.dtype)
         return cls(parts, settings)
 
     @property

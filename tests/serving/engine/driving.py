@@ -145,13 +145,17 @@ def run_all(engine: Engine, wanted: Sequence[GenerateRequest]) -> list[Result]:
 
 
 class Oracle:
-    """transformers and PEFT in float32, one request at a time."""
+    """transformers and PEFT, one request at a time, the adapter in the base's number format."""
 
-    def __init__(self, base: Path, adapter: Path | None = None) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    def __init__(
+        self, base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         if adapter is not None:
             with tiny.peft_on_new_transformers():
-                self.model = PeftModel.from_pretrained(self.model, str(adapter))
+                self.model = PeftModel.from_pretrained(
+                    self.model, str(adapter), autocast_adapter_dtype=False
+                )
         self.model.eval()
 
     @torch.inference_mode()
@@ -167,6 +171,14 @@ class Oracle:
             ids.append(int(self.logprobs(ids)[-1].argmax()))
         return ids[len(prompt) :]
 
+    def likeliest(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Return the most likely token in the place of each: `tokens`, if they are the greedy ones.
+
+        Much cheaper than `greedy`.
+        """
+        table = self.logprobs([*prompt, *tokens])
+        return table[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
     def largest_error(self, prompt: Sequence[int], result: Result) -> float:
         """Return the largest difference of any reported log-probability from the oracle's."""
         table = self.logprobs([*prompt, *result.tokens])
@@ -176,3 +188,13 @@ class Oracle:
             for token, value in (*entry.top, (entry.token_id, entry.logprob)):
                 errors.append(abs(float(row[token]) - value))
         return max(errors)
+
+    def distance(self, other: "Oracle", prompt: Sequence[int], result: Result) -> float:
+        """Return the largest difference from another oracle where a result was written.
+
+        As in a result it is that of the most likely tokens.
+        """
+        own, others = (each.logprobs([*prompt, *result.tokens]) for each in (self, other))
+        written = slice(len(prompt) - 1, -1)
+        likely = own[written].topk(5).indices
+        return float((own - others)[written].gather(1, likely).abs().max())

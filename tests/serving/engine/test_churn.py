@@ -18,8 +18,11 @@ from serving.engine.compiled_model import CompiledModel
 from serving.engine.engine import TorchEngine
 from serving.engine.model import Model
 from serving.engine.model_runner import Forward
-from serving.engine.settings import EngineSettings
+from serving.engine.ops.native.target import Target
+from serving.engine.settings import DtypeName, EngineSettings
+from serving.engine.slots import BUCKETS
 from tests import tiny
+from tests.serving.engine.builds import BUILDS, NAMES, read_compiled
 from tests.serving.engine.driving import Folders, base_of, request, stream, until
 
 TOKENS = range(60, 92)  # one adapter each
@@ -55,8 +58,20 @@ def test_ten_thousand_requests_over_four_slots_give_no_wrong_token(
     churn(base, folders, SETTINGS, requests=10_000, workers=48)
 
 
-def test_torch_operators_give_no_wrong_token_either(base: Path, folders: Folders) -> None:
-    churn(base, folders, replace(SETTINGS, operators="torch"), requests=1000, workers=48)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torch_operators_give_no_wrong_token_either(
+    base: Path, folders: Folders, dtype: DtypeName
+) -> None:
+    settings = replace(SETTINGS, operators="torch", dtype=dtype)
+    churn(base, folders, settings, requests=300, workers=48)
+
+
+@pytest.mark.parametrize(("target", "dtype"), BUILDS[1:], ids=NAMES[1:])
+def test_no_other_build_of_the_operators_gives_a_wrong_token(
+    base: Path, folders: Folders, target: Target, dtype: torch.dtype
+) -> None:
+    model = read_compiled(base, target, dtype, 64)
+    churn(base, folders, SETTINGS, requests=300, workers=48, model=model)
 
 
 @pytest.mark.long
@@ -64,18 +79,20 @@ def test_torch_operators_give_no_wrong_token_either(base: Path, folders: Folders
 def test_a_million_tokens_of_a_hundred_thousand_requests_have_no_wrong_one(
     base: Path, folders: Folders, piece: int
 ) -> None:
+    """Every second piece in bfloat16, with the best operators for each format."""
     requests = 100_000 // PIECES
-    counts = churn(base, folders, SETTINGS, requests, workers=96, lengths=LONG, seed=piece)
+    settings = replace(SETTINGS, dtype="bfloat16" if piece % 2 else "float32")
+    counts = churn(base, folders, settings, requests, workers=96, lengths=LONG, seed=piece)
     assert counts["tokens"] > 1_000_000 // PIECES
 
 
 def test_memory_for_four_adapters_of_the_highest_rank_gives_no_wrong_token(
     base: Path, folders: Folders
 ) -> None:
-    """Slots of five ranks come and go in one arena, on pages that others have used."""
+    """Slots of all ranks come and go in one arena, on pages that others have used."""
     parts = assemble(read_model(base_of(base), SETTINGS), folders, SETTINGS)
     parts.core.residency.loader.close()
-    pages = 4 * 64 // 8
+    pages = 4 * BUCKETS[-1] // BUCKETS[0]
     memory = pages * parts.core.residency.stacks.page_bytes
     settings = replace(SETTINGS, adapter_slots=None, adapter_memory=memory)
     churn(base, folders, settings, requests=1000, workers=48)
@@ -107,8 +124,9 @@ def churn(
     workers: int,
     lengths: Sequence[int] = SHORT,
     seed: int = 1,
+    model: Forward | None = None,
 ) -> Counter[str]:
-    model = read_model(base_of(base), settings)
+    model = model or read_model(base_of(base), settings)
     before, file_before = weights_digest(model), file_digest(base)
     parts = assemble(model, folders, settings)
     engine = TorchEngine(parts, settings)
@@ -180,7 +198,7 @@ async def drive(
 def weights_digest(model: Forward) -> str:
     digest = hashlib.sha256()
     for tensor in tensors_of(model):
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,11 +106,16 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         compiled(QUICK, torch.float32, tmp_path / "file" / "cache")
 
 
-def test_torch_computes_when_it_is_asked_for(tiny_base: Path, tiny_folders: Folders) -> None:
-    settings = EngineSettings(device="cpu", dtype="float32", max_model_len=64, operators="torch")
-    assert stats_of(tiny_base, tiny_folders, settings) == "torch"
-    best = runnable_targets(torch.float32)[0]
-    assert stats_of(tiny_base, tiny_folders, SETTINGS) == f"C++ ({best.name})"
+def test_torch_computes_when_it_is_asked_for_and_the_log_says_what_does(
+    tiny_base: Path, tiny_folders: Folders, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = f"C++ ({runnable_targets(torch.float32)[0].name})"
+    with caplog.at_level(logging.INFO, "serving.engine.engine"):
+        asked = replace(SETTINGS, operators="torch")
+        assert stats_of(tiny_base, tiny_folders, asked) == "torch"
+        assert stats_of(tiny_base, tiny_folders, SETTINGS) == best
+    said = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    assert said == [f"computing with {name} in float32" for name in ("torch", best)]
 
 
 def test_a_base_that_the_compiled_pass_does_not_cover_is_computed_by_torch(

@@ -2,27 +2,20 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from registry.home import default_cache
 from serving.engine.build import assemble
-from serving.engine.compiled_model import CompiledModel
 from serving.engine.core import EngineCore
-from serving.engine.linear import CompiledLinear
-from serving.engine.ops.native.library import load_library
 from serving.engine.ops.native.target import Target
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
-from serving.engine.spec import ModelSpec
-from serving.engine.weights import read_weights
 from tests import tiny
 from tests.peft_cases import CASES, make
-from tests.serving.engine.builds import BUILDS, NAMES
+from tests.serving.engine.builds import BUILDS, NAMES, read_compiled
 from tests.serving.engine.driving import Folders, request
 
 TITLES = (
@@ -96,10 +89,7 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 def new_core(base: Path, folders: Folders, target: Target, dtype: torch.dtype) -> EngineCore:
     """Return a core with all adapters in slots."""
-    library = load_library(dtype, default_cache() / "operators", target)
-    spec = ModelSpec.read(base)
-    weights = read_weights(base, spec, dtype, torch.device("cpu"), partial(CompiledLinear, library))
-    core = assemble(CompiledModel(spec, weights, library, 64), folders, SETTINGS).core
+    core = assemble(read_compiled(base, target, dtype, 64), folders, SETTINGS).core
     table, stacks = core.residency.table, core.residency.stacks
     for ref in folders.refs.values():
         adapter = core.residency.loader.load(ref).result(10)
