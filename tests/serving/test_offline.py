@@ -1,5 +1,6 @@
 """Lists of prompts over many adapters and models: each row wears its own."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -65,8 +66,9 @@ def test_equal_weights_at_another_scale_are_another_adapter(
     folder = signature(tmp_path / "adapter", base, 65)
     before = digest_adapter(folder)
     assert digest_adapter(Path(shutil.copytree(folder, tmp_path / "copy"))) == before
-    config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
     assert digest_adapter(folder) != before
 
 
