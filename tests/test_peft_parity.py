@@ -2,13 +2,16 @@
 
 import json
 import random
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftType
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from registry.adapter import AdapterName, AdapterRef
 from registry.base import Bases
@@ -31,6 +34,9 @@ SETTINGS = EngineSettings(
 )
 WORN = [case for case in CASES if case.outcome != "refused"]
 REFUSED = [case for case in CASES if case.outcome == "refused"]
+SAVED = [case for case in WORN if "modules_to_save" in case.title]
+MATRICES = [case for case in SAVED if "embedding" in case.title or "head" in case.title]
+UNTIED = [*SAVED, *(case for case in WORN if "token" in case.title and case not in SAVED)]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -43,17 +49,23 @@ def titled(case: Case) -> str:
 
 
 class Wardrobe:
-    """Every adapter that can be worn, pushed through the gate, and where PEFT saved it."""
+    """Adapters that can be worn, pushed through the gate, and where PEFT saved them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cases: Sequence[Case], *, tied: bool) -> None:
         self.folder = folder
         self.bases = Bases(folder / "bases")
-        made = tiny.make_base(folder / "made", seed=3, attention_bias=True, mlp_bias=True)
+        made = tiny.make_base(
+            folder / "made",
+            seed=3,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=tied,
+        )
         self.base = tiny.register(made, self.bases, BASE_ID)
         self.registry = Registry.open(folder / "home", self.bases)
         self.saved: dict[str, Path] = {}
         self.refs: dict[str, AdapterRef] = {}
-        for case in WORN:
+        for case in cases:
             self.saved[case.title] = make(case, self.base.path, folder / f"saved-{len(self.saved)}")
             self.refs[case.title] = self.push(self.saved[case.title])
 
@@ -64,7 +76,13 @@ class Wardrobe:
 
 @pytest.fixture(scope="module")
 def wardrobe(tmp_path_factory: pytest.TempPathFactory) -> Wardrobe:
-    return Wardrobe(tmp_path_factory.mktemp("peft"))
+    return Wardrobe(tmp_path_factory.mktemp("peft"), WORN, tied=True)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Wardrobe:
+    """A base with a head of its own, and what an adapter may do to it and to the embedding."""
+    return Wardrobe(tmp_path_factory.mktemp("untied"), UNTIED, tied=False)
 
 
 def prompt_of(title: str) -> list[int]:
@@ -73,16 +91,27 @@ def prompt_of(title: str) -> list[int]:
 
 
 FEW = {"adapter_slots": 3, "max_running": 7, "max_batched_tokens": 17}
+WAYS: dict[str, dict[str, Any]] = {
+    "C++": {},
+    "torch": {"operators": "torch"},
+    "C++ few slots and chunks": FEW,
+    "torch few slots and chunks": FEW | {"operators": "torch"},
+}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[{}, {"operators": "torch"}, FEW, FEW | {"operators": "torch"}],
-    ids=["C++", "torch", "C++ few slots and chunks", "torch few slots and chunks"],
-)
+@pytest.fixture(scope="module", params=WAYS)
 def results(wardrobe: Wardrobe, request: pytest.FixtureRequest) -> dict[str, Result]:
+    return mixed_batch(wardrobe, request.param)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def untied_results(untied: Wardrobe, request: pytest.FixtureRequest) -> dict[str, Result]:
+    return mixed_batch(untied, request.param)
+
+
+def mixed_batch(wardrobe: Wardrobe, way: str) -> dict[str, Result]:
     """Run one request for every adapter, and as many for the base, in one batch."""
-    settings = replace(SETTINGS, **request.param)
+    settings = replace(SETTINGS, **WAYS[way])
     engine = TorchEngine.create(wardrobe.base, wardrobe.registry.read_files, settings)
     titles = [*wardrobe.refs, *(f"base {title}" for title in wardrobe.refs)]
     random.Random(5).shuffle(titles)
@@ -98,12 +127,55 @@ def ask(prompt: list[int], ref: AdapterRef | None) -> GenerateRequest:
 def test_a_row_of_the_mixed_batch_is_what_peft_computes_alone(
     case: Case, wardrobe: Wardrobe, results: dict[str, Result]
 ) -> None:
-    prompt, result = prompt_of(case.title), results[case.title]
+    check_as_peft(case, wardrobe, results[case.title])
+
+
+@pytest.mark.parametrize("case", UNTIED, ids=titled)
+def test_a_row_is_what_peft_computes_where_the_head_is_not_the_embedding(
+    case: Case, untied: Wardrobe, untied_results: dict[str, Result]
+) -> None:
+    check_as_peft(case, untied, untied_results[case.title])
+
+
+def check_as_peft(case: Case, wardrobe: Wardrobe, result: Result) -> None:
+    prompt = prompt_of(case.title)
     oracle = Oracle(wardrobe.base.path, wardrobe.saved[case.title])
     assert result.tokens == oracle.greedy(prompt, LENGTH)
     assert oracle.largest_error(prompt, result) < BOUND
     # The control: an engine that wore nothing would not have passed.
     assert Oracle(wardrobe.base.path).largest_error(prompt, result) > 100 * BOUND
+
+
+def the_bases(_: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return base
+
+
+def of_other_tokens(saved: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return saved.roll(1, 0)
+
+
+@pytest.mark.parametrize("other", [the_bases, of_other_tokens])
+@pytest.mark.parametrize("case", MATRICES, ids=titled)
+def test_it_is_the_saved_embedding_and_head_that_answer(
+    case: Case,
+    other: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    wardrobe: Wardrobe,
+    results: dict[str, Result],
+    tmp_path: Path,
+) -> None:
+    """The control of these cases: with another matrix beside the same LoRA PEFT answers else."""
+    folder = shutil.copytree(wardrobe.saved[case.title], tmp_path / "other")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    base = load_file(wardrobe.base.path / "model.safetensors")["model.embed_tokens.weight"]
+    matrices = [
+        name for name in tensors if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    ]
+    for name in matrices:
+        changed = tensors | {name: other(tensors[name], base)}
+        save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
+        oracle = Oracle(wardrobe.base.path, folder)
+        assert oracle.largest_error(prompt_of(case.title), results[case.title]) > 100 * BOUND
+    assert matrices
 
 
 def test_rows_of_the_base_beside_them_are_the_base(
