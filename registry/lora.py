@@ -81,7 +81,7 @@ class AdapterConfig:
             "magnitude": self.use_dora,
             "B_bias": self.lora_bias,
             "bias": self.bias != "none",
-            "norm": bool(self.modules_to_save),
+            "weight": bool(self.modules_to_save),
             "tokens": bool(self.token_indices),
         }
         return frozenset(("A", "B", *(part for part, used in also.items() if used)))
@@ -116,6 +116,10 @@ class AdapterConfig:
         if module in self.target_modules:
             return True  # peft: a full name counts whatever the layers are
         return _ends_with(module, self.target_modules) and self._in_layers(module)
+
+    def saves(self, module: str) -> bool:
+        """Tell whether peft would train this module in full: it compares how names end."""
+        return module.endswith(self.modules_to_save)
 
     def resolved(self, base_id: str, modules: Collection[str]) -> "AdapterConfig":
         """Name the base by its logical id and write out what was not a plain list of names."""

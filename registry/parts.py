@@ -1,7 +1,8 @@
 """The tensors of an adapter: which module each belongs to, what it does there, and its shape.
 
 Beside the A and B of LoRA an adapter may have vectors: for the outputs of a linear, in the place of
-a norm's weight, for the embeddings of some tokens, or for positions before the prompt.
+a norm's weight, for the embeddings of some tokens, or for positions before the prompt. It may have
+an embedding or a head of its own, as large as the base's.
 """
 
 import re
@@ -26,10 +27,12 @@ ENDINGS = {
     "bias": r"(?:base_layer\.)?bias",
     "scale": r"ia3_l",
     "shift": r"beft_bias",
-    "norm": r"(?:ln_tuning_layers\.)?weight",
+    "weight": r"(?:ln_tuning_layers\.)?weight",
     "tokens": r"(?:token_adapter\.)?trainable_tokens_delta",
 }
 PROMPT = "prompt_embeddings"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+MATRICES = (EMBEDDING, HEAD)  # which may be trained in full; a tied base has one for both
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 MAX_VIRTUAL = 1024  # positions before a prompt
 
@@ -80,13 +83,14 @@ def check_parts(
             problems.append(("part_unsupported", text))
         elif part in ("B_bias", "magnitude", "bias", "scale", "shift"):
             problems += _check_outputs(module, part, tensor, base, model)
-        elif part == "norm":
-            problems += _check_norm(module, tensor, base)
+        elif part == "weight":
+            problems += _check_weight(module, tensor, base)
         elif part == "tokens":
-            problems += _check_tokens(tensor, tokens.get(last), base)
+            ids = tokens.get(last) if module in MATRICES else None
+            problems += _check_tokens(tensor, ids, base)
         else:
             problems += _check_prompt(tensor, kind, model, base)
-    return problems
+    return problems + _check_twice(parts, base)
 
 
 def _check_outputs(
@@ -114,17 +118,41 @@ def _check_outputs(
     return _check_shape(tensor, wanted)
 
 
-def _check_norm(module: str, tensor: Tensor, base: Mapping[str, Tensor]) -> list[Problem]:
-    found, last = base.get(f"{module}.weight"), module.rpartition(".")[2]
-    if found is None and last != "lm_head":  # the head of a tied base is its embedding
+def _check_weight(module: str, tensor: Tensor, base: Mapping[str, Tensor]) -> list[Problem]:
+    if module in MATRICES:
+        return _check_matrix(tensor, base[f"{EMBEDDING}.weight"].shape)
+    found = base.get(f"{module}.weight")
+    if found is None:
         return [("module_not_in_base", f"{tensor.name}: the base has no {module}.")]
-    if found is None or last not in NORMS:
+    if module.rpartition(".")[2] not in NORMS:
         reason = (
-            "only norms of whole layers are served as trained in full. A whole matrix is as large "
-            "as the base's; train LoRA on linear layers, trainable_token_indices on embeddings"
+            "norms of whole layers, the embedding and the head are served as trained in full, "
+            "other matrices are not; train LoRA on linear layers"
         )
         return [("part_unsupported", f"{tensor.name}: {reason}.")]
     return _check_shape(tensor, found.shape)
+
+
+def _check_matrix(tensor: Tensor, wanted: tuple[int, ...]) -> list[Problem]:
+    if len(tensor.shape) == 2 and tensor.shape[0] != wanted[0]:
+        text = (
+            f"{tensor.name} has {tensor.shape[0]} rows, and the base {wanted[0]} tokens: a resized "
+            "vocabulary is not servable. Train without resizing it, new tokens in the place of "
+            "tokens that the base does not use."
+        )
+        return [("shape_mismatch", text)]
+    return _check_shape(tensor, wanted)
+
+
+def _check_twice(parts: Parts[Tensor], base: Mapping[str, Tensor]) -> list[Problem]:
+    trained = {module for module in MATRICES if "tokens" in parts.get(module, {})}
+    if EMBEDDING in trained and f"{HEAD}.weight" not in base:
+        trained.add(HEAD)
+    return [
+        ("config_invalid", f"{module} is trained in full and by its tokens; peft loads only one.")
+        for module in sorted(trained)
+        if "weight" in parts.get(module, {})
+    ]
 
 
 def _check_tokens(

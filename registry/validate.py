@@ -26,7 +26,7 @@ from registry.contents import (
 from registry.errors import BaseMismatch, Problem, Refused, refused
 from registry.jsonfile import read_object
 from registry.lora import AdapterConfig, endings
-from registry.parts import Parts, check_parts, sort_parts
+from registry.parts import MATRICES, Parts, check_parts, sort_parts
 from registry.tensors import ADAPTER_BOUNDS, Tensor, largest_magnitudes, read_header
 from registry.upload import ALLOWED
 from registry.vectors import AnyConfig, VectorConfig, parse_config
@@ -190,18 +190,23 @@ def _check_allowed(config: AnyConfig, parts: Parts[Tensor]) -> list[Problem]:
     """Compare what the tensors are with what the config says was trained."""
     allowed = config.parts
     problems = [
-        ("unknown_key", f"{tensor.name}: the config says nothing of such a tensor.")
-        for own in parts.values()
+        ("unknown_key", f"{tensor.name}: the config says nothing of such a tensor{_hint(module)}.")
+        for module, own in parts.items()
         for part, tensor in own.items()
-        if part not in allowed
+        if not _is_said(config, module, part)
     ]
     found = {part for own in parts.values() for part in own}
     problems += [
         ("tensor_missing", f"The config names {what}, and no tensor belongs to them.")
-        for part, what in (("norm", "modules that were saved"), ("tokens", "tokens"))
+        for part, what in (("weight", "modules that were saved"), ("tokens", "tokens"))
         if part in allowed and part not in found
     ]
     if isinstance(config, AdapterConfig):
+        problems += [
+            ("tensor_missing", f"modules_to_save names {module}, and no tensor belongs to it.")
+            for module in MATRICES
+            if config.saves(module) and "weight" not in parts.get(module, {})
+        ]
         needed = config.needed
         problems += [
             (
@@ -214,12 +219,27 @@ def _check_allowed(config: AnyConfig, parts: Parts[Tensor]) -> list[Problem]:
     return problems
 
 
+def _hint(module: str) -> str:
+    """Tell of what PEFT saves beside what was trained."""
+    if not module.startswith(MATRICES):
+        return ""
+    return (
+        "; PEFT adds it with save_embedding_layers=True, and by itself where the vocabulary was "
+        "resized, which is not servable"
+    )
+
+
 def _allowed(config: AnyConfig, parts: Parts[Tensor]) -> Parts[Tensor]:
-    allowed = config.parts
     return {
-        module: {part: tensor for part, tensor in own.items() if part in allowed}
+        module: {part: tensor for part, tensor in own.items() if _is_said(config, module, part)}
         for module, own in parts.items()
     }
+
+
+def _is_said(config: AnyConfig, module: str, part: str) -> bool:
+    if part == "weight" and isinstance(config, AdapterConfig):
+        return config.saves(module)
+    return part in config.parts
 
 
 def _check_targets(config: AdapterConfig, modules: set[str]) -> list[Problem]:

@@ -60,7 +60,7 @@ _TYPES: dict[str, tuple[str, Mapping[str, Check]]] = {
         },
     ),
     "BEFT": ("shift", _TARGETS),
-    "LN_TUNING": ("norm", _TARGETS),
+    "LN_TUNING": ("weight", _TARGETS),
     "TRAINABLE_TOKENS": (
         "tokens",
         {"target_modules": short_text, "token_indices": token_ids, "init_weights": inert},

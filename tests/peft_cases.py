@@ -29,7 +29,7 @@ class Case:
     says: str = ""  # part of the refusal
     noise: float = 0.1  # added to everything that is trained
     prepare: Callable[[Any], None] = field(default=lambda _: None)  # the PEFT model, before saving
-    base: Literal["tied", "untied"] = "tied"
+    vocab: int | None = None  # that the base is resized to before
 
 
 def lora(**options: Any) -> Callable[[], PeftConfig]:
@@ -110,6 +110,41 @@ BESIDE = [
         "worn",
         "",
         lora(modules_to_save=["layers.1.input_layernorm"]),
+    ),
+    Case(
+        "`modules_to_save` of the embedding",
+        "worn",
+        "each row reads its own; a tied head stays the base's, as in PEFT",
+        lora(modules_to_save=["embed_tokens"]),
+    ),
+    Case(
+        "`modules_to_save` of the embedding, some tokens trained",
+        "worn",
+        "only rows that are not the base's take memory",
+        lora(modules_to_save=["embed_tokens"]),
+        noise=0.2,
+        prepare=lambda wearing: _untrain(wearing, range(128, 258)),
+    ),
+    Case(
+        "`modules_to_save` of the head",
+        "worn",
+        "one more product for the adapter's rows; a tied embedding stays the base's",
+        lora(modules_to_save=["lm_head"]),
+    ),
+    Case(
+        "`modules_to_save` of embedding, head and norms",
+        "worn",
+        "all of it together",
+        lora(modules_to_save=["embed_tokens", "lm_head", "model.norm"]),
+    ),
+    Case(
+        "`modules_to_save` of the embedding, `trainable_token_indices` of the head",
+        "worn",
+        "each its own",
+        lora(
+            modules_to_save=["embed_tokens"], trainable_token_indices={"lm_head": [90, *range(50)]}
+        ),
+        noise=0.2,
     ),
     Case(
         "`trainable_token_indices`",
@@ -268,11 +303,27 @@ REFUSED = [
         says="scaled inputs are served for mlp.down_proj only",
     ),
     Case(
-        "`modules_to_save` of embeddings, the head or other matrices",
+        "`modules_to_save` of other matrices",
         "refused",
-        "a whole matrix for one adapter; `trainable_token_indices` trains single tokens",
-        lora(modules_to_save=["lm_head"]),
-        says="A whole matrix is as large as the base's",
+        "a whole matrix for one adapter; LoRA trains it",
+        lora(modules_to_save=["o_proj"]),
+        says="other matrices are not",
+    ),
+    Case(
+        "A resized vocabulary",
+        "refused",
+        "the base has other tokens",
+        lora(modules_to_save=["embed_tokens", "lm_head"]),
+        says="a resized vocabulary is not servable",
+        vocab=260,
+    ),
+    Case(
+        "A resized vocabulary beside LoRA",
+        "refused",
+        "the same",
+        lora(),
+        says="the vocabulary was resized",
+        vocab=260,
     ),
     Case(
         "LoRA on embeddings or the head",
@@ -304,6 +355,14 @@ REFUSED = [
     ),
 ]
 
+
+def _untrain(wearing: Any, tokens: range) -> None:
+    """Put the base's rows of some tokens back into an embedding that was trained in full."""
+    embedding = wearing.get_base_model().model.embed_tokens
+    with torch.no_grad():
+        embedding.weight[tokens] = embedding.original_module.weight[tokens]
+
+
 CASES = [*LORA, *BESIDE, *CONVERTED, *REFUSED]
 START, END = "<!-- table: make docs -->\n", "<!-- end of table -->\n"
 WORDS = {"worn": "worn", "converted": "worn, stored as LoRA", "refused": "refused"}
@@ -323,6 +382,8 @@ def table() -> str:
 def make(case: Case, base: Path, folder: Path) -> Path:
     """Save an adapter of the case as PEFT does, with every trained number changed at random."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if case.vocab is not None:
+        model.resize_token_embeddings(case.vocab)
     with tiny.peft_on_new_transformers():
         torch.manual_seed(0)  # PEFT draws some of its matrices
         wearing = get_peft_model(model, case.config())

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftType
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from registry.adapter import AdapterName, AdapterRef
 from registry.base import Bases
@@ -35,12 +37,16 @@ LENGTH = 6
 SETTINGS = EngineSettings(
     device="cpu", dtype="float32", max_model_len=128, adapter_slots=64, max_running=96
 )
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 WORN = [case for case in CASES if case.outcome != "refused"]
 IN_BFLOAT16 = [  # the best target here, the others in the long run
     pytest.param(target, marks=[pytest.mark.long] if others else [], id=target.name)
     for others, target in enumerate(runnable_targets(torch.bfloat16))
 ]
 REFUSED = [case for case in CASES if case.outcome == "refused"]
+SAVED = [case for case in WORN if "modules_to_save" in case.title]
+MATRICES = [case for case in SAVED if "embedding" in case.title or "head" in case.title]
+UNTIED = [*SAVED, *(case for case in WORN if "token" in case.title and case not in SAVED)]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -53,9 +59,11 @@ def titled(case: Case) -> str:
 
 
 class Wardrobe:
-    """Every adapter that can be worn, pushed through the gate, and where PEFT saved it."""
+    """Adapters that can be worn, pushed through the gate, and where PEFT saved them."""
 
-    def __init__(self, folder: Path, arch: str = "llama", **config: Any) -> None:
+    def __init__(
+        self, folder: Path, arch: str = "llama", cases: Sequence[Case] = WORN, **config: Any
+    ) -> None:
         self.folder = folder
         self.bases = Bases(folder / "bases")
         made = tiny.make_base(folder / "made", seed=3, arch=arch, **config)
@@ -63,7 +71,7 @@ class Wardrobe:
         self.registry = Registry.open(folder / "home", self.bases)
         self.saved: dict[str, Path] = {}
         self.refs: dict[str, AdapterRef] = {}
-        for case in WORN:
+        for case in cases:
             self.saved[case.title] = make(case, self.base.path, folder / f"saved-{len(self.saved)}")
             self.refs[case.title] = self.push(self.saved[case.title])
 
@@ -74,7 +82,14 @@ class Wardrobe:
 
 @pytest.fixture(scope="module")
 def wardrobe(tmp_path_factory: pytest.TempPathFactory) -> Wardrobe:
-    return Wardrobe(tmp_path_factory.mktemp("peft"), attention_bias=True, mlp_bias=True)
+    return Wardrobe(tmp_path_factory.mktemp("peft"), **BIASES)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Wardrobe:
+    """A base with a head of its own, and what an adapter may do to it and to the embedding."""
+    config = BIASES | {"tie_word_embeddings": False}
+    return Wardrobe(tmp_path_factory.mktemp("untied"), cases=UNTIED, **config)
 
 
 def prompt_of(title: str) -> list[int]:
@@ -83,15 +98,26 @@ def prompt_of(title: str) -> list[int]:
 
 
 FEW: dict[str, Any] = {"adapter_slots": 3, "max_running": 7, "max_batched_tokens": 17}
+WAYS: dict[str, dict[str, Any]] = {
+    "C++": {},
+    "torch": {"operators": "torch"},
+    "C++ few slots and chunks": FEW,
+    "torch few slots and chunks": FEW | {"operators": "torch"},
+}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[{}, {"operators": "torch"}, FEW, FEW | {"operators": "torch"}],
-    ids=["C++", "torch", "C++ few slots and chunks", "torch few slots and chunks"],
-)
+@pytest.fixture(scope="module", params=WAYS)
 def results(wardrobe: Wardrobe, request: pytest.FixtureRequest) -> dict[str, Result]:
-    settings = replace(SETTINGS, **request.param)
+    return in_a_way(wardrobe, request.param)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def untied_results(untied: Wardrobe, request: pytest.FixtureRequest) -> dict[str, Result]:
+    return in_a_way(untied, request.param)
+
+
+def in_a_way(wardrobe: Wardrobe, way: str) -> dict[str, Result]:
+    settings = replace(SETTINGS, **WAYS[way])
     return run_mixed(wardrobe, read_model(wardrobe.base, settings), settings)
 
 
@@ -113,6 +139,13 @@ def test_a_row_of_the_mixed_batch_is_what_peft_computes_alone(
     case: Case, wardrobe: Wardrobe, results: dict[str, Result]
 ) -> None:
     check(case.title, wardrobe, results[case.title])
+
+
+@pytest.mark.parametrize("case", UNTIED, ids=titled)
+def test_a_row_is_what_peft_computes_where_the_head_is_not_the_embedding(
+    case: Case, untied: Wardrobe, untied_results: dict[str, Result]
+) -> None:
+    check(case.title, untied, untied_results[case.title])
 
 
 def check(title: str, wardrobe: Wardrobe, result: Result) -> None:
@@ -171,6 +204,38 @@ def test_the_rest_of_the_llama_family_wears_all_of_it_as_peft_does(
     results = run_mixed(wardrobe, read_model(wardrobe.base, settings), settings)
     for title in wardrobe.refs:
         check(title, wardrobe, results[title])
+
+
+def the_bases(_: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return base
+
+
+def of_other_tokens(saved: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return saved.roll(1, 0)
+
+
+@pytest.mark.parametrize("other", [the_bases, of_other_tokens])
+@pytest.mark.parametrize("case", MATRICES, ids=titled)
+def test_it_is_the_saved_embedding_and_head_that_answer(
+    case: Case,
+    other: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    wardrobe: Wardrobe,
+    results: dict[str, Result],
+    tmp_path: Path,
+) -> None:
+    """The control of these cases: with another matrix beside the same LoRA PEFT answers else."""
+    folder = shutil.copytree(wardrobe.saved[case.title], tmp_path / "other")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    base = load_file(wardrobe.base.path / "model.safetensors")["model.embed_tokens.weight"]
+    matrices = [
+        name for name in tensors if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    ]
+    for name in matrices:
+        changed = tensors | {name: other(tensors[name], base)}
+        save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
+        oracle = Oracle(wardrobe.base.path, folder)
+        assert oracle.largest_error(prompt_of(case.title), results[case.title]) > 100 * BOUND
+    assert matrices
 
 
 def test_rows_of_the_base_beside_them_are_the_base(

@@ -29,7 +29,7 @@ from serving.engine.ops.native.library import Library
 from serving.engine.ops.rope import rope_angles
 from serving.engine.spec import ModelSpec
 from serving.engine.vector_file import BaseLayers
-from serving.engine.vectors import dress_logits, dressed_rows, sampled_of
+from serving.engine.vectors import TokenRows, dress_logits, dressed_rows, sampled_of
 from serving.engine.weights import LayerWeights, ModelWeights
 
 
@@ -67,7 +67,7 @@ class CompiledModel:
 
     @property
     def base_layers(self) -> BaseLayers:
-        return BaseLayers.of(self.spec, self.layers, self.norm)
+        return BaseLayers.of(self.spec, self.layers, self.norm, self.embedding, self.head)
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         spec, rows, sampled = self.spec, len(batch.ids), len(batch.sampled)
@@ -98,8 +98,11 @@ class CompiledModel:
         self.library.forward(self._model, step)
         if dressed:
             normalised = space[1][: sampled * spec.hidden].view(sampled, spec.hidden)
-            dress_logits(logits, normalised, sampled_of(dressed, batch.sampled))
+            dress_logits(logits, normalised, sampled_of(dressed, batch.sampled), self._head_product)
         return logits
+
+    def _head_product(self, x: torch.Tensor, head: TokenRows) -> torch.Tensor:
+        return self.library.linear(x, head.rows, None, len(head.ids))
 
     def _stack_tables(self, stacks: LoraStacks) -> list[Any]:
         """Return the stacks of each group; their addresses stay while the stacks live."""

@@ -50,7 +50,7 @@ class HostAdapter:
         cls, digest: str, bucket: int, weights: torch.Tensor, vectors: Vectors | None
     ) -> "HostAdapter":
         """Put vectors, which may lie anywhere, behind the weights."""
-        if vectors is None:
+        if vectors is None or not vectors.size_bytes:  # all that it has is the base's
             return cls(digest, bucket, weights)
         memory = weights.new_zeros(len(weights) + vectors.size_bytes // weights.itemsize)
         memory[: len(weights)] = weights

@@ -76,12 +76,13 @@ class Model:
         dressed = sampled_of(step.dressed, batch.sampled)
         h = self._norm(x[batch.sampled], self.weights.norm, 2 * self.spec.layers, dressed)
         logits = self.weights.head(h)
-        dress_logits(logits, h, dressed)
+        dress_logits(logits, h, dressed, lambda x, head: x @ head.rows.t())
         return logits
 
     @property
     def base_layers(self) -> BaseLayers:
-        return BaseLayers.of(self.spec, self.weights.layers, self.weights.norm)
+        own = self.weights
+        return BaseLayers.of(self.spec, own.layers, own.norm, own.embedding, own.head)
 
     def _norm(
         self, x: torch.Tensor, weight: torch.Tensor, number: int, dressed: Dressed

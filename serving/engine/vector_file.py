@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 
 from registry.lora import AdapterConfig
-from registry.parts import Parts
+from registry.parts import EMBEDDING, HEAD, MATRICES, Parts
 from registry.vectors import AnyConfig
+from serving.engine.linear import pack
 from serving.engine.lora import LoraLayout, Unfit
 from serving.engine.spec import ModelSpec
 from serving.engine.vectors import TokenRows, Vectors
@@ -29,6 +30,8 @@ class Frozen(Protocol):
     @property
     def squares(self) -> torch.Tensor: ...
 
+    def dense(self) -> torch.Tensor: ...
+
     def product(self, x: torch.Tensor, columns: slice) -> torch.Tensor: ...
 
 
@@ -38,15 +41,28 @@ class BaseLayers:
 
     layers: Sequence[LayerWeights[Frozen]]
     norm: torch.Tensor
+    embedding: torch.Tensor | None  # None where only the head has it
+    head: Frozen
     kv_heads: int
     head_dim: int
     tied: bool  # the head is the embedding
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, layers: Sequence[LayerWeights[Any]], norm: torch.Tensor
+        cls,
+        spec: ModelSpec,
+        layers: Sequence[LayerWeights[Any]],
+        norm: torch.Tensor,
+        embedding: torch.Tensor | None,
+        head: Any,
     ) -> "BaseLayers":
-        return cls(layers, norm, spec.kv_heads, spec.head_dim, spec.tied)
+        return cls(layers, norm, embedding, head, spec.kv_heads, spec.head_dim, spec.tied)
+
+    def matrix(self, module: str) -> torch.Tensor:
+        """Return the embedding or the head, [vocab, hidden]."""
+        if module == EMBEDDING and self.embedding is not None:
+            return self.embedding
+        return self.head.dense()
 
 
 def read_vectors(
@@ -64,19 +80,16 @@ def read_vectors(
     outputs = _Outputs(layout, base)
     for module, own in parts.items():
         outputs.add(module, own, config)
-    tokens = {
-        module.rpartition(".")[2]: _token_rows(own["tokens"], config, module, dtype)
-        for module, own in parts.items()
-        if "tokens" in own
-    }
+    rows = _rows(parts, config, base, dtype)
     prompt = parts.get("", {}).get("prompt")
     prefix = None
-    embedding = tokens.get("embed_tokens")
+    embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
     if prompt is not None and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         prefix = _prefix(prompt, layout, base, dtype)
     elif prompt is not None:
         embedding = TokenRows(virtual_ids(len(prompt)), prompt.to(dtype))
-    head = tokens.get("lm_head", tokens.get("embed_tokens") if base.tied else None)
+    if head is not None and layout.packed:
+        head = TokenRows(head.ids, pack(head.rows))
     found = Vectors(
         outputs.tables(),
         _norms(parts, layout, base),
@@ -159,7 +172,11 @@ def _lengths(
 
 
 def _norms(parts: Parts[torch.Tensor], layout: LoraLayout, base: BaseLayers) -> torch.Tensor | None:
-    own = {module: found["norm"] for module, found in parts.items() if "norm" in found}
+    own = {
+        module: found["weight"]
+        for module, found in parts.items()
+        if "weight" in found and module not in MATRICES
+    }
     if not own:
         return None
     table = {name: norm.to("cpu") for name, norm in _named_norms(layout, base)}
@@ -175,11 +192,41 @@ def _named_norms(layout: LoraLayout, base: BaseLayers) -> Iterator[tuple[str, to
     yield "model.norm", base.norm
 
 
+def _rows(
+    parts: Parts[torch.Tensor], config: AnyConfig, base: BaseLayers, dtype: torch.dtype
+) -> Mapping[str, TokenRows]:
+    """Return the rows of the embedding and of the head that are not the base's."""
+    rows: dict[str, TokenRows] = {}
+    for module in MATRICES:
+        own = parts.get(module, {})
+        if "tokens" in own:
+            rows[module] = _token_rows(own["tokens"], config, module, dtype)
+            if base.tied:
+                rows.setdefault(HEAD, rows[module])
+        if "weight" in own:
+            # On a tied base, too, peft trains a copy of the one and the other stays the base's.
+            changed = _changed_rows(own["weight"], base.matrix(module), module, dtype)
+            if changed is not None:
+                rows[module] = changed
+    return rows
+
+
 def _token_rows(
     rows: torch.Tensor, config: AnyConfig, module: str, dtype: torch.dtype
 ) -> TokenRows:
     ids, order = torch.tensor(config.tokens[module.rpartition(".")[2]]).sort()
     return TokenRows(ids, rows[order].to(dtype))
+
+
+def _changed_rows(
+    own: torch.Tensor, base: torch.Tensor, module: str, dtype: torch.dtype
+) -> TokenRows | None:
+    """Return the rows that differ as the model computes with them; all others are the base's."""
+    if own.shape != base.shape:
+        raise Unfit(f"{module}: its shape is {tuple(own.shape)}, the base's {tuple(base.shape)}.")
+    own = own.to(dtype)
+    ids = (own != base.to("cpu")).any(1).nonzero().flatten()
+    return TokenRows(ids, own[ids]) if len(ids) else None
 
 
 def _prefix(

@@ -1,7 +1,8 @@
 """What an adapter does to its rows beside B(A(x)): vectors, and positions before the prompt.
 
-A vector costs what it is long; which rows wear one is known once a step (`dressed_rows`), and a
-step in which nobody wears any runs as if there were none.
+A vector costs what it is long, and an embedding or a head of its own is the rows that are not the
+base's. Which rows wear one is known once a step (`dressed_rows`), and a step in which nobody wears
+any runs as if there were none.
 """
 
 from bisect import bisect_left
@@ -26,13 +27,16 @@ class TokenRows:
     """
 
     ids: torch.Tensor  # [k], ascending
-    rows: torch.Tensor  # [k, hidden]
+    rows: torch.Tensor  # [k, hidden]; those of a head as the operators multiply with them
 
     def find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where in `ids` tokens of these are, and which row each of them has."""
         place = torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
         here = (self.ids[place] == ids).nonzero().flatten()
         return here, place[here]
+
+
+HeadProduct = Callable[[torch.Tensor, TokenRows], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +128,17 @@ def dress_norm(
             h[rows] = norm(x[rows], vectors.norms[index], eps)
 
 
-def dress_logits(logits: torch.Tensor, h: torch.Tensor, dressed: Dressed) -> None:
+def dress_logits(
+    logits: torch.Tensor, h: torch.Tensor, dressed: Dressed, product: HeadProduct
+) -> None:
     """Compute the logits of changed tokens, for logits [rows, vocab] of h [rows, hidden]."""
     for rows, vectors in dressed:
         if vectors.head is not None:
-            logits[rows, vectors.head.ids] = h[rows] @ vectors.head.rows.t()
+            changed = product(h[rows], vectors.head)
+            if len(vectors.head.ids) == logits.shape[1]:
+                logits[rows] = changed
+            else:
+                logits[rows, vectors.head.ids] = changed
 
 
 def sampled_of(dressed: Dressed, sampled: torch.Tensor) -> Dressed:
@@ -136,7 +146,8 @@ def sampled_of(dressed: Dressed, sampled: torch.Tensor) -> Dressed:
     if not dressed:
         return dressed
     order = sampled.tolist()
-    return tuple(
+    found = (
         (slice(bisect_left(order, rows.start), bisect_left(order, rows.stop)), vectors)
         for rows, vectors in dressed
     )
+    return tuple((rows, vectors) for rows, vectors in found if rows.start < rows.stop)

@@ -55,10 +55,23 @@ def field(name: str, value: object) -> Spoil:
     return lambda _, config: config.__setitem__(name, value)
 
 
+def tokens_too(name: str, indices: object) -> Spoil:
+    def spoil(tensors: Tensors, config: dict[str, Any]) -> None:
+        tensors[name] = torch.ones(1, 64)
+        config["trainable_token_indices"] = indices
+
+    return spoil
+
+
+DTYPE = "dtype_unsupported"
 DORA, IA3, NORMS = "DoRA", "IA3", "`modules_to_save` of norms"
 TOKENS, PROMPT, PREFIX = "`trainable_token_indices`", "Prompt tuning", "Prefix tuning"
+SAVED = "`modules_to_save` of embedding, head and norms"
+HEAD_ONLY = "`modules_to_save` of the head"
+EMBEDDING, HEAD = (f"base_model.model.{module}" for module in ("model.embed_tokens", "lm_head"))
 Q = f"{LAYER}.self_attn.q_proj"
-DELTA = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+DELTA = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
+HEAD_DELTA = f"{HEAD}.token_adapter.trainable_tokens_delta"
 
 
 @pytest.mark.parametrize(
@@ -72,10 +85,30 @@ DELTA = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delt
         ("`lora_bias`", lambda t, _: t.pop(f"{Q}.lora_B.bias"), "orphan"),
         ('`bias="all"`', put(f"{Q}.base_layer.bias", 64), "module_not_in_base"),
         (NORMS, put(f"{LAYER}.input_layernorm.weight", 32), "shape_mismatch"),
-        (NORMS, put(f"{LAYER}.surprise.weight", 64), "module_not_in_base"),
-        (NORMS, put("base_model.model.model.embed_tokens.weight", 258, 64), "part_unsupported"),
+        (NORMS, put(f"{LAYER}.surprise_norm.weight", 64), "module_not_in_base"),
+        (NORMS, put(f"{LAYER}.surprise.weight", 64), "unknown_key"),
+        (NORMS, put(f"{EMBEDDING}.weight", 258, 64), "unknown_key"),
         (NORMS, field("modules_to_save", None), "unknown_key"),
+        (SAVED, put(f"{EMBEDDING}.weight", 257, 64), "shape_mismatch"),
+        (SAVED, put(f"{EMBEDDING}.weight", 260, 64), "shape_mismatch"),
+        (SAVED, put(f"{EMBEDDING}.weight", 258, 63), "shape_mismatch"),
+        (SAVED, put(f"{HEAD}.weight", 258), "shape_mismatch"),
+        (SAVED, put(f"{HEAD}.weight", 258, 64, 1), "shape_mismatch"),
+        (SAVED, put(f"{HEAD}.weight", 0, 64), "shape_mismatch"),
+        (SAVED, lambda t, _: t.update({f"{HEAD}.weight": t[f"{HEAD}.weight"].double()}), DTYPE),
+        (SAVED, lambda t, _: t.update({f"{HEAD}.weight": t[f"{HEAD}.weight"].byte()}), DTYPE),
+        (SAVED, lambda t, _: t[f"{EMBEDDING}.weight"][257, 63].fill_(torch.nan), "non_finite"),
+        (SAVED, lambda t, _: t[f"{HEAD}.weight"][0, 0].fill_(torch.inf), "non_finite"),
+        (SAVED, lambda t, _: t.pop(f"{HEAD}.weight"), "tensor_missing"),
+        (SAVED, put(f"{HEAD}.modules_to_save.weight", 258, 64), "unknown_key"),
+        (SAVED, put(f"model.{HEAD}.weight", 258, 64), "unknown_key"),
+        (SAVED, put(f"{HEAD}.bias", 258), "unknown_key"),
+        (SAVED, field("modules_to_save", ["embed_tokens", "norm"]), "unknown_key"),
+        (SAVED, tokens_too(DELTA, {"embed_tokens": [1]}), "config_invalid"),
+        (SAVED, tokens_too(HEAD_DELTA, {"lm_head": [1]}), "config_invalid"),
+        (HEAD_ONLY, tokens_too(DELTA, [1]), "config_invalid"),  # the head is the embedding
         (TOKENS, put(DELTA, 2, 64), "shape_mismatch"),
+        (TOKENS, put(DELTA.replace("model.embed", "other.embed"), 33, 64), "unknown_key"),
         (TOKENS, put(DELTA, 33, 32), "shape_mismatch"),
         (TOKENS, field("trainable_token_indices", [0, 258]), "config_invalid"),
         (TOKENS, field("trainable_token_indices", [1, 1]), "config_invalid"),
@@ -108,7 +141,7 @@ def test_a_vector_that_does_not_fit_is_refused(
     assert code in {found for found, _ in refusal.value.problems}
 
 
-@pytest.mark.parametrize("title", [DORA, PROMPT, NORMS])
+@pytest.mark.parametrize("title", [DORA, PROMPT, NORMS, SAVED])
 def test_a_base_that_transformers_computes_wears_lora_only(title: str, tmp_path: Path) -> None:
     bases = Bases(tmp_path / "bases")
     tiny.register(tiny.make_base(tmp_path / "tiny", arch="phi3"), bases, BASE_ID)

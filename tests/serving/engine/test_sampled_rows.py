@@ -25,6 +25,7 @@ TITLES = (
     "IA3 of other outputs",
     "LN tuning",
     "`trainable_token_indices`",
+    "`modules_to_save` of embedding, head and norms",
 )
 
 pytestmark = [
@@ -62,6 +63,8 @@ READINGS = (
     Reading("`trainable_token_indices`", (6, 9, 1)),
     Reading("`trainable_token_indices`", (1, 7, 0)),
     Reading("rank 40", (13, 12, 2)),
+    Reading("`modules_to_save` of embedding, head and norms", (5, 1, 0)),
+    Reading("`modules_to_save` of embedding, head and norms", (2, 9, 3)),
 )
 SETTINGS = EngineSettings(device="cpu", max_running=2 * len(READINGS), max_model_len=64)
 

@@ -35,6 +35,8 @@ TITLES = (
     "`trainable_token_indices`",
     "LN tuning",
 )
+WHOLE = "`modules_to_save` of embedding, head and norms"
+PART = "`modules_to_save` of the embedding, some tokens trained"
 PROMPT = [7, 50, 90] * 9
 
 pytestmark = [
@@ -51,9 +53,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folder = tmp_path_factory.mktemp("adapters")
-    cases = {case.title: case for case in CASES if case.title in TITLES}
+    cases = {case.title: case for case in CASES}
     return Folders(
-        {title: make(cases[title], base, folder / str(i)) for i, title in enumerate(TITLES)}
+        {
+            title: make(cases[title], base, folder / str(i))
+            for i, title in enumerate((*TITLES, WHOLE, PART))
+        }
     )
 
 
@@ -91,9 +96,10 @@ def tokens(
 
 def test_a_slot_keeps_nothing_of_what_was_worn_in_it(base: Path, folders: Folders) -> None:
     """With one slot every adapter follows another one, and plain LoRA follows each of them."""
-    order = [title for title in TITLES for title in (title, "LoRA")]
+    titles = (*TITLES, WHOLE, PART)
+    order = [title for title in titles for title in (title, "LoRA")]
     core = new_core(base, folders, replace(SETTINGS, adapter_slots=1))
-    oracles = {title: Oracle(base, folders.folders[folders.refs[title].digest]) for title in TITLES}
+    oracles = {title: Oracle(base, folders.folders[folders.refs[title].digest]) for title in titles}
     for title in order:
         [found] = tokens(core, [request(PROMPT, folders.refs[title], max_tokens=5)])
         assert found == oracles[title].greedy(PROMPT, 5), title
@@ -154,7 +160,57 @@ def test_an_adapter_whose_vectors_find_no_room_is_refused_and_waits_for_nothing(
             tiers.ensure(folders.refs["DoRA"])
 
 
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize(("title", "rows"), [(WHOLE, 2 * 258), (PART, 128)])
+@pytest.mark.parametrize("operators", ["auto", "torch"])
+def test_of_an_embedding_and_a_head_only_rows_that_are_not_the_bases_take_memory(
+    base: Path, folders: Folders, title: str, rows: int, operators: str
+) -> None:
+    settings = replace(SETTINGS, operators=operators)
+    core = assemble(read_model(base_of(base), settings), folders, settings).core
+    adapter = core.residency.loader.load(folders.refs[title]).result(10)
+    row = 64 * 4 + 8  # its numbers, and its token
+    beside = adapter.size_bytes - core.residency.stacks.layout.size(8) * 4
+    assert rows * row <= beside < (rows + 40) * row  # norms, whole panels, whole cache lines
+    tokens(core, [request(PROMPT, folders.refs[title], max_tokens=2)])
+    assert core.residency.used_bytes >= adapter.size_bytes
+
+
+@pytest.mark.parametrize("module", ["embedding", "head"])
+@pytest.mark.parametrize("operators", ["auto", "torch"])
+def test_a_matrix_that_nobody_changed_is_the_bases(
+    base: Path, tmp_path: Path, module: str, operators: str
+) -> None:
+    [case] = [case for case in CASES if case.title == f"`modules_to_save` of the {module}"]
+    folders = Folders({"still": make(replace(case, noise=0), base, tmp_path / "still")})
+    core = new_core(base, folders, replace(SETTINGS, operators=operators))
+    assert core.residency.loader.load(folders.refs["still"]).result(10).vectors is None
+    wanted = request(PROMPT, folders.refs["still"], max_tokens=5)
+    assert tokens(core, [wanted]) == [Oracle(base).greedy(PROMPT, 5)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_embedding_and_a_head_that_find_no_room_are_refused_with_the_cure(
+    base: Path, folders: Folders, count: int
+) -> None:
+    tiers = new_core(base, folders, pages(base, folders, count)).residency
+    with (
+        torch.inference_mode(),
+        pytest.raises(AdapterLoadFailed, match=r"takes \d+ bytes .* with more --adapter-memory"),
+    ):
+        tiers.ensure(folders.refs[WHOLE])
+
+
+def test_a_matrix_of_another_base_is_refused_before_it_is_converted(
+    base: Path, folders: Folders, tmp_path: Path
+) -> None:
+    """Nobody pushes it; a base that was replaced under the engine looks like this."""
+    other = tiny.make_base(tmp_path / "other", vocab=300)
+    core = assemble(read_model(base_of(other), SETTINGS), folders, SETTINGS).core
+    with pytest.raises(AdapterLoadFailed, match="embed_tokens: its shape is"):
+        core.residency.loader.load(folders.refs[WHOLE]).result(10)
+
+
+@pytest.mark.parametrize("title", [*TITLES, WHOLE])
 def test_a_paused_and_forgotten_request_goes_on_with_the_same_tokens(
     base: Path, folders: Folders, title: str
 ) -> None:
