@@ -17,6 +17,7 @@ Adapters that the requests do not name are registered too, and are made small: n
 import argparse
 import asyncio
 import json
+import math
 import random
 import shutil
 import statistics
@@ -178,7 +179,8 @@ def measure(
 
         for share in shares:
             room = max(1, round(share * distinct))
-            options = ["--no-auth", *NO_PREFIX_CACHE, "--adapter-memory", str(room * size), *serve]
+            memory = f"{math.ceil(room * size / (1 << 20))}MiB"
+            options = ["--no-auth", *NO_PREFIX_CACHE, "--adapter-memory", memory, *serve]
             with running_server(home, base.id, options) as url:
                 found.append(
                     [

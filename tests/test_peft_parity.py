@@ -88,8 +88,8 @@ def wardrobe(tmp_path_factory: pytest.TempPathFactory) -> Wardrobe:
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Wardrobe:
     """A base with a head of its own, and what an adapter may do to it and to the embedding."""
-    config = BIASES | {"tie_word_embeddings": False}
-    return Wardrobe(tmp_path_factory.mktemp("untied"), cases=UNTIED, **config)
+    folder = tmp_path_factory.mktemp("untied")
+    return Wardrobe(folder, cases=UNTIED, tie_word_embeddings=False, **BIASES)
 
 
 def prompt_of(title: str) -> list[int]:

@@ -24,7 +24,7 @@ class Sampling {
   }
 
  private:
-  using Candidate = std::pair<float, int64_t>;  // weight, token
+  using Candidate = std::pair<float, int32_t>;  // weight, token
   static constexpr int64_t BLOCK = 256;         // tokens whose weights are summed up beforehand
   static constexpr float FIRST = 1.0f / 32;     // of the largest weight: what is looked at first
   const int64_t size;
@@ -144,7 +144,7 @@ class Sampling {
     double mass = 0;
     for (int64_t i = 0; i < size; i++)
       if (weights[i] > 0 && weights[i] >= least) {
-        candidates.push_back({weights[i], i});
+        candidates.push_back({weights[i], (int32_t)i});
         mass += weights[i];
       }
     return mass;
