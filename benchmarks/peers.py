@@ -171,7 +171,7 @@ def table(results: Results, peers: Sequence[Peer], cells: Sequence[Cell], sizes:
     for cell in cells:
         own = results.of(cell, OURS)
         for peer in peers if own else ():
-            if turns := results.of(cell, peer.name):
+            if peer.runs(cell) and (turns := results.of(cell, peer.name)):
                 m = Figures.median([each.figures for each in turns])
                 ours = Figures.median([each.figures for each in own])
                 rate = _span([each.figures.tokens_per_second for each in turns], 0)
@@ -190,7 +190,7 @@ def draw_rates(results: Results, peers: Sequence[Peer], cells: Sequence[Cell], p
     for cell in cells:
         own = [each.figures.tokens_per_second for each in results.of(cell, OURS)]
         for peer in peers if own else ():
-            if turns := results.of(cell, peer.name):
+            if peer.runs(cell) and (turns := results.of(cell, peer.name)):
                 rates = [each.figures.tokens_per_second for each in turns]
                 times = statistics.median(own) / statistics.median(rates)
                 note = "" if peer.name == OURS else f"  (wardrobe: {times:.1f} times)"

@@ -17,6 +17,7 @@ SIZES = Sizes(layers=1000, head=100, adapter=10, kv=4)
 LIMITS = Limits(1e6, {8: 1e9, 32: 1e9, 512: 1e9})
 OURS = Peer(peers.OURS, "", (False, True))
 THEIRS = Peer("other", "other {base} {port}", (False,))
+DRESSED = Peer("other", "other {base} {port} {adapters}", (True,))  # the same with adapters
 
 
 def figures(rate: float) -> Figures:
@@ -40,7 +41,7 @@ def test_a_table_of_peers_has_what_was_measured_before_it_was_broken_off(tmp_pat
     assert again.turns == first.turns
     rounds = [(cell, repeat) for cell in (CELL, OTHER) for repeat in range(3)]
     assert again.missing(rounds, [OURS, THEIRS]) == [(OTHER, repeat) for repeat in range(3)]
-    lines = peers.table(again, [OURS, THEIRS], [CELL, OTHER], SIZES).splitlines()
+    lines = peers.table(again, [OURS, THEIRS, DRESSED], [CELL, OTHER], SIZES).splitlines()
     ours, theirs = lines[2:]
     assert ours.startswith("| 8 | 0 | wardrobe | 100 (90–120) |")
     assert theirs.startswith("| 8 | 0 | other | 25 (22–30) |")
