@@ -25,6 +25,8 @@ PAGES = [
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if page.name != "cli.md" and BLOCK.search(page.read_text())
 ]
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```.*?^```", re.M | re.S)
 # These set up a machine or take the real base: CI is the first, and `make demo` is run by hand.
 NOT_HERE = ("make ", "git clone", "cd ")
 
@@ -110,3 +112,20 @@ def test_the_command_reference_is_what_the_commands_say(tmp_path: Path) -> None:
         capture_output=True,
     )
     assert written.read_text() == (ROOT / "docs/cli.md").read_text(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", page.read_text())):
+        path, _, anchor = link.partition("#")
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what GitHub makes of the headings: no punctuation, hyphens for spaces."""
+    heads = re.findall(r"^#+ (.*)$", CODE.sub("", page.read_text()), re.M)
+    texts = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head).strip().lower() for head in heads)
+    return {re.sub(r"[^\w\- ]", "", text).replace(" ", "-") for text in texts}
