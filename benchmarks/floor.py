@@ -63,8 +63,9 @@ class Sizes:
         config = json.loads((folder / "config.json").read_text())
         hidden, wide = config["hidden_size"], config["intermediate_size"]
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-        kv = config["num_key_value_heads"] * hidden // heads
-        shapes = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, wide)] * 3
+        size = config.get("head_dim") or hidden // heads
+        q, kv = heads * size, config["num_key_value_heads"] * size
+        shapes = [(hidden, q)] * 2 + [(hidden, kv)] * 2 + [(hidden, wide)] * 3
         return cls(
             layers * sum(a * b for a, b in shapes),
             config["vocab_size"] * hidden,

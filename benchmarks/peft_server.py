@@ -10,7 +10,10 @@ rows of each adapter. A batch that runs takes nobody in. Tokens are streamed as 
 import argparse
 import asyncio
 import json
+import os
 import threading
+import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +28,6 @@ from transformers.generation.streamers import BaseStreamer
 
 MOST = 32  # rows of a batch
 TOGETHER_SECONDS = 0.01  # from the first request of a batch until it begins
-
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,18 @@ class Model:
         torch.set_grad_enabled(False)
         while True:
             batch = [self._waiting.get()]
-            threading.Event().wait(TOGETHER_SECONDS)
+            time.sleep(TOGETHER_SECONDS)
             while len(batch) < MOST and not self._waiting.empty():
                 batch.append(self._waiting.get())
             groups: dict[str, list[Asked]] = {}
             for asked in batch:
                 groups.setdefault(asked.adapter if self._one_by_one else "", []).append(asked)
-            for adapter, rows in groups.items():
-                self._generate(adapter, rows)
+            try:
+                for adapter, rows in groups.items():
+                    self._generate(adapter, rows)
+            except BaseException:  # nobody is answered any more: who waits should see an end
+                traceback.print_exc()
+                os._exit(1)
 
     def _generate(self, adapter: str, rows: Sequence[Asked]) -> None:
         longest = max(len(row.prompt) for row in rows)
@@ -159,6 +164,7 @@ def main() -> None:
     parser.add_argument("adapters", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--one-by-one", action="store_true", help="a batch for each adapter")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     adapters = dict(text.split("=", 1) for text in options.adapters)
     model = Model(options.base, adapters, one_by_one=options.one_by_one)
     app = web.Application()

@@ -67,7 +67,7 @@ class ChatMessage:
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.calls and in_text:
             written = calls_in_text([(call.name, call.arguments) for call in self.calls])
-            message["content"] = f"{self.content}\n{written}".lstrip("\n")
+            message["content"] = f"{self.content}\n{written}" if self.content else written
         elif self.calls:
             message["tool_calls"] = [
                 {

@@ -25,8 +25,8 @@ SHARES = {"kv_cache_bytes": 2, "prefix_cache_bytes": 8, "adapter_memory": 8}
 BUDGETS = (*SHARES, "adapter_host_memory")
 
 # The interpreter, torch, the server, and what a step computes with: 0.4 to 0.6 GiB were measured
-# with SmolLM2-135M and 32 requests at once, and a larger base's steps are wider.
-PROCESS = 1 << 30
+# with SmolLM2-135M and 32 requests at once; the last quarter is there for what is above.
+PROCESS = 640 << 20
 
 
 def within_memory(base: BaseModel, settings: EngineSettings) -> EngineSettings:
@@ -56,13 +56,13 @@ def divide(settings: EngineSettings, total: int, weights: int) -> EngineSettings
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Return what the weights take: each once, and the largest tensor twice.
+    """Return what the weights take: each once, and the largest tensor up to twice more.
 
-    That one is packed beside where it is read to, and where torch computes a tied embedding stays
-    beside its packed head.
+    It is packed, and copied to large pages, beside where it is read to; where torch computes a tied
+    embedding stays beside its packed head.
     """
     sizes = [prod(tensor.shape) * dtype.itemsize for tensor in read_folder(folder).values()]
-    return sum(sizes) + max(sizes)
+    return sum(sizes) + 2 * max(sizes)
 
 
 def _too_much(given: Mapping[str, int], total: int, weights: int) -> str:

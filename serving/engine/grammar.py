@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ TRIAL_SECONDS = 30  # on the clock, for a machine that is busy; the trial's own 
 # A string that does not end takes the rest: looking for its end from each quote would be quadratic.
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _NUMBERS = re.compile(r'"(?:[^"\\]|\\.)*+"?|-?\d++[-+.eE\d]*+', re.DOTALL)
-_CONTROL_TOKEN = re.compile(r"<\[[0-9]+\]>")
+_CONTROL_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"?|<\[[0-9]+\]>', re.DOTALL)
 # How a trial ends by what it tries: out of time, out of memory, out of stack.
 _FAULTS = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
 
@@ -152,8 +153,7 @@ class GrammarCompiler:
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         source = _translate(grammar)
-        # The trial has bytes and few control tokens: which ones they are makes no difference there.
-        _try_apart(_CONTROL_TOKEN.sub("<[256]>", source))
+        _try_apart(_translate(_for_trial(grammar)))
         matcher = LLMatcher(
             self._tokenizer.result(), source, log_level=0, limits=grammar_trial.LIMITS
         )
@@ -206,6 +206,21 @@ def _is_too_large(token: str) -> bool:
     digits = token.removeprefix("-")
     longer = len(digits) > len(str(MAX_INTEGER))  # Python reads no integer of 5,000 digits
     return digits.isdecimal() and (longer or int(digits) > MAX_INTEGER)
+
+
+def _for_trial(grammar: Grammar) -> Grammar:
+    """Return it with control tokens that the trial has: it has few, and which makes no difference.
+
+    Only tools' grammars name such, outside of strings. What stands in strings, and in a schema or
+    expression, is a user's: another text could be one that passes where that one does not.
+    """
+    if grammar.kind != "lark":
+        return grammar
+
+    def of_the_trial(found: re.Match[str]) -> str:
+        return found[0] if found[0].startswith('"') else "<[256]>"
+
+    return replace(grammar, source=_CONTROL_TOKENS.sub(of_the_trial, grammar.source))
 
 
 def _translate(grammar: Grammar) -> str:

@@ -18,6 +18,9 @@ from serving.engine.weights import LayerWeights
 FLOAT = torch.float32
 
 
+ROWS_AT_ONCE = 4096  # of a saved embedding or head, while they are compared with the base
+
+
 class Frozen(Protocol):
     """A frozen linear; see linear.py."""
 
@@ -224,9 +227,15 @@ def _changed_rows(
     """Return the rows that differ as the model computes with them; all others are the base's."""
     if own.shape != base.shape:
         raise Unfit(f"{module}: its shape is {tuple(own.shape)}, the base's {tuple(base.shape)}.")
-    own = own.to(dtype)
-    ids = (own != base.to("cpu")).any(1).nonzero().flatten()
-    return TokenRows(ids, own[ids]) if len(ids) else None
+    ids, rows = list[torch.Tensor](), list[torch.Tensor]()
+    for first in range(0, len(own), ROWS_AT_ONCE):  # the whole is as large as a part of the base
+        here = slice(first, first + ROWS_AT_ONCE)
+        part = own[here].to(dtype)
+        changed = (part != base[here].to("cpu")).any(1).nonzero().flatten()
+        ids.append(changed + first)
+        rows.append(part[changed])
+    found = TokenRows(torch.cat(ids), torch.cat(rows))
+    return found if len(found.ids) else None
 
 
 def _prefix(

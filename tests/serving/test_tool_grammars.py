@@ -153,6 +153,14 @@ def test_arguments_are_an_object_where_their_schema_does_not_say_so(judge: Judge
             assert not judge.takes(form, call(form, ("city", "7")), untyped, must=must, many=False)
 
 
+def test_what_looks_like_a_control_token_in_a_tool_s_schema_stays_what_it_is(judge: Judge) -> None:
+    name = {"const": "<[1]>", "maxLength": 5}
+    tools = [Tool("city", {"type": "object", "properties": {"name": name}}, strict=True)]
+    for form in FORMATS:
+        text = call(form, ("city", '{"name": "<[1]>"}'))
+        assert judge.takes(form, text, tools, must=True, many=False)
+
+
 def test_free_calls_of_tools_that_are_not_strict_need_no_grammar() -> None:
     tools = [ANY, Tool("other", CITY.parameters)]
     for form in FORMATS:

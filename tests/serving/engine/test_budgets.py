@@ -40,7 +40,7 @@ def test_what_is_given_is_kept_and_the_others_share_the_rest() -> None:
     assert settled.kv_cache_bytes == 8 * GIB
     assert settled.prefix_cache_bytes == 0
     assert settled.adapter_host_memory == GIB
-    assert settled.adapter_memory == (16 - 8 - 1 - 2 - 1) * GIB // 8
+    assert settled.adapter_memory == ((16 - 8 - 1 - 2) * GIB - PROCESS) // 8
 
 
 def test_no_machine_is_promised_twice() -> None:

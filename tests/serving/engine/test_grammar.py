@@ -111,6 +111,17 @@ def test_brackets_and_digits_inside_strings_are_no_depth_and_no_numbers(tiny_bas
     asyncio.run(main())
 
 
+def test_what_looks_like_a_control_token_in_a_schema_is_tried_as_it_is(tiny_base: Path) -> None:
+    """Another text in its place could pass the trial for it, or fail there."""
+
+    async def main() -> None:
+        grammars = compiler(tiny_base)
+        await grammars.start(schema({"const": "<[1]>", "maxLength": 5}))
+        grammars.close()
+
+    asyncio.run(main())
+
+
 class Counting(GrammarCompiler):
     """Remembers what it compiled."""
 

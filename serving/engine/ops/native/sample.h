@@ -76,11 +76,11 @@ class Sampling {
 
   int64_t cut(const Wish& wish) {
     const size_t limit = wish.top_k > 0 ? std::min(wish.top_k, size) : size;
-    for (float least = FIRST;; least = least > 1e-30f ? least / 32 : 0) {
+    for (float least = FIRST;; least = least > 1e-6f ? least / 32 : 0) {
       const double mass = collect(least);
       // top-p is of what top-k leaves, so that has to be there as a whole.
       const bool enough = wish.top_k > 0 ? candidates.size() >= limit : mass >= wish.top_p * total;
-      if (enough || least == 0) break;
+      if (enough || least <= wish.min_p) break;  // what is below min-p weighs nothing
     }
     if (candidates.empty()) return 0;  // scores that are no numbers: their row fails elsewhere
     double whole = total;
