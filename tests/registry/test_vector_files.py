@@ -85,7 +85,7 @@ HEAD_DELTA = f"{HEAD}.token_adapter.trainable_tokens_delta"
         ("`lora_bias`", lambda t, _: t.pop(f"{Q}.lora_B.bias"), "orphan"),
         ('`bias="all"`', put(f"{Q}.base_layer.bias", 64), "module_not_in_base"),
         (NORMS, put(f"{LAYER}.input_layernorm.weight", 32), "shape_mismatch"),
-        (NORMS, put(f"{LAYER}.surprise_norm.weight", 64), "module_not_in_base"),
+        (NORMS, put(f"{LAYER}.surprise_input_layernorm.weight", 64), "module_not_in_base"),
         (NORMS, put(f"{LAYER}.surprise.weight", 64), "unknown_key"),
         (NORMS, put(f"{EMBEDDING}.weight", 258, 64), "unknown_key"),
         (NORMS, field("modules_to_save", None), "unknown_key"),
