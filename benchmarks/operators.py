@@ -20,6 +20,7 @@ from itertools import chain
 import torch
 from safetensors.torch import save
 
+from benchmarks.engine_step import SMOLLM2_135M
 from benchmarks.plots import Bar, Plot, add_option, draw_bars
 from benchmarks.throughput import cpu_name
 from registry.adapter import AdapterRef
@@ -36,7 +37,6 @@ from serving.engine.ops.native.library import Library, load_library
 from serving.engine.ops.rope import rope_angles
 from serving.engine.ops.sampling import Shape
 from serving.engine.slots import Slot
-from serving.engine.spec import LinearGroup
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, WIDE, VOCAB, RANK = 30, 576, 9, 3, 64, 1536, 49152, 16
 CONTEXT, LENGTH = 160, 256
@@ -158,18 +158,7 @@ def copy_cases(ops: Library) -> Iterator[Case]:
     both = 2 * kept[:count].nbytes
     yield Case(f"blocks of {CONTEXT} tokens, kept", lambda i: copy(i, back=False), both)
     yield Case(f"blocks of {CONTEXT} tokens, taken over", lambda i: copy(i, back=True), both)
-    layout = LoraLayout(
-        LAYERS,
-        (
-            LinearGroup(
-                "qkv", ("q", "k", "v"), HIDDEN, (HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM)
-            ),
-            LinearGroup("o", ("o",), HIDDEN, (HIDDEN,)),
-            LinearGroup("gate_up", ("gate", "up"), HIDDEN, (WIDE, WIDE)),
-            LinearGroup("down", ("down",), WIDE, (HIDDEN,)),
-        ),
-        packed=True,
-    )
+    layout = LoraLayout(LAYERS, SMOLLM2_135M.groups, packed=True)
     reader, ref = (
         AdapterReader(layout, ops.dtype, RANK, library=ops),
         AdapterRef("0" * 64, "a/a@v1"),
@@ -225,7 +214,7 @@ def main() -> None:
                 f"| {rows} | {case.name} | {1e6 * taken:.1f} | {1e6 * floor:.1f} "
                 f"| {floor / taken:.2f} |"
             )
-            series = f"{rows} rows" if rows else "copies"
+            series = {"": "copies", 1: "1 row"}.get(rows, f"{rows} rows")
             shares.setdefault(case.name, {})[series] = Bar(floor / taken)
     if options.plot:
         draw_bars(Plot(options.plot, setting), "share of the floor", shares, digits=2)

@@ -15,6 +15,7 @@ from registry.home import default_cache
 from registry.tensors import tensor_files
 from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, EngineStats, EngineUnavailable
+from serving.engine.budgets import SHARES
 from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
@@ -175,7 +176,7 @@ def _slot_table(
     layout: LoraLayout, settings: EngineSettings, dtype: torch.dtype, device: torch.device
 ) -> SlotTable:
     """Divide the adapter memory into pages. Raises EngineUnavailable when it holds none."""
-    budget = settings.adapter_memory or total_memory(device) // 8
+    budget = settings.adapter_memory or total_memory(device) // SHARES["adapter_memory"]
     sizes = {bucket: layout.size(bucket) * dtype.itemsize for bucket in BUCKETS}
     lowest = sizes[BUCKETS[0]]
     if budget < lowest:
@@ -221,7 +222,9 @@ def _max_model_len(
 
     `unread` bytes of weights are not on the device yet.
     """
-    budget = settings.kv_cache_bytes or (total_memory(device) - unread) // 2
+    budget = settings.kv_cache_bytes or (
+        (total_memory(device) - unread) // SHARES["kv_cache_bytes"]
+    )
     fits = budget // (spec.kv_bytes_per_token(dtype) * settings.kv_slots)
     wanted = settings.max_model_len
     if wanted is None:
@@ -249,7 +252,7 @@ def _prefix_blocks(
     size, memory = block_bytes(spec, dtype), total_memory(device)
     budget = settings.prefix_cache_bytes
     if budget is None:
-        budget = memory // 8
+        budget = memory // SHARES["prefix_cache_bytes"]
     elif 0 < budget < size or budget > memory:
         raise EngineUnavailable(
             f"--prefix-cache-memory={budget}: {BLOCK} tokens take {size} bytes of this base, and "

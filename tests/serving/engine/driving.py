@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import random
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -142,6 +143,21 @@ def run_all(engine: Engine, wanted: Sequence[GenerateRequest]) -> list[Result]:
         if isinstance(result, BaseException):
             raise result
     return cast("list[Result]", results)
+
+
+def mixed_requests(
+    names: Sequence[str | None], folders: Folders, rng: random.Random, tokens: int
+) -> list[GenerateRequest]:
+    """Return a random prompt for each name, which wears that adapter, or none."""
+    return [
+        request(
+            [rng.randrange(256) for _ in range(rng.randint(1, 40))],
+            folders.refs[name] if name else None,
+            max_tokens=tokens,
+            logprobs=5,
+        )
+        for name in names
+    ]
 
 
 class Oracle:

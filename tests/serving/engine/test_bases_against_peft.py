@@ -18,7 +18,7 @@ from serving.engine.build import read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.settings import EngineSettings, OperatorsName
 from tests import tiny
-from tests.serving.engine.driving import Folders, Oracle, base_of, request, run_all
+from tests.serving.engine.driving import Folders, Oracle, base_of, mixed_requests, request, run_all
 
 BOUND = 1e-4
 LENGTH = 8
@@ -154,15 +154,7 @@ def hold_to_peft(folder: Path, arch: str, config: dict[str, Any], settings: Engi
     }
     folders, rng = Folders(adapters), random.Random(1)
     names = ["a", None, "b", "a", None, "b"]
-    wanted = [
-        request(
-            [rng.randrange(256) for _ in range(rng.randint(1, 40))],
-            folders.refs[name] if name else None,
-            max_tokens=LENGTH,
-            logprobs=5,
-        )
-        for name in names
-    ]
+    wanted = mixed_requests(names, folders, rng, LENGTH)
     bases = Bases(folder / "bases")
     tiny.register(base, bases, "tiny")
     assert validate(adapters["b"], bases).rank == 16

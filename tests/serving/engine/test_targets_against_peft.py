@@ -25,7 +25,7 @@ from tests.serving.engine.driving import (
     Result,
     base_of,
     complete_all,
-    request,
+    mixed_requests,
     run_all,
 )
 
@@ -68,15 +68,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
         }
     )
     names = [*folders.refs, None] * 2
-    wanted = [
-        request(
-            [rng.randrange(256) for _ in range(rng.randint(1, 40))],
-            folders.refs[name] if name else None,
-            max_tokens=LENGTH,
-            logprobs=5,
-        )
-        for name in names
-    ]
+    wanted = mixed_requests(names, folders, rng, LENGTH)
     oracles = {None: Oracle(base)} | {
         name: Oracle(base, folders.folders[ref.digest]) for name, ref in folders.refs.items()
     }
