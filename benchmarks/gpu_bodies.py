@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import chain
 from typing import NoReturn, Protocol
 
 import torch
@@ -104,6 +105,9 @@ class Wardrobe:
         self._wear(cell.adapters, cell.rank, layout)
         self.model.graphs = self.nothing if cell.body == "launched" else self.captured
         parts = self._reading(cell) if cell.prompt else self._decoding(cell)
+        for row in chain.from_iterable(parts):
+            if not self.core.cache.reserve(row.sequence.kv_slot, row.stop):
+                raise torch.OutOfMemoryError(f"no room for the keys of {cell.batch} rows")
         runner, sampler = self.core.runner, self.core.sampler
 
         @torch.inference_mode()

@@ -68,7 +68,7 @@ async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
     stats = await services.engine.stats()
     on_disk = await asyncio.to_thread(services.registry.materialized)
     names = await asyncio.to_thread(served_names, services)
-    vllm = VllmCollector(stats, services.base.id, services.engine.max_model_len, names)
+    vllm = VllmCollector(stats, services.base.id, names)
     text = services.metrics.render(stats, on_disk, vllm)
     return Response(text, media_type=CONTENT_TYPE)
 

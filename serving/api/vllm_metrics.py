@@ -22,7 +22,6 @@ class VllmCollector(Collector):
 
     stats: EngineStats
     base_id: str
-    max_model_len: int  # tokens of one place in the KV cache
     names: Mapping[str, Sequence[str]]
 
     def collect(self) -> Iterator[Metric]:
@@ -34,9 +33,9 @@ class VllmCollector(Collector):
         asked, found = "Prompt tokens looked for", "Prompt tokens found in the prefix cache"
         yield self._counter("prefix_cache_queries", asked, stats.prefix_asked)
         yield self._counter("prefix_cache_hits", found, stats.prefix_found)
-        blocks = stats.kv_tokens_total // self.max_model_len
-        config = {"block_size": str(self.max_model_len), "num_gpu_blocks": str(blocks)}
-        yield _info("cache_config_info", "A block is the place of one request", config, 1)
+        size = stats.kv_block_tokens
+        config = {"block_size": str(size), "num_gpu_blocks": str(stats.kv_tokens_total // size)}
+        yield _info("cache_config_info", "The blocks of the KV cache, and tokens of one", config, 1)
         adapters = {
             "max_lora": str(stats.adapter_slots),
             "running_lora_adapters": self._written([each.digest for each in stats.resident]),

@@ -162,6 +162,7 @@ class EngineStats:
     max_waiting: int
     kv_tokens_used: int
     kv_tokens_total: int
+    kv_block_tokens: int
     prefix_asked: int  # prompt tokens that were looked for in the prefix cache
     prefix_found: int
     prefix_bytes: int  # that it holds now

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from registry.base import BaseModel
-from registry.tensors import read_folder
+from registry.tensors import read_folder, tensor_files
 from serving.engine.boundary import EngineUnavailable
 from serving.engine.hardware import choose_device, choose_dtype, total_memory
 from serving.engine.settings import EngineSettings, option
@@ -30,14 +30,19 @@ PROCESS = 640 << 20
 
 
 def within_memory(base: BaseModel, settings: EngineSettings) -> EngineSettings:
-    """Settle what is left open, so that all fits a CPU's memory together; a GPU has its own.
+    """Settle what is left open before the weights are read, so that all fits a CPU's memory.
+
+    Of a GPU's, it settles the bytes of keys and values.
 
     Raises EngineUnavailable where it cannot fit, or nothing here computes the base at all.
     """
     check_architecture(base.path)
     device = choose_device(settings.device)
     if device.type != "cpu":
-        return settings
+        if settings.kv_cache_bytes is not None:
+            return settings
+        left = total_memory(device) - sum(file.stat().st_size for file in tensor_files(base.path))
+        return replace(settings, kv_cache_bytes=max(1, left // SHARES["kv_cache_bytes"]))
     dtype = choose_dtype(settings.dtype, device, stored_dtype(base.path))
     return divide(settings, total_memory(device), weight_bytes(base.path, dtype))
 

@@ -12,7 +12,6 @@ from registry.adapter import AdapterRef
 from registry.architectures import LLAMA_FAMILY
 from registry.base import BaseModel
 from registry.home import default_cache
-from registry.tensors import tensor_files
 from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, EngineStats, EngineUnavailable
 from serving.engine.budgets import SHARES
@@ -25,7 +24,7 @@ from serving.engine.hardware import (
     ridge_tokens,
     total_memory,
 )
-from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes
+from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes, blocks_of
 from serving.engine.linear import CompiledLinear, Linear
 from serving.engine.loader import AdapterLoader, Fetch
 from serving.engine.lora import HostAdapter, LoraLayout, LoraStacks
@@ -76,20 +75,22 @@ def _read_own(
     base: BaseModel, settings: EngineSettings, dtype: torch.dtype, device: torch.device
 ) -> Forward:
     spec = ModelSpec.read(base.path)
-    length = _max_model_len(spec, settings, dtype, device, _unread_bytes(spec, device))
     name, better = "torch", "Triton" if device.type == "cuda" else "C++"
     if settings.operators == "auto":
         try:
             if device.type == "cuda":
+                length = _max_model_len(spec, settings, dtype, device, paged=True)
                 return _triton_model(base, spec, dtype, device, length)
             check_compilable(spec)
             library = _library(dtype)
+            length = _max_model_len(spec, settings, dtype, device)
             make = partial(CompiledLinear, library, pages=LargePages())
             weights = read_weights(base.path, spec, dtype, device, make)
             return CompiledModel(spec, weights, library, length)
         except NotCompiled as error:
             logger.warning("torch computes, several times slower than %s: %s", better, error)
             name = f"torch ({error})"
+    length = _max_model_len(spec, settings, dtype, device)
     weights = read_weights(base.path, spec, dtype, device, Linear)
     return Model(spec, weights, Operators(), length, name)
 
@@ -136,9 +137,8 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     layout = LoraLayout(spec.layers, spec.groups, spec.prefix, model.library is not None)
     table = _slot_table(layout, settings, dtype, device)
     stacks = LoraStacks(layout, table.pages, dtype, device)
-    cache = KVCache(spec, settings.kv_slots, model.length, dtype, device, model.packed_keys)
-    count = _prefix_blocks(spec, settings, dtype, device)
-    blocks = KVBlocks(spec, count, dtype, device, model.copy_blocks)
+    cache = _kv_cache(model, settings)
+    blocks = KVBlocks(spec, _prefix_blocks(spec, settings, dtype, device), dtype, device)
     highest = min(settings.max_lora_rank, table.highest)
     if isinstance(model, Capturing):
         model.capture(cache, stacks, settings.max_running, settings.max_batched_tokens)
@@ -216,33 +216,42 @@ def _max_model_len(
     settings: EngineSettings,
     dtype: torch.dtype,
     device: torch.device,
-    unread: int = 0,
+    *,
+    paged: bool = False,
 ) -> int:
-    """Return the tokens of one KV slot: every running sequence must be able to fill its own.
+    """Return the tokens of one sequence: it must be able to reach them when it is alone.
 
-    `unread` bytes of weights are not on the device yet.
+    On a GPU without pages every sequence has the memory for them from the start.
     """
-    budget = settings.kv_cache_bytes or (
-        (total_memory(device) - unread) // SHARES["kv_cache_bytes"]
-    )
-    fits = budget // (spec.kv_bytes_per_token(dtype) * settings.kv_slots)
+    sharing = 1 if paged or device.type == "cpu" else settings.kv_slots
+    budget = settings.kv_cache_bytes or total_memory(device) // SHARES["kv_cache_bytes"]
+    fits = budget // sharing // block_bytes(spec, dtype) * BLOCK
     wanted = settings.max_model_len
     if wanted is None:
         wanted = min(spec.context, max(1, fits // LENGTH_STEP) * LENGTH_STEP)
     if not 0 < wanted <= min(spec.context, fits):
+        whom = "one sequence" if sharing == 1 else f"each of {sharing} sequences"
         raise EngineUnavailable(
             f"--max-model-len={wanted}: the base was made for {spec.context} tokens, and "
-            f"--kv-cache-memory={budget} holds {fits} for each of {settings.kv_slots} sequences. "
-            "Lower --max-model-len or --max-running, or raise --kv-cache-memory."
+            f"--kv-cache-memory={budget} holds {fits} of {whom}. Lower --max-model-len, or raise "
+            "--kv-cache-memory."
         )
     return wanted
 
 
-def _unread_bytes(spec: DecoderSpec, device: torch.device) -> int:
-    """Return what the weights will take of a GPU's free memory; of a CPU's see `budgets`."""
-    if device.type == "cpu":
-        return 0
-    return sum(file.stat().st_size for file in tensor_files(spec.folder))
+def _kv_cache(model: Forward, settings: EngineSettings) -> KVCache:
+    """Return a cache as large as all sequences can get, or as the budget allows."""
+    budget = settings.kv_cache_bytes or total_memory(model.device) // SHARES["kv_cache_bytes"]
+    whole = blocks_of(model.length)
+    fits = max(whole, budget // block_bytes(model.spec, model.dtype))
+    try:
+        return model.kv_cache(settings.kv_slots, min(fits, whole * settings.kv_slots))
+    except OSError as error:  # this Linux gives no more addresses than it has memory
+        raise EngineUnavailable(
+            f"--max-model-len={model.length} for {settings.kv_slots} sequences is more memory than "
+            f"the system lets a process ask for ({error}). Lower --max-model-len or --max-running, "
+            "or set vm.overcommit_memory to 0."
+        ) from error
 
 
 def _prefix_blocks(
@@ -269,7 +278,8 @@ def _blank_stats(settings: EngineSettings, model: Forward, core: EngineCore) -> 
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         kv_tokens_used=0,
-        kv_tokens_total=settings.kv_slots * model.length,
+        kv_tokens_total=core.cache.blocks * BLOCK,
+        kv_block_tokens=BLOCK,
         prefix_asked=0,
         prefix_found=0,
         prefix_bytes=0,

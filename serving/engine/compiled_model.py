@@ -10,6 +10,7 @@ import torch
 
 from serving.engine.batch import Batch
 from serving.engine.kv_cache import KVCache
+from serving.engine.kv_slots import KVSlots
 from serving.engine.linear import CompiledLinear
 from serving.engine.lora import LoraStacks
 from serving.engine.ops.lora import merge_runs
@@ -43,8 +44,6 @@ def check_compilable(spec: ModelSpec) -> None:
 class CompiledModel:
     """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
 
-    packed_keys = True
-
     def __init__(
         self,
         spec: ModelSpec,
@@ -58,12 +57,18 @@ class CompiledModel:
         self.embedding = None if spec.tied else weights.embedding
         self.layers, self.norm, self.head = weights.layers, weights.norm, weights.head
         self.greedy, self.sample = library.greedy, library.sample
-        self.copy_blocks = library.copy_blocks
         self.operators = f"C++ ({library.target.name})"
         frequencies = torch.tensor(spec.inverse_frequencies)
         self._angles = rope_angles(frequencies, length, spec.rotary_scale)
         self._model = self._describe()
         self._stacks: LoraStacks | None = None
+
+    def kv_cache(self, slots: int, blocks: int) -> KVCache:
+        return KVSlots(
+            *(self.spec, slots, self.length, blocks),
+            *(self.dtype, self.device, self.library.copy_blocks),
+            packed_keys=True,
+        )
 
     @property
     def base_layers(self) -> BaseLayers:

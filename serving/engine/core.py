@@ -19,7 +19,7 @@ from serving.engine.boundary import (
     RequestRefused,
     TokenDelta,
 )
-from serving.engine.kv_cache import KVCache
+from serving.engine.kv_cache import BLOCK, KVCache, blocks_of
 from serving.engine.loader import Load
 from serving.engine.model_runner import ModelRunner
 from serving.engine.prefix_cache import PrefixCache
@@ -56,6 +56,9 @@ class Counters:
     paused: int = 0
 
 
+SOON = 4  # blocks of keys and values that a running request will want before others start
+
+
 class Chore(Protocol):
     """Work on memory that can be put off for any time, in pieces that take some milliseconds."""
 
@@ -81,6 +84,7 @@ class EngineCore:
         self.warming: dict[Warm, None] = {}
         self.counters = Counters()
         self._stirred = False  # a place was taken or freed since the last pass over the waiting
+        self._crowded = False  # in this pass, a request found no memory for its keys and values
         self._unstored: dict[Sequence, None] = {}  # the prefix cache has not seen what they read
 
     @property
@@ -123,7 +127,7 @@ class EngineCore:
         """Admit what can be admitted, read and sample one step, and tell what came of it."""
         self.store_read()
         events = self._admit()
-        rows = self.scheduler.schedule()
+        rows = self._with_room(self.scheduler.schedule())
         if not rows:
             return events
         outcomes = self._run(rows)
@@ -153,7 +157,7 @@ class EngineCore:
             base,
             running=len(running),
             waiting=len(self.scheduler.waiting),
-            kv_tokens_used=sum(s.computed for s in (*running, *self.scheduler.parked)),
+            kv_tokens_used=(self.cache.blocks - self.cache.free_blocks) * BLOCK,
             prefix_asked=self.prefixes.asked,
             prefix_found=self.prefixes.found,
             prefix_bytes=self.prefixes.size_bytes,
@@ -175,7 +179,7 @@ class EngineCore:
     def _admit(self) -> list[Event]:
         events: list[Event] = []
         waiting = self.scheduler.waiting
-        self._stirred = False
+        self._stirred = self._crowded = False
         self.residency.forget_unwanted(self._wanted())
         if not waiting and not self.warming:
             return events
@@ -213,12 +217,19 @@ class EngineCore:
         return tuple({ref.digest: ref for ref in wished if ref.digest not in table}.values())
 
     def _ready(self, sequence: Sequence, events: list[Event]) -> bool:
-        """Tell whether the adapter is in a slot. A request whose adapter cannot be worn ends.
+        """Tell whether the adapter is in a slot, and memory for keys and values is free.
 
-        A request whose next tokens are being read for another one waits for them.
+        A request whose adapter cannot be worn ends. One whose next tokens are being read for
+        another one waits for them. Who finds no memory is not overtaken by who needs less.
         """
+        if self._crowded or not self._is_worn(sequence, events) or self.prefixes.awaited(sequence):
+            return False
+        self._crowded = not self._make_room(sequence)
+        return not self._crowded
+
+    def _is_worn(self, sequence: Sequence, events: list[Event]) -> bool:
         if sequence.adapter is None:
-            return not self.prefixes.awaited(sequence)
+            return True
         try:
             # A low request must not drain an adapter that normal ones wear.
             claim = sequence.request.priority == "normal"
@@ -231,7 +242,43 @@ class EngineCore:
             self.counters.failed += 1
             events.append((sequence, error))
             return False
-        return not self.prefixes.awaited(sequence)
+        return True
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Find memory for all tokens of a request that is to start, and what follows soon.
+
+        Paused requests lose theirs for it, and then those that give way to it.
+        """
+        held, now = self.cache.held(sequence.kv_slot), blocks_of(len(sequence.tokens))
+        others = sum(_soon(s, self.cache.held(s.kv_slot)) for s in self.scheduler.running)
+        missing = now - held + _soon(sequence, now) + others - self.cache.free_blocks
+        givers = self.scheduler.givers(sequence) if missing > 0 else []
+        if missing > sum(self.cache.held(giver.kv_slot) for giver in givers):
+            return False
+        for giver in givers:
+            if missing > 0:
+                missing -= self.cache.held(giver.kv_slot)
+                self._take_memory(giver)
+        return True
+
+    def _with_room(self, rows: list[Row]) -> list[Row]:
+        """Return the rows of a step that have memory for what they write.
+
+        Whoever needs more takes it from the last one, which may be itself.
+        """
+        for row in rows:
+            slot = row.sequence.kv_slot
+            while row.sequence in self.scheduler.running and not self.cache.reserve(slot, row.stop):
+                self._take_memory(self.scheduler.last())
+        return [row for row in rows if row.sequence in self.scheduler.running]
+
+    def _take_memory(self, sequence: Sequence) -> None:
+        """Pause a request, if it runs, and forget its keys and values: it will read them again."""
+        if sequence in self.scheduler.running:
+            self._pause(sequence, self.scheduler.pause(sequence))
+        if sequence in self.scheduler.parked:
+            self.scheduler.drop(sequence)
+            self._forget(sequence)
 
     def _lead(self, sequence: Sequence, adapter: AdapterRef) -> None:
         """Put the adapter's virtual tokens before the prompt. Raises RequestRefused."""
@@ -267,8 +314,12 @@ class EngineCore:
 
     def _start(self, sequence: Sequence) -> None:
         """Take a KV slot, unless it kept one over a pause, and pin the adapter."""
-        if sequence.kv_slot < 0:
+        new = sequence.kv_slot < 0
+        if new:
             sequence.kv_slot = self.cache.take()
+        room = self.cache.reserve(sequence.kv_slot, len(sequence.tokens))
+        assert room, "a request that is ready has room"
+        if new:
             self.prefixes.load(sequence)
             self._write_prefix(sequence)
         if sequence.adapter is not None:
@@ -371,3 +422,8 @@ class EngineCore:
         # All it ever wrote: a failed step may have written up to its last token.
         self.cache.release(sequence.kv_slot, len(sequence.tokens))
         sequence.kv_slot = -1
+
+
+def _soon(sequence: Sequence, held: int) -> int:
+    """Return how many blocks a request will want soon beside those it holds."""
+    return min(SOON, blocks_of(sequence.prompt_length + sequence.sampling.max_tokens) - held)

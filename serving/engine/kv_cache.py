@@ -1,11 +1,11 @@
-"""Keys and values: a slot for each running sequence, and blocks of what may be wanted again."""
+"""Keys and values: what running sequences hold, and blocks of what may be wanted again."""
 
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 
-from serving.engine.ops.blocks import BlockCopy, CopyBlocks
 from serving.engine.pages import QuietPages, lazy_zeros
 from serving.engine.spec import DecoderSpec
 
@@ -13,47 +13,46 @@ BLOCK = 16  # tokens
 READY = 128 << 20  # bytes of unused blocks whose pages the system has given already, at most
 
 
-class KVCache:
-    """[layers] tensors of shape [slots, kv_heads, room, head_dim], one behind the other.
+class KVCache(ABC):
+    """Keys and values of sequences, each in a slot of its own.
 
-    There is room for `length` tokens, in whole blocks. With `packed_keys`, the keys of a block lie
-    as the weights of a linear do, [slots, kv_heads, blocks, head_dim · BLOCK], where a block is
-    [head_dim / step, BLOCK, step] and a step one float32 or two bfloat16: scores are then a product
-    like that of a linear.
-
-    A slot that nobody holds is zero throughout. Attention multiplies masked positions by exactly
-    0, and 0 · NaN is NaN: what a poisoned sequence left behind would reach the next one.
+    A slot has room for `length` tokens, and takes memory in blocks as it is filled: all slots
+    together hold `blocks` of BLOCK tokens at most.
     """
 
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        slots: int,
-        length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        packed_keys: bool = False,
-    ) -> None:
-        blocks = -(-length // BLOCK)
-        shape = (spec.layers, slots, spec.kv_heads, blocks, BLOCK * spec.head_dim)
-        self.slots = slots
-        self.length = length
-        self._packed_keys = packed_keys
-        # Keys and values: [layers, slots, kv_heads, blocks, BLOCK · head_dim].
-        self.whole = lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device)
-        keys, values = (whole.view(*shape[:3], blocks * BLOCK, -1) for whole in self.whole)
-        self.keys = (self.whole[0] if packed_keys else keys).unbind()
-        self.values = values.unbind()
+    keys: Sequence[torch.Tensor]  # one for each layer, as its subclasses say
+    values: Sequence[torch.Tensor]
+
+    def __init__(self, slots: int, length: int, blocks: int) -> None:
+        self.slots, self.length, self.blocks = slots, length, blocks
+        self.free_blocks = blocks
         self._free = list(range(slots))
+        self._held = [0] * slots
 
     def take(self) -> int:
         """Return the lowest free slot: neighbouring slots make attention a view."""
         return heapq.heappop(self._free)
 
+    def held(self, slot: int) -> int:
+        """Return the blocks of a slot; a slot of -1 is none."""
+        return self._held[slot] if slot >= 0 else 0
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Have room for a slot's first `tokens`. False: there is none, and nothing has changed."""
+        more = blocks_of(tokens) - self._held[slot]
+        if more > self.free_blocks:
+            return False
+        if more > 0:
+            self.free_blocks -= more
+            self._held[slot] += more
+            self._grow(slot, more)
+        return True
+
     def release(self, slot: int, used: int) -> None:
-        """Give a slot back; its first `used` positions were written."""
-        for whole in self.whole:
-            whole[:, slot, :, : -(-used // BLOCK)].zero_()
+        """Give a slot and its blocks back; its first `used` positions were written."""
+        self._clear(slot, used)
+        self.free_blocks += self._held[slot]
+        self._held[slot] = 0
         heapq.heappush(self._free, slot)
 
     def write(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -63,6 +62,7 @@ class KVCache:
         for layer, halves in enumerate(zip(keys, values, strict=True)):
             self.store(layer, slots, positions, *(half.transpose(0, 1) for half in halves))
 
+    @abstractmethod
     def store(
         self,
         layer: int,
@@ -72,15 +72,25 @@ class KVCache:
         values: torch.Tensor,
     ) -> None:
         """Put keys and values [rows, kv_heads, head_dim] where slots and positions [rows] say."""
-        own = self.keys[layer]
-        if self._packed_keys:
-            step = 4 // keys.element_size()
-            panels = own.view(*own.shape[:3], -1, BLOCK, step)
-            steps = keys.reshape(*keys.shape[:2], -1, step)
-            panels[slots, :, positions // BLOCK, :, positions % BLOCK] = steps
-        else:
-            own[slots, :, positions] = keys
-        self.values[layer][slots, :, positions] = values
+
+    @abstractmethod
+    def copy_out(self, kept: torch.Tensor, blocks: Sequence[int], slot: int, first: int) -> bool:
+        """Copy as many blocks of a slot, from its block `first` on, to `blocks` of kept.
+
+        kept is [count, 2, layers, kv_heads, BLOCK · head_dim]. Tell whether all of it is finite.
+        """
+
+    @abstractmethod
+    def copy_in(self, kept: torch.Tensor, blocks: Sequence[int], slot: int) -> None:
+        """Copy `blocks` of kept to the beginning of a slot, which has room for them."""
+
+    @abstractmethod
+    def _grow(self, slot: int, more: int) -> None:
+        """Find memory for the last `more` blocks that a slot holds."""
+
+    @abstractmethod
+    def _clear(self, slot: int, used: int) -> None:
+        """Make what a slot holds ready for somebody else."""
 
 
 class KVBlocks:
@@ -90,28 +100,26 @@ class KVBlocks:
     """
 
     def __init__(
-        self,
-        spec: DecoderSpec,
-        count: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        copy_blocks: CopyBlocks,
+        self, spec: DecoderSpec, count: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (count, 2, spec.layers, spec.kv_heads, BLOCK * spec.head_dim)
         self.count = count
         self.size_bytes = block_bytes(spec, dtype)  # of one block
         self._all = lazy_zeros(shape, dtype, device) if count else torch.empty(shape)
         self.pages = QuietPages(self._all, READY)
-        self._copy = copy_blocks
 
     def write(self, blocks: Sequence[int], cache: KVCache, slot: int, first: int) -> bool:
         """Copy as many blocks of a slot here, from its block `first` on; tell if all is finite."""
         self.pages.wrote((max(blocks, default=-1) + 1) * self.size_bytes)
-        return self._copy(self._all, cache.whole, BlockCopy(blocks, slot, first))
+        return cache.copy_out(self._all, blocks, slot, first)
 
     def read(self, blocks: Sequence[int], cache: KVCache, slot: int) -> None:
         """Copy blocks to the beginning of a slot."""
-        self._copy(self._all, cache.whole, BlockCopy(blocks, slot, back=True))
+        cache.copy_in(self._all, blocks, slot)
+
+
+def blocks_of(tokens: int) -> int:
+    return -(-tokens // BLOCK)
 
 
 def block_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from serving.engine.batch import Batch
 from serving.engine.kv_cache import KVCache
+from serving.engine.kv_slots import KVSlots
 from serving.engine.linear import Linear
 from serving.engine.lora import LoraStacks
 from serving.engine.ops import Operators
@@ -30,7 +31,6 @@ class Model:
     """Frozen weights, and the arithmetic over them."""
 
     library = None
-    packed_keys = False
 
     def __init__(
         self,
@@ -47,7 +47,6 @@ class Model:
         self.device = weights.embedding.device
         self.length = length  # tokens of one sequence
         self.greedy, self.sample = operators.greedy, operators.sample
-        self.copy_blocks = operators.copy_blocks
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
         self.cos, self.sin = rope_tables(frequencies, length, self.dtype, spec.rotary_scale)
         self._worn: Worn = ()
@@ -78,6 +77,12 @@ class Model:
         logits = self.weights.head(h)
         dress_logits(logits, h, dressed, lambda x, head: x @ head.rows.t())
         return logits
+
+    def kv_cache(self, slots: int, blocks: int) -> KVCache:
+        return KVSlots(
+            *(self.spec, slots, self.length, blocks),
+            *(self.dtype, self.device, self.ops.copy_blocks),
+        )
 
     @property
     def base_layers(self) -> BaseLayers:

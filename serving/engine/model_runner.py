@@ -10,7 +10,6 @@ import torch
 from serving.engine.batch import Batch, Chunk
 from serving.engine.kv_cache import KVCache
 from serving.engine.lora import LoraStacks
-from serving.engine.ops.blocks import CopyBlocks
 from serving.engine.ops.lora import packing_key
 from serving.engine.ops.native.library import Library
 from serving.engine.sampler import Greedy, Sample
@@ -28,10 +27,8 @@ class Forward(Protocol):
     dtype: torch.dtype
     device: torch.device
     length: int  # tokens of one sequence
-    packed_keys: bool  # it reads and writes keys as `KVCache` says
     greedy: Greedy  # of its logits
     sample: Sample
-    copy_blocks: CopyBlocks
     operators: str  # what computes, for people
 
     @property
@@ -45,6 +42,10 @@ class Forward(Protocol):
     @property
     def base_layers(self) -> BaseLayers | None:
         """What vectors of an adapter are relative to; None: rows wear LoRA only."""
+        ...
+
+    def kv_cache(self, slots: int, blocks: int) -> KVCache:
+        """Return an empty cache, as `forward` takes it."""
         ...
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:

@@ -5,6 +5,7 @@ import errno
 import logging
 import math
 import mmap
+import platform
 import threading
 import time
 from collections import OrderedDict
@@ -18,20 +19,38 @@ import torch
 logger = logging.getLogger(__name__)
 
 PAGE = 2 << 20  # bytes of a large one
-COLLAPSE, POPULATE_WRITE = 25, 23  # from <linux/mman.h>; mmap has no names for them
+# From <linux/mman.h>; mmap has no names for them.
+COLLAPSE, POPULATE_WRITE, NOHUGEPAGE = 25, 23, 15
+NORESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
 
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def lazy_zeros(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, scattered: bool = False
+) -> torch.Tensor:
     """Return zeros whose pages the operating system gives only when they are written.
 
     torch.zeros writes them all at once. numpy asks for huge pages, and then the few tokens of a
-    short sequence hold the memory of a whole slot: 190 MB instead of 3 for SmolLM2-135M.
+    short sequence hold the memory of a whole slot: 190 MB instead of 3 for SmolLM2-135M. So are
+    `scattered` ones kept from them where the system gives such to everybody. There may be more of
+    them than memory, if somebody counts what is written. Raises OSError where there may not.
     """
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (NORESERVE if scattered else 0)
+    zeros = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(*shape)
+    if scattered:
+        _advise(zeros.data_ptr(), size, NOHUGEPAGE)
+    return zeros
+
+
+def give_back(zeros: torch.Tensor) -> None:
+    """Let the system have whole pages of what `lazy_zeros` made: they are zero again."""
+    if zeros.device.type == "cpu":
+        start = -(-zeros.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (zeros.data_ptr() + zeros.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0:
+            _advise(start, size, mmap.MADV_DONTNEED)
 
 
 class LargePages:

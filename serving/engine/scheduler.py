@@ -52,7 +52,8 @@ class Scheduler:
 
         Between tenants the Virtual Token Counter decides, inside one it is first come first
         served. Who is not `ready` (its adapter is on its way) is passed over, not waited for.
-        `ready` is asked only when there is a place, and may take the request out of the queue.
+        `ready` is asked only when there is a place. It may take the request out of the queue, and
+        pause others.
         """
         for priority in self.queues:
             while move := self._next(priority, ready):
@@ -81,14 +82,15 @@ class Scheduler:
 
     def _next(self, priority: Priority, ready: Callable[[Sequence], bool]) -> Move | None:
         for line in self.queues[priority].lines(self._unread(priority)):
-            victim = None
-            if len(self.running) >= self.max_running:
-                victim = self._victim(line[0].request)
-                if victim is None:
-                    continue
+            if self._is_full and self._victim(line[0].request) is None:
+                continue
             if sequence := next(filter(ready, line), None):
-                return self._start(sequence, victim)
+                return self._start(sequence)
         return None
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self.running) >= self.max_running
 
     def yielding(self, to: GenerateRequest) -> list[Sequence]:
         """Return who gives its place to a waiting request, the newest first.
@@ -119,10 +121,28 @@ class Scheduler:
         self.parked[sequence] = None
         if len(self.parked) <= self.max_parked:
             return None
-        dropped = min(self.parked, key=lambda s: s.request.priority == "normal")
-        del self.parked[dropped]
-        dropped.computed = 0
+        dropped = min(self.parked, key=_is_normal)
+        self.drop(dropped)
         return dropped
+
+    def drop(self, sequence: Sequence) -> None:
+        """Note that a paused request loses its keys and values."""
+        del self.parked[sequence]
+        sequence.computed = 0
+
+    def givers(self, to: Sequence) -> list[Sequence]:
+        """Return whose keys and values a waiting request may have the memory of, in this order."""
+        parked = [sequence for sequence in self.parked if sequence is not to]
+        return [*sorted(parked, key=_is_normal), *self.yielding(to.request)]
+
+    def last(self) -> Sequence:
+        """Return who has to give memory when those that run have no more: a paused or low one.
+
+        Else it is the newest. So the first one that runs always goes on.
+        """
+        if self.parked:
+            return min(self.parked, key=_is_normal)
+        return min(reversed(self.running), key=_is_normal)
 
     def _victim(self, to: GenerateRequest) -> Sequence | None:
         """Return the newest low one, else the newest of whoever runs most."""
@@ -132,7 +152,8 @@ class Scheduler:
             yielding, key=lambda running: rows[running.request.tenant], default=None
         )
 
-    def _start(self, sequence: Sequence, victim: Sequence | None) -> Move:
+    def _start(self, sequence: Sequence) -> Move:
+        victim = self._victim(sequence.request) if self._is_full else None
         self._queue(sequence).remove(sequence)
         self.parked.pop(sequence, None)
         dropped = None if victim is None else self.pause(victim)
@@ -210,6 +231,10 @@ class Scheduler:
 
     def _queue(self, sequence: Sequence) -> FairQueue:
         return self.queues[sequence.request.priority]
+
+
+def _is_normal(sequence: Sequence) -> bool:
+    return sequence.request.priority == "normal"
 
 
 def _worn(running: list[Sequence]) -> float:

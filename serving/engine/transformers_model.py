@@ -9,6 +9,7 @@ import torch
 from serving.engine.batch import Batch
 from serving.engine.boundary import EngineUnavailable
 from serving.engine.kv_cache import KVCache
+from serving.engine.kv_slots import KVSlots
 from serving.engine.lora import LoraStacks
 from serving.engine.ops import Operators
 from serving.engine.ops.attention import AttentionPlan, Window, attend, plan_attention
@@ -94,15 +95,21 @@ class TransformersModel:
         self.length = length  # tokens of one sequence
         self.base_layers = None
         # Torch's attention alone bends scores; a panel of keys is of pairs of numbers.
-        self.packed_keys = library is not None and not spec.softcap and spec.head_dim % 2 == 0
+        self._packed_keys = library is not None and not spec.softcap and spec.head_dim % 2 == 0
         bodies = library or Operators()
         self.greedy, self.sample = bodies.greedy, bodies.sample
-        self.copy_blocks = bodies.copy_blocks
+        self._copy_blocks = bodies.copy_blocks
         self.operators = f"{name} in transformers' forward pass of {spec.architecture}"
+
+    def kv_cache(self, slots: int, blocks: int) -> KVCache:
+        return KVSlots(
+            *(self.spec, slots, self.length, blocks),
+            *(self.dtype, self.device, self._copy_blocks, self._packed_keys),
+        )
 
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         plan, lora = None, None
-        if not self.packed_keys:
+        if not self._packed_keys:
             windows = self.spec.windows
             plan = plan_attention(batch, windows, cache.length, self.dtype, self.device)
         if self.library is None:

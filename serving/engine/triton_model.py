@@ -5,9 +5,9 @@ import torch
 from serving.engine.batch import Batch
 from serving.engine.device_step import DeviceStep
 from serving.engine.kv_cache import KVCache
+from serving.engine.kv_pages import KVPages
 from serving.engine.linear import Linear
 from serving.engine.lora import LoraStacks
-from serving.engine.ops.blocks import copy_blocks
 from serving.engine.ops.rope import rope_angles
 from serving.engine.ops.sampling import greedy, sample
 from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
@@ -24,39 +24,43 @@ class TritonModel:
     """Frozen weights, and the arithmetic over them; see `model_runner.Forward`."""
 
     library = None
-    packed_keys = False
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights[Linear], length: int) -> None:
         self.spec, self.weights, self.length = spec, weights, length
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self.base_layers = None  # rows wear LoRA only
         self.greedy, self.sample, self.operators = greedy, sample, "Triton"
-        self.copy_blocks = copy_blocks
         frequencies = torch.tensor(spec.inverse_frequencies, device=self.device)
         self.cos, self.sin = rope_angles(frequencies, length, spec.rotary_scale)
 
+    def kv_cache(self, slots: int, blocks: int) -> KVCache:
+        return KVPages(self.spec, slots, self.length, blocks, self.dtype, self.device)
+
     def capture(self, cache: KVCache, stacks: LoraStacks, rows: int, tokens: int) -> None:
         """Lay steps down in advance. `forward` is of this cache and stacks."""
+        assert isinstance(cache, KVPages), "it is what `kv_cache` returned"
+        self._cache = cache
         self._arena = Arena(stacks)
         self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         shapes = [*decode_shapes(rows), *prompt_shapes(rows, tokens)]
         with torch.inference_mode():
-            self.graphs = StepGraphs(lambda step: self._hidden(step, cache), shapes, self.device)
+            self.graphs = StepGraphs(self._hidden, shapes, self.device)
 
-    def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:  # noqa: ARG002  # the book has them
+    def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:  # noqa: ARG002  # captured ones
+        self._cache.settle()
         hidden = self.graphs.run(batch)
         if hidden is None:
-            hidden = self._hidden(DeviceStep.of(batch, self.device), cache)
+            hidden = self._hidden(DeviceStep.of(batch, self.device))
         return self.weights.head(hidden)
 
-    def _hidden(self, step: DeviceStep, cache: KVCache) -> torch.Tensor:
+    def _hidden(self, step: DeviceStep) -> torch.Tensor:
         """Return [sampled, hidden], normalised for the head."""
         layers, eps = self.weights.layers, self.spec.eps
         following = (*(layer.attention_norm for layer in layers[1:]), self.weights.norm)
         x = self.weights.embedding[step.ids]
         h = rms_norm(x, layers[0].attention_norm, eps)
         for index, (layer, norm) in enumerate(zip(layers, following, strict=True)):
-            attended = self._attention(index, h, step, cache)
+            attended = self._attention(index, h, step)
             h = add_rms_norm(x, *self._linear("o", index, attended, step), layer.mlp_norm, eps)
             h = self._gated(index, h, step)
             h = add_rms_norm(x, *self._linear("down", index, h, step), norm, eps)
@@ -90,24 +94,22 @@ class TritonModel:
         gate_up = self.weights.layers[index].linears["gate_up"](x)
         return adapted_silu_mul(gate_up, x, step.worn, self._arena, "gate_up", index)
 
-    def _attention(
-        self, index: int, x: torch.Tensor, step: DeviceStep, cache: KVCache
-    ) -> torch.Tensor:
+    def _attention(self, index: int, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
         spec, window = self.spec, self.spec.windows[index]
-        keys, values = cache.keys[index], cache.values[index]
+        pages = self._cache.layer(index)
         qkv, added = self._linear("qkv", index, x, step)
         qkv = qkv.view(len(x), -1, spec.head_dim)
         rotate_and_store(
-            *(qkv, self.cos, self.sin, step.slots, step.positions, keys, values, added),
+            *(qkv, self.cos, self.sin, step.slots, step.positions, pages, added),
             _head_norms(self.weights.layers[index]),
             spec.eps,
         )
         out = x.new_empty(len(x), spec.heads, spec.head_dim)
         if len(step.singles):
             positions, few = step.positions[: len(step.singles)], bool(len(step.chunks))
-            decode_attention(qkv, keys, values, step.singles, positions, window, out, few)
+            decode_attention(qkv, pages, step.singles, positions, window, out, few)
         if len(step.chunks):  # behind the other, which writes zeros for rows that are not its own
-            chunk_attention(qkv, keys, values, step.chunks, window, out)
+            chunk_attention(qkv, pages, step.chunks, window, out)
         return out.view(len(x), -1)
 
 

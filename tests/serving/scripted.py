@@ -181,6 +181,7 @@ class ScriptedEngine:
             max_waiting=self.max_waiting,
             kv_tokens_used=0,
             kv_tokens_total=self.max_model_len * self.max_running,
+            kv_block_tokens=16,
             prefix_asked=self.prompt_tokens,
             prefix_found=0,
             prefix_bytes=0,

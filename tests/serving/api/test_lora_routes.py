@@ -190,6 +190,7 @@ def test_gateways_find_the_load_gauges_they_score_by(live: Running) -> None:
     config = found["vllm:cache_config_info"][0]
     tokens = int(config["block_size"]) * int(config["num_gpu_blocks"])
     assert tokens == live.engine.max_model_len * live.engine.max_running
+    assert config["block_size"] == "16"
 
 
 def test_an_adapter_in_a_slot_is_told_under_every_name_a_client_asks_for(

@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from serving.engine.kv_cache import BLOCK
+from serving.engine.kv_pages import LayerPages
 from serving.engine.lora import LoraLayout, LoraStacks
 from serving.engine.ops.rope import rope_angles
 from serving.engine.ops.triton import attention, lora
@@ -71,9 +73,9 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     numbers, tiles = torch.zeros(4, dtype=torch.int32), torch.zeros(4, 4, dtype=torch.int32)
     many = torch.zeros(128, dtype=torch.int32)
     qkv = torch.zeros(128, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
-    keys, out = torch.zeros(4, KV_HEADS, 64, DIM, dtype=dtype), qkv[:, :HEADS].contiguous()
-    angles = rope_angles(torch.ones(DIM // 2), 64)
-    store = (qkv, *angles, numbers, numbers, keys, keys)
+    keys, out = torch.zeros(4, KV_HEADS, BLOCK, DIM, dtype=dtype), qkv[:, :HEADS].contiguous()
+    pages = LayerPages(keys, keys, tiles)
+    store = (qkv, *rope_angles(torch.ones(DIM // 2), 64), numbers, numbers, pages)
     groups = (
         LinearGroup("qkv", ("q", "k", "v"), HIDDEN, (HIDDEN, 1024, 1024)),
         LinearGroup("gate_up", ("gate", "up"), HIDDEN, (14336, 14336)),
@@ -93,9 +95,9 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: silu_mul(gate_up, gate_up.clone()),
         lambda: rotate_and_store(*store),
         lambda: rotate_and_store(*store, qkv.clone(), (weight[:DIM], weight[:DIM]), 1e-6),
-        lambda: attention.decode_attention(qkv, keys, keys, numbers, numbers, None, out),
-        lambda: attention.decode_attention(qkv, keys, keys, many, many, 4096, out),
-        lambda: attention.chunk_attention(qkv, keys, keys, tiles, None, out),
+        lambda: attention.decode_attention(qkv, pages, numbers, numbers, None, out),
+        lambda: attention.decode_attention(qkv, pages, many, many, 4096, out),
+        lambda: attention.chunk_attention(qkv, pages, tiles, None, out),
         lambda: adapt(lora.DECODE_HEIGHT),
         lambda: adapt(lora.PROMPT_HEIGHT),
         lambda: adapted_silu_mul(gate_up, x, high, arena, "gate_up", 1),

@@ -9,6 +9,8 @@ import pytest
 import torch
 import triton
 
+from serving.engine.kv_cache import BLOCK, blocks_of
+from serving.engine.kv_pages import LayerPages
 from serving.engine.ops.triton import attention, lora
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,6 +39,31 @@ def share_out_to_few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention, "PROGRAMS", 1)
         for height, shares in lora.SHARES.items():
             monkeypatch.setitem(lora.SHARES, height, replace(shares, walkers=2, rank_programs=1))
+
+
+def in_pages(keys: torch.Tensor, values: torch.Tensor) -> LayerPages:
+    """Cut keys and values [slots, kv_heads, length, dim] into pages that lie anywhere.
+
+    As many pages are nobody's, and NaN.
+    """
+    slots, kv_heads, length, dim = keys.shape
+    room = blocks_of(length)
+    order = torch.randperm(2 * slots * room)[: slots * room].to(keys.device)
+
+    def cut(whole: torch.Tensor) -> torch.Tensor:
+        padded = torch.full((slots, kv_heads, room * BLOCK, dim), torch.nan).to(whole)
+        padded[:, :, :length] = whole
+        blocks = padded.view(slots, kv_heads, room, BLOCK, dim).transpose(1, 2)
+        pages = torch.full((2 * slots * room, kv_heads, BLOCK, dim), torch.nan).to(whole)
+        pages[order] = blocks.reshape(-1, kv_heads, BLOCK, dim)
+        return pages
+
+    return LayerPages(cut(keys), cut(values), order.view(slots, room).int())
+
+
+def of_pages(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return what the slots of a table hold [slots, kv_heads, room · BLOCK, dim]."""
+    return pages[table.long()].transpose(1, 2).flatten(2, 3)
 
 
 def new_nan(x: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:

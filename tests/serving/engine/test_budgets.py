@@ -105,8 +105,8 @@ def test_an_engine_on_a_small_machine_takes_its_share_of_the_room(
 def test_an_engine_with_hardly_any_room_is_refused(
     tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine_with(2 * 4 * 31 * TINY_TOKEN, tiny_base, monkeypatch)
-    with pytest.raises(EngineUnavailable, match=r"holds 31 .* Lower .* --max-running"):
+    machine_with(2 * 31 * TINY_TOKEN, tiny_base, monkeypatch)
+    with pytest.raises(EngineUnavailable, match=r"=32: .* holds 16 of one sequence\. Lower "):
         started(tiny_base, tiny_folders)
     machine_with(0, tiny_base, monkeypatch)
     with pytest.raises(EngineUnavailable, match="--kv-cache-memory=1 holds 0"):

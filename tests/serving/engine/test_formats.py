@@ -115,11 +115,11 @@ def test_a_length_that_does_not_fit_is_refused_at_start(
 def test_the_length_follows_the_kv_budget_when_it_is_not_given(tiny_base: Path) -> None:
     # 2 layers, K and V, 2 KV heads of 16 numbers of 4 bytes: 512 bytes a token.
     settings = EngineSettings(
-        device="cpu", dtype="float32", max_running=4, kv_cache_bytes=4 * 100 * 512
+        device="cpu", dtype="float32", max_running=4, kv_cache_bytes=150 * 512
     )
     engine = TorchEngine.create(base_of(tiny_base), Folders({}), settings)
-    assert engine.max_model_len == 96
-    assert run_all(engine, [request("x", max_tokens=95)])[0].finish == "length"
+    assert engine.max_model_len == 128
+    assert run_all(engine, [request("x", max_tokens=127)])[0].finish == "length"
 
 
 @pytest.mark.parametrize(

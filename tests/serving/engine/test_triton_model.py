@@ -1,5 +1,6 @@
 """The model with Triton operators against PEFT, and captured steps against plain ones."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from registry.adapter import AdapterRef
-from serving.engine import step_graphs
+from serving.engine import core, step_graphs
 from serving.engine.batch import Batch
-from serving.engine.boundary import GenerateRequest
+from serving.engine.boundary import EngineStats, GenerateRequest
 from serving.engine.build import Parts, assemble, read_model
 from serving.engine.engine import TorchEngine
+from serving.engine.kv_cache import BLOCK
+from serving.engine.kv_pages import KVPages
 from serving.engine.linear import Linear
 from serving.engine.model_runner import ModelRunner
 from serving.engine.sequence import Row
@@ -25,11 +28,20 @@ from serving.engine.spec import ModelSpec
 from serving.engine.triton_model import TritonModel
 from serving.engine.weights import read_weights
 from tests import tiny
-from tests.serving.engine.driving import Folders, Oracle, base_of, request, run_all
-from tests.serving.engine.kernels import new_nan, on_every_device, share_out_to_few
+from tests.serving.engine.driving import (
+    Folders,
+    Oracle,
+    Result,
+    base_of,
+    complete,
+    request,
+    run_all,
+)
+from tests.serving.engine.kernels import new_nan, of_pages, on_every_device, share_out_to_few
 
 BOUND = 1e-4
 LENGTH = 64
+TOKEN = 256  # bytes of keys and values: 2 layers, 2 KV heads of 8 numbers of 4 bytes, twice
 SETTINGS = EngineSettings(
     dtype="float32", max_model_len=LENGTH, max_running=4, max_batched_tokens=9
 )
@@ -108,6 +120,65 @@ def test_a_mixed_batch_equals_peft_one_request_at_a_time(
     check_against_peft(base, folders, device)
 
 
+def served(parts: Parts, wanted: Sequence[GenerateRequest]) -> tuple[list[Result], EngineStats]:
+    """Return the answers to requests that come together, and the engine's figures after them."""
+
+    async def main() -> tuple[list[Result], EngineStats]:
+        engine = TorchEngine(parts, SETTINGS)
+        try:
+            results = await asyncio.gather(*(complete(engine, each) for each in wanted))
+            return results, await engine.stats()
+        finally:
+            await engine.aclose()
+
+    return asyncio.run(main())
+
+
+@on_every_device
+def test_requests_that_outgrow_the_pages_equal_peft(
+    base: Path, folders: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages go from one sequence to the next, in any order, and with what was in them."""
+    monkeypatch.setattr(core, "SOON", 0)
+    names = [*folders.refs, None]
+    wanted = asked(folders, names, tokens=7)
+    few = replace(SETTINGS, kv_cache_bytes=4 * BLOCK * TOKEN, prefix_cache_bytes=0)
+    results, stats = served(triton_parts(base, folders, device, few), wanted)
+    assert stats.paused > 0
+    assert stats.kv_tokens_used == 0
+    assert stats.kv_tokens_total == 4 * BLOCK
+    for name, each, result in zip(names, wanted, results, strict=True):
+        oracle = Oracle(base, folders.folders[folders.refs[name].digest] if name else None)
+        assert result.tokens == oracle.likeliest(each.prompt_ids, result.tokens), name
+        assert oracle.largest_error(each.prompt_ids, result) < BOUND, name
+
+
+@on_every_device
+def test_a_known_beginning_is_copied_into_pages(
+    base: Path, folders: Folders, device: torch.device
+) -> None:
+    prompt = [(3 * i) % 256 for i in range(40)]
+    ref = folders.refs["all4"]
+    parts = triton_parts(base, folders, device)
+    first = request(prompt, ref, max_tokens=3, logprobs=3)
+    again = [request([*prompt[:35], 9, other], ref, max_tokens=3, logprobs=3) for other in (1, 2)]
+
+    async def main() -> list[Result]:
+        engine = TorchEngine(parts, SETTINGS)
+        try:
+            alone = await complete(engine, first)
+            both = await asyncio.gather(*(complete(engine, each) for each in again))
+            assert (await engine.stats()).prefix_found == 2 * 32
+            return [alone, *both]
+        finally:
+            await engine.aclose()
+
+    oracle = Oracle(base, folders.folders[ref.digest])
+    for each, result in zip((first, *again), asyncio.run(main()), strict=True):
+        assert result.tokens == oracle.likeliest(each.prompt_ids, result.tokens)
+        assert oracle.largest_error(each.prompt_ids, result) < BOUND
+
+
 @pytest.mark.gpu
 def test_the_engine_takes_the_triton_operators_where_there_is_a_gpu(base: Path) -> None:
     model = read_model(base_of(base), SETTINGS)
@@ -140,11 +211,29 @@ def single_rows(parts: Parts, folders: Folders, names: Sequence[str | None]) -> 
     for slot, name in enumerate(names):
         ref = folders.refs[name] if name else None
         sequence = Running(request([5 + slot] * (2 if slot == 1 else 1), ref))
-        sequence.kv_slot = slot
-        rows.append(Row(sequence, 0, 1))
+        rows.append(in_slot(parts, slot, Row(sequence, 0, 1)))
         if ref is not None:
             place(parts, ref)
     return rows
+
+
+def in_slot(parts: Parts, slot: int, row: Row) -> Row:
+    row.sequence.kv_slot = slot
+    assert parts.core.cache.reserve(slot, row.stop)
+    return row
+
+
+def held(parts: Parts) -> list[torch.Tensor]:
+    """Return the keys and the values of each layer [slots, kv_heads, room, head_dim].
+
+    What a slot does not hold is zero.
+    """
+    cache = parts.core.cache
+    assert isinstance(cache, KVPages)
+    blocks = torch.arange(cache.room, device=cache.table.device)
+    counts = torch.tensor([cache.held(slot) for slot in range(cache.slots)]).to(blocks)
+    own = (blocks < counts[:, None]).repeat_interleave(BLOCK, dim=1)[:, None, :, None]
+    return [of_pages(half, cache.table) * own for half in (*cache.keys, *cache.values)]
 
 
 def place(parts: Parts, ref: AdapterRef) -> None:
@@ -168,15 +257,15 @@ def test_a_captured_step_gives_what_the_plain_step_gives(
 ) -> None:
     """Three rows in a step of four: the dead one writes nothing anywhere."""
     parts = triton_parts(base, folders, device)
-    runner, cache = parts.core.runner, parts.core.cache
+    runner = parts.core.runner
     with torch.inference_mode():
         for names in ([None, None, None], ["all4", None, "attention24"]):
             rows = single_rows(parts, folders, names)
             replayed = runner.run(rows)[0].clone()
             assert len(replayed) == 2
-            written = [half.clone() for half in (*cache.keys, *cache.values)]
+            written = held(parts)
             close(replayed, plain(runner, rows, monkeypatch))
-            for before, after in zip(written, (*cache.keys, *cache.values), strict=True):
+            for before, after in zip(written, held(parts), strict=True):
                 close(before, after)
                 assert after[:3, :, 0].all()
                 assert not after[:3, :, 1:].any()
@@ -214,30 +303,31 @@ def check_prompts(
     """
     monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
     parts = triton_parts(base, folders, device, settings)
-    runner, cache = parts.core.runner, parts.core.cache
+    runner = parts.core.runner
     for names in ([None, None, None], ["all4", "attention24", None]):
         with torch.inference_mode():
             singles = single_rows(parts, folders, names)
             runner.run(singles)  # the first token of each
-            prompts = [prompt_row(folders, names[1], 1, 1, long)]
-            prompts.append(prompt_row(folders, names[2], 3, 0, 3))
+            prompts = [prompt_row(parts, folders, names[1], 1, 1, long)]
+            prompts.append(prompt_row(parts, folders, names[2], 3, 0, 3))
             rows = [Row(singles[0].sequence, 0, 1), *prompts]
             replayed = runner.run(rows)[0].clone()
             assert len(replayed) == 3
-            written = [half.clone() for half in (*cache.keys, *cache.values)]
+            written = held(parts)
             close(replayed, plain(runner, rows, monkeypatch))
-            for before, after in zip(written, (*cache.keys, *cache.values), strict=True):
+            for before, after in zip(written, held(parts), strict=True):
                 close(before, after)
                 for slot, filled in ((0, 1), (1, 1 + long), (2, 1), (3, 3)):
                     assert after[slot, :, :filled].all()
                     assert not after[slot, :, filled:].any()
 
 
-def prompt_row(folders: Folders, name: str | None, slot: int, start: int, count: int) -> Row:
+def prompt_row(
+    parts: Parts, folders: Folders, name: str | None, slot: int, start: int, count: int
+) -> Row:
     ids = [(5 + slot + 7 * i) % 256 for i in range(start + count)]
     sequence = Running(request(ids, folders.refs[name] if name else None))
-    sequence.kv_slot = slot
-    return Row(sequence, start, count)
+    return in_slot(parts, slot, Row(sequence, start, count))
 
 
 @on_every_device
@@ -255,7 +345,7 @@ def test_a_step_without_room_in_any_capture_is_launched_as_it_is(
 
     captured = step_graphs.StepGraphs.run
     monkeypatch.setattr(step_graphs.StepGraphs, "run", run)
-    alone, other = (prompt_row(folders, None, slot, 0, 3) for slot in (0, 1))
+    alone, other = (prompt_row(parts, folders, None, slot, 0, 3) for slot in (0, 1))
     with torch.inference_mode():
         together, _ = parts.core.runner.run([alone, other])
         first = parts.core.runner.run([alone])[0].clone()

@@ -26,7 +26,14 @@ from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
 from serving.engine.slots import Slot
 from serving.engine.spec import LinearGroup
-from tests.serving.engine.kernels import INTERPRETED, new_nan, on_every_device, share_out_to_few
+from tests.serving.engine.kernels import (
+    INTERPRETED,
+    in_pages,
+    new_nan,
+    of_pages,
+    on_every_device,
+    share_out_to_few,
+)
 
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 TOLERANCE = {  # relative, absolute
@@ -113,18 +120,21 @@ def test_rope_rotates_queries_in_place_and_stores_keys_and_values(
     cos, sin = rope_tables(frequencies, length, torch.float64)
     exact = rope(qk, cos[positions], sin[positions])
     keys = torch.full((5, kv_heads, length, dim), 7.0, device=device).to(dtype)
-    values = keys.clone()
+    pages = in_pages(keys, keys)
+    nobodys = int(pages.keys.isnan().sum())
     rotate_and_store(
-        *(qkv, *rope_angles(frequencies, length), slots.int(), positions.int(), keys, values, lora),
+        *(qkv, *rope_angles(frequencies, length), slots.int(), positions.int(), pages, lora),
         norms if normed else None,
         1e-6,
     )
+    keys, values = (of_pages(half, pages.table) for half in (pages.keys, pages.values))
     live = slots >= 0
     close(qkv[:, :heads], exact[:, :heads], 2.0)
     close(keys[slots[live], :, positions[live]], exact[live, heads:], 2.0)
     assert torch.equal(values[slots[live], :, positions[live]], v[live].to(dtype))
-    for cache in (keys, values):
+    for cache in (keys[:, :, :length], values[:, :, :length]):
         assert int((cache != 7.0).any(-1).sum()) == int(live.sum()) * kv_heads
+    assert int(pages.keys.isnan().sum()) == int(pages.values.isnan().sum()) == nobodys
 
 
 def reference(
@@ -164,7 +174,8 @@ def test_a_decoded_token_sees_its_own_keys_and_nothing_else(
             ).to(dtype)
     out = torch.full((7, heads, dim), 9.0, device=device).to(dtype)
     attention.decode_attention(
-        *(qkv, keys, values, numbers(slots, device), numbers(positions, device), window, out)
+        *(qkv, in_pages(keys, values), numbers(slots, device), numbers(positions, device)),
+        *(window, out),
     )
     for row, (slot, position) in enumerate(zip(slots[:-1], positions[:-1], strict=True)):
         q = qkv[row, :heads]
@@ -186,7 +197,7 @@ def test_a_chunk_of_a_prompt_sees_what_came_before_each_token(
     out = torch.full((78, heads, dim), 9.0, device=device).to(dtype)
     tiles = [*attention.cut_chunks([*chunks, Chunk(74, 77, -1, 0)]), *[0] * attention.TILE]
     tiles = numbers(tiles, device).view(-1, attention.TILE)
-    attention.chunk_attention(qkv, keys, values, tiles, window, out)
+    attention.chunk_attention(qkv, in_pages(keys, values), tiles, window, out)
     for chunk in chunks:
         for row in range(chunk.start, chunk.stop):
             position = chunk.position + row - chunk.start
@@ -340,6 +351,7 @@ def test_a_row_that_is_not_finite_stays_alone(
     others = [0, 1, 3]
     gain = torch.ones(64, device=device).to(dtype)
     keys = torch.randn(4, 1, 70, 16, device=device).to(dtype)
+    pages = in_pages(keys, keys)
     slots, positions = numbers(range(4), device), numbers([0, 20, 69, 5], device)
     tiles = numbers([0, 2, 0, 20, 2, 2, 1, 30], device).view(2, 4)
     slot = Slot(8, 1)
@@ -349,9 +361,9 @@ def test_a_row_that_is_not_finite_stays_alone(
         yield rms_norm(x, gain, 1e-5)
         yield silu_mul(x)
         out = torch.empty(4, 2, 16, device=device).to(dtype)
-        attention.decode_attention(x.view(4, 4, 16), keys, keys, slots, positions, None, out)
+        attention.decode_attention(x.view(4, 4, 16), pages, slots, positions, None, out)
         yield out
-        attention.chunk_attention(x.view(4, 4, 16), keys, keys, tiles, None, out)
+        attention.chunk_attention(x.view(4, 4, 16), pages, tiles, None, out)
         yield out
         yield wardrobe.apply(x, [(None, 1), (slot, 3)], lora.DECODE_HEIGHT)
 

@@ -1,4 +1,4 @@
-"""Attention over the slots of the cache: one token of many sequences, or many tokens of one.
+"""Attention over the pages of the cache: one token of many sequences, or many tokens of one.
 
 Decoding, a sequence's keys are shared out to `splits` programs when there are fewer sequences than
 the device has places for; a second kernel puts the shares together (arXiv 2311.01282). Lengths are
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from serving.engine.batch import Chunk
+from serving.engine.kv_pages import LayerPages
 
 PROGRAMS = 256  # about two for each multiprocessor of a large device
 MOST_SPLITS = 16
@@ -32,8 +33,7 @@ LEAST = tl.constexpr(1e-30)
 
 def decode_attention(
     qkv: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    pages: LayerPages,
     slots: torch.Tensor,
     positions: torch.Tensor,
     window: int | None,
@@ -42,12 +42,13 @@ def decode_attention(
 ) -> None:
     """Write out [at least rows, heads, dim] for the queries in front of qkv [.., columns, dim].
 
-    Both are dense. keys and values [slots, kv_heads, length, dim]; slots and positions int32
-    [rows]. Row i sees the positions up to its own, and of those the last `window`. A row of slot
-    -1 is dead: zero. Work is shared out as if all rows were alive, or only a few of them.
+    Both are dense; slots and positions int32 [rows]. Row i sees the positions up to its own, and of
+    those the last `window`. A row of slot -1 is dead: zero. Work is shared out as if all rows were
+    alive, or only a few of them.
     """
     rows, (_, columns, dim) = len(slots), qkv.shape
-    kv_heads, length = keys.shape[1], keys.shape[2]
+    _, kv_heads, size, _ = pages.keys.shape
+    room = pages.table.shape[1]
     heads = columns - 2 * kv_heads
     splits = _splits((min(rows, FEW) if few else rows) * kv_heads)
     shares = out if splits == 1 else qkv.new_empty(rows, heads, splits, dim, dtype=torch.float32)
@@ -55,21 +56,23 @@ def decode_attention(
     block = max(16, triton.next_power_of_2(dim))
     _attend[(rows, kv_heads, splits)](
         qkv,
-        keys,
-        values,
+        pages.keys,
+        pages.values,
+        pages.table,
         slots,
         positions,
         shares,
         scales,
         dim**-0.5,
-        length,
-        window or length,
+        room,
+        window or room * size,
         COLUMNS=columns,
         HEADS=heads,
         KV_HEADS=kv_heads,
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),  # what a product takes at least
         DIM=dim,
         BLOCK=block,
+        PAGE=size,
         KEYS=KEY_BYTES // qkv.itemsize,
         SPLITS=splits,
     )
@@ -94,8 +97,7 @@ def cut_chunks(chunks: Iterable[Chunk]) -> list[int]:
 
 def chunk_attention(
     qkv: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    pages: LayerPages,
     tiles: torch.Tensor,
     window: int | None,
     out: torch.Tensor,
@@ -104,22 +106,25 @@ def chunk_attention(
 
     Rows of slot -1 are zero here, too. A tile of zeros has no rows.
     """
-    (_, columns, dim), kv_heads, length = qkv.shape, keys.shape[1], keys.shape[2]
+    (_, columns, dim), (_, kv_heads, size, _) = qkv.shape, pages.keys.shape
+    room = pages.table.shape[1]
     heads = columns - 2 * kv_heads
     _attend_chunk[(len(tiles), heads)](
         qkv,
-        keys,
-        values,
+        pages.keys,
+        pages.values,
+        pages.table,
         tiles,
         out,
         dim**-0.5,
-        length,
-        window or length,
+        room,
+        window or room * size,
         COLUMNS=columns,
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
         BLOCK=max(16, triton.next_power_of_2(dim)),
+        PAGE=size,
         QUERIES=QUERIES,
         KEYS=KEY_BYTES // qkv.itemsize,
         num_stages=2,  # with three, float32 takes more shared memory than some devices have
@@ -142,16 +147,32 @@ def _take_in(most, weight, mean, scores, v):
 
 
 @triton.jit
+def _offsets(
+    own,
+    place,
+    seen,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Return where the heads [places, 1] of a sequence begin, whose row of the table is `own`."""
+    page = tl.load(own + place // PAGE, mask=seen, other=0).to(tl.int64)
+    return (((page * KV_HEADS + kv_head) * PAGE + place % PAGE) * DIM)[:, None]
+
+
+@triton.jit
 def _attend(
     qkv,
     keys,
     values,
+    table,
     slots,
     positions,
     shares,
     scales,
     temperature,
-    length,
+    room,
     window,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -159,13 +180,14 @@ def _attend(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """One program: one share of the keys of one KV head, for all query heads that read it.
 
     With one share it writes the answer, else the share's own mean of the values and the logarithm
-    of its weight. Keys beyond the row's own are masked, never read: a free slot may hold anything.
+    of its weight. Keys beyond the row's own are masked, never read: they may be anybody's.
     """
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position = tl.load(slots + row), tl.load(positions + row)
@@ -182,7 +204,7 @@ def _attend(
     head = kv_head * per_head + group
     q_place = (row.to(tl.int64) * COLUMNS + head[:, None]) * DIM + columns[None, :]
     q = tl.load(qkv + q_place, mask=in_group[:, None] & in_dim[None, :], other=0.0)
-    base = (slot.to(tl.int64) * KV_HEADS + kv_head) * length * DIM
+    own = table + slot.to(tl.int64) * room
 
     most = tl.full((GROUP,), LOWEST, tl.float32)
     weight = tl.zeros((GROUP,), tl.float32)
@@ -190,7 +212,7 @@ def _attend(
     for first in range(begin, end, KEYS):
         place = first + tl.arange(0, KEYS)
         seen = place < end
-        offsets = base + place[:, None] * DIM + columns[None, :]
+        offsets = _offsets(own, place, seen, kv_head, KV_HEADS, PAGE, DIM) + columns[None, :]
         inside = seen[:, None] & in_dim[None, :]
         k = tl.load(keys + offsets, mask=inside, other=0.0)
         v = tl.load(values + offsets, mask=inside, other=0.0)
@@ -239,16 +261,18 @@ def _attend_chunk(
     qkv,
     keys,
     values,
+    table,
     tiles,
     out,
     temperature,
-    length,
+    room,
     window,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -261,7 +285,7 @@ def _attend_chunk(
     filled = (query < alive)[:, None] & in_dim[None, :]
     q_place = ((row + query[:, None]) * COLUMNS + head) * DIM + columns[None, :]
     q = tl.load(qkv + q_place, mask=filled, other=0.0)
-    base = (slot * KV_HEADS + head // (HEADS // KV_HEADS)) * length * DIM
+    row_pages, kv_head = table + slot * room, head // (HEADS // KV_HEADS)
     own = position + query  # the position of each query
     stop = tl.where(slot >= 0, position + alive, 0)
 
@@ -270,8 +294,9 @@ def _attend_chunk(
     mean = tl.zeros((QUERIES, BLOCK), tl.float32)
     for first in range(tl.maximum(position + 1 - window, 0), stop, KEYS):
         place = first + tl.arange(0, KEYS)
-        offsets = base + place[:, None] * DIM + columns[None, :]
-        inside = (place < stop)[:, None] & in_dim[None, :]
+        there = place < stop
+        offsets = _offsets(row_pages, place, there, kv_head, KV_HEADS, PAGE, DIM) + columns[None, :]
+        inside = there[:, None] & in_dim[None, :]
         k = tl.load(keys + offsets, mask=inside, other=0.0)
         v = tl.load(values + offsets, mask=inside, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * temperature

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from serving.engine.kv_pages import LayerPages
+
 
 def rotate_and_store(
     qkv: torch.Tensor,
@@ -14,8 +16,7 @@ def rotate_and_store(
     sin: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    pages: LayerPages,
     lora: torch.Tensor | None = None,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
@@ -23,12 +24,11 @@ def rotate_and_store(
     """Add lora to qkv, rotate its queries in place, put rotated keys and values into the cache.
 
     qkv and lora [rows, heads + 2 · kv_heads, dim], dense; cos and sin float32 [length, dim / 2];
-    slots and positions int32 [rows]; keys and values [slots, kv_heads, length, dim], one layer's. A
-    row of slot -1 is dead and writes nothing to the cache. `norms` are the weights of Qwen3's query
-    and key norms.
+    slots and positions int32 [rows]. A row of slot -1 is dead and writes nothing to the cache.
+    `norms` are the weights of Qwen3's query and key norms.
     """
     rows, columns, dim = qkv.shape
-    kv_heads, length = keys.shape[1], keys.shape[2]
+    _, kv_heads, size, _ = pages.keys.shape
     query_norm, key_norm = norms or (None, None)
     _rotate_and_store[(rows, columns)](
         qkv,
@@ -36,17 +36,19 @@ def rotate_and_store(
         sin,
         slots,
         positions,
-        keys,
-        values,
+        pages.keys,
+        pages.values,
+        pages.table,
         lora,
         query_norm,
         key_norm,
         eps,
-        length,
+        pages.table.shape[1],
         HEADS=columns - 2 * kv_heads,
         KV_HEADS=kv_heads,
         DIM=dim,
         BLOCK=triton.next_power_of_2(dim // 2),
+        PAGE=size,
         NORM=norms is not None,
     )
 
@@ -60,15 +62,17 @@ def _rotate_and_store(
     positions,
     keys,
     values,
+    table,
     lora,
     query_norm,
     key_norm,
     eps,
-    length,
+    room,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     NORM: tl.constexpr,
 ):
     """One program a head of a row; a head is two halves that rotate into each other."""
@@ -99,7 +103,9 @@ def _rotate_and_store(
         tl.store(source + half, second.to(kind), mask=inside)
     else:
         kv_head = (head - HEADS) % KV_HEADS
-        place = ((slot.to(tl.int64) * KV_HEADS + kv_head) * length + position) * DIM + low
+        entry = table + slot.to(tl.int64) * room + position // PAGE
+        page = tl.load(entry, mask=slot >= 0, other=0).to(tl.int64)
+        place = ((page * KV_HEADS + kv_head) * PAGE + position % PAGE) * DIM + low
         alive = inside & (slot >= 0)
         cache = keys if head < HEADS + KV_HEADS else values
         tl.store(cache + place, first.to(kind), mask=alive)
