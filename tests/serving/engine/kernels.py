@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,11 @@ import triton
 
 from serving.engine.kv_cache import BLOCK, blocks_of
 from serving.engine.kv_pages import LayerPages
+from serving.engine.linear import Linear
 from serving.engine.ops.triton import attention, lora
+from serving.engine.spec import ModelSpec
+from serving.engine.triton_model import TritonModel
+from serving.engine.weights import read_weights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # It asks numpy for the only number of an array [1], which numpy gives up to 2.3.
@@ -39,6 +44,14 @@ def share_out_to_few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention, "PROGRAMS", 1)
         for height, shares in lora.SHARES.items():
             monkeypatch.setitem(lora.SHARES, height, replace(shares, walkers=2, rank_programs=1))
+
+
+def read_triton(base: Path, device: torch.device, length: int) -> TritonModel:
+    """Read a base for the Triton operators, also where the engine would not take them."""
+    spec = ModelSpec.read(base)
+    with torch.inference_mode():
+        weights = read_weights(base, spec, torch.float32, device, Linear)
+        return TritonModel(spec, weights, length)
 
 
 def in_pages(keys: torch.Tensor, values: torch.Tensor) -> LayerPages:

@@ -19,14 +19,10 @@ from serving.engine.build import Parts, assemble, read_model
 from serving.engine.engine import TorchEngine
 from serving.engine.kv_cache import BLOCK
 from serving.engine.kv_pages import KVPages
-from serving.engine.linear import Linear
 from serving.engine.model_runner import ModelRunner
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Running
 from serving.engine.settings import EngineSettings
-from serving.engine.spec import ModelSpec
-from serving.engine.triton_model import TritonModel
-from serving.engine.weights import read_weights
 from tests import tiny
 from tests.serving.engine.driving import (
     Folders,
@@ -37,7 +33,13 @@ from tests.serving.engine.driving import (
     request,
     run_all,
 )
-from tests.serving.engine.kernels import new_nan, of_pages, on_every_device, share_out_to_few
+from tests.serving.engine.kernels import (
+    new_nan,
+    of_pages,
+    on_every_device,
+    read_triton,
+    share_out_to_few,
+)
 
 BOUND = 1e-4
 LENGTH = 64
@@ -60,11 +62,9 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 def triton_parts(
     base: Path, folders: Folders, device: torch.device, settings: EngineSettings = SETTINGS
 ) -> Parts:
-    """Return an engine's parts around the Triton model, also where the engine would not take it."""
-    spec = ModelSpec.read(base)
+    """Return an engine's parts around the Triton model."""
+    model = read_triton(base, device, settings.max_model_len or LENGTH)
     with torch.inference_mode():
-        weights = read_weights(base, spec, torch.float32, device, Linear)
-        model = TritonModel(spec, weights, settings.max_model_len or LENGTH)
         return assemble(model, folders, replace(settings, device=device.type))
 
 
