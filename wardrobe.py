@@ -181,12 +181,14 @@ def serve(
     # A thread of torch's that waits for work keeps its core for milliseconds unless it is told
     # otherwise before torch is imported; the event loop, or the load of an adapter, needs it now.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from serving.api.files import raise_file_limit
     from serving.api.hosts import AllowedHost
     from serving.api.listener import listen
     from serving.api.settings import ServerSettings
     from serving.engine.settings import EngineSettings
     from serving.experiments.webhook import Webhook
 
+    raise_file_limit()
     settings = ServerSettings(
         host=host,
         port=port,

@@ -58,7 +58,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "kasa_config": ((None,), "KaSA changes the base weights and is not servable"),
     "velora_config": ((None,), "VeLoRA is not servable yet"),
     "monteclora_config": ((None,), "MonteCLoRA is not servable"),
-    "ensure_weight_tying": ((False,), "tied adapter weights are not servable yet"),
     "megatron_config": ((None,), "it imports code; adapters may not"),
     "megatron_core": ((None, "megatron.core"), "it names a module to import; adapters may not"),
     "auto_mapping": (
@@ -264,6 +263,7 @@ CHECKS: dict[str, Check] = {
     "use_dora": one_of(True, False),
     "bias": one_of("none", "all", "lora_only"),
     "lora_bias": one_of(True, False),
+    "ensure_weight_tying": one_of(True, False),
     "modules_to_save": layer_names,
     "trainable_token_indices": token_indices,
     "target_modules": target_names,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from registry.config import check_config, plain_key
 from registry.errors import Refused
+from registry.parts import MATRICES
 
 Number = TypeVar("Number", int, float)
 
@@ -38,6 +39,7 @@ class AdapterConfig:
     bias: str = "none"  # or the biases of the base that were trained: all, or lora_only
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()  # trained in full
+    ensure_weight_tying: bool = False  # `with_ties` writes out what it means
     # ids of the tokens with embeddings of their own, or embed_tokens and lm_head → ids
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
 
@@ -67,6 +69,7 @@ class AdapterConfig:
             bias=raw.get("bias", "none"),
             lora_bias=raw.get("lora_bias", False),
             modules_to_save=tuple(n for n in _listed(raw.get("modules_to_save")) if n),
+            ensure_weight_tying=raw.get("ensure_weight_tying", False),
             token_indices=_token_indices(raw.get("trainable_token_indices")),
         )
 
@@ -121,9 +124,22 @@ class AdapterConfig:
         """Tell whether peft would train this module in full: it compares how names end."""
         return module.endswith(self.modules_to_save)
 
+    @property
+    def ties(self) -> bool:
+        """Tell whether peft trains embedding and head as one where the base has one for both."""
+        return self.ensure_weight_tying and any(map(_is_matrix, self.modules_to_save))
+
+    def with_ties(self) -> "AdapterConfig":
+        """Name both, as peft saves both of one that `ties` on a base whose head is its embedding.
+
+        Without `ensure_weight_tying` peft then reads the same numbers into one copy for each.
+        """
+        others = (name for name in self.modules_to_save if not _is_matrix(name))
+        return replace(self, modules_to_save=(*others, *MATRICES), ensure_weight_tying=False)
+
     def resolved(self, base_id: str, modules: Collection[str]) -> "AdapterConfig":
         """Name the base by its logical id and write out what was not a plain list of names."""
-        plain = replace(self, base_id=base_id)
+        plain = replace(self, base_id=base_id, ensure_weight_tying=False)
         indirect = self.targets_regex is not None or self.excludes_regex is not None
         if not (indirect or self.exclude_modules or self.layers_to_transform):
             return plain
@@ -201,6 +217,10 @@ def endings(module: str) -> set[str]:
     """Return a name and what follows each of its dots, as peft compares names with."""
     parts = module.split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _is_matrix(name: str) -> bool:
+    return name.rpartition(".")[2] in [matrix.rpartition(".")[2] for matrix in MATRICES]
 
 
 def _plain(number: float) -> float:

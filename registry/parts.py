@@ -7,12 +7,13 @@ an embedding or a head of its own, as large as the base's.
 
 import re
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import TypeVar
 
 from registry.architectures import LLAMA_FAMILY, read_base_config
 from registry.base import BaseModel
 from registry.errors import Problem
-from registry.tensors import Tensor, read_folder
+from registry.tensors import Tensor, read_chunks, read_folder
 
 T = TypeVar("T")
 Parts = Mapping[str, Mapping[str, T]]  # module → part → tensor; module "": the whole adapter
@@ -90,7 +91,7 @@ def check_parts(
             problems += _check_tokens(tensor, ids, base)
         else:
             problems += _check_prompt(tensor, kind, model, base)
-    return problems + _check_twice(parts, base)
+    return problems + _check_twice(parts, model)
 
 
 def _check_outputs(
@@ -144,9 +145,31 @@ def _check_matrix(tensor: Tensor, wanted: tuple[int, ...]) -> list[Problem]:
     return _check_shape(tensor, wanted)
 
 
-def _check_twice(parts: Parts[Tensor], base: Mapping[str, Tensor]) -> list[Problem]:
+def is_tied(model: BaseModel) -> bool:
+    """Tell whether the head of a base is its embedding."""
+    said = read_base_config(model.path).get("tie_word_embeddings")
+    return bool(said) or f"{HEAD}.weight" not in read_folder(model.path)
+
+
+def check_one(parts: Parts[Tensor]) -> list[Problem]:
+    """Return what is wrong with embedding and head that were trained as one.
+
+    Everything else about them must have been checked.
+    """
+    embedding, head = (parts[module]["weight"] for module in MATRICES)
+    pieces = zip_longest(read_chunks(embedding), read_chunks(head))
+    if embedding.dtype == head.dtype and all(one == other for one, other in pieces):
+        return []
+    text = (
+        f"ensure_weight_tying=True, but {head.name} is not {embedding.name}: peft loads only one. "
+        "Save the adapter with peft again."
+    )
+    return [("config_invalid", text)]
+
+
+def _check_twice(parts: Parts[Tensor], model: BaseModel) -> list[Problem]:
     trained = {module for module in MATRICES if "tokens" in parts.get(module, {})}
-    if EMBEDDING in trained and f"{HEAD}.weight" not in base:
+    if EMBEDDING in trained and is_tied(model):
         trained.add(HEAD)
     return [
         ("config_invalid", f"{module} is trained in full and by its tokens; peft loads only one.")

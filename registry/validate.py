@@ -26,7 +26,7 @@ from registry.contents import (
 from registry.errors import BaseMismatch, Problem, Refused, refused
 from registry.jsonfile import read_object
 from registry.lora import AdapterConfig, endings
-from registry.parts import MATRICES, Parts, check_parts, sort_parts
+from registry.parts import MATRICES, Parts, check_one, check_parts, is_tied, sort_parts
 from registry.tensors import ADAPTER_BOUNDS, Tensor, largest_magnitudes, read_header
 from registry.upload import ALLOWED
 from registry.vectors import AnyConfig, VectorConfig, parse_config
@@ -94,6 +94,7 @@ def _validate_adapter(
     if card is None or config is None or tensors is None:
         raise _refusal(problems)
     model = bases.get(base_id(config, card, base))
+    as_read, config = config, _with_ties(config, model)
     problems += _check_structure(card, model)
     problems += _check_allowed(config, parts)
     problems += check_parts(_allowed(config, parts), config.tokens, config.peft_type, model)
@@ -104,6 +105,8 @@ def _validate_adapter(
             problems += _check_shapes(module, config, tensors, model)
     # Values are read last: only a file whose every size is right is worth a pass over its bytes.
     value_problems, warnings = ([], []) if problems else _check_values(folder, tensors)
+    if config is not as_read and not problems:
+        value_problems += check_one(parts)
     if problems := problems + value_problems:
         raise _refusal(problems)
     warnings += _base_warning(config, model)
@@ -137,6 +140,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> AnyConfig:
     return parse_config(read_object(folder / CONFIG_NAME, ALLOWED[CONFIG_NAME]))
+
+
+def _with_ties(config: AnyConfig, model: BaseModel) -> AnyConfig:
+    if isinstance(config, AdapterConfig) and config.ties and is_tied(model):
+        return config.with_ties()
+    return config
 
 
 def base_id(config: AnyConfig | None, card: dict[str, Any], given: str | None) -> str:

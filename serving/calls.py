@@ -15,6 +15,7 @@ _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
 _HEAD_PIECES = re.compile(r"(?:[a-zA-Z0-9_\- \t\r\n]|\[CALL_ID\]|\[ARGS\])*")
 _HEAD = re.compile(r"\s*([a-zA-Z0-9_-]{1,64})(?:\[CALL_ID\][a-zA-Z0-9_-]{1,64})?\[ARGS\]\s*")
 _MAX_HEAD = 256  # characters
+_PORTION = 512  # characters: what is left of a portion is copied at each call in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,10 @@ class CallParser:
 
     def push(self, text: str) -> list[Event]:
         """Return what this text adds. Text that may become a call is held back."""
-        self._text += text
-        while self._text and self._read():
-            pass
+        for start in range(0, len(text), _PORTION):
+            self._text += text[start : start + _PORTION]
+            while self._text and self._read():
+                pass
         return self._take()
 
     def finish(self) -> list[Event]:
@@ -293,17 +295,20 @@ class _NamedCall(_CallObject):
         read = pieces.end() if pieces else 0
         self._head += text[:read]
         rest = text[read : read + len(_CALL_ID)]
-        if rest.startswith("{") and (found := _HEAD.fullmatch(self._head)):
+        if len(self._head) > _MAX_HEAD:
+            self.over = True
+        elif rest.startswith("{") and (found := _HEAD.fullmatch(self._head)):
             self._outside = 1
             super().read(f'{{"name": "{found[1]}", "{self._argument_keys[0]}": ')
         elif rest and not _CALL_ID.startswith(rest) and not _ARGS.startswith(rest):
             self.over = True
-        self.over = self.over or len(self._head) > _MAX_HEAD
         return read
 
 
 def _string(text: str) -> str | None:
     """Return the JSON string that this text is, or None."""
+    if not text.startswith('"'):
+        return None  # unread: lists in lists without end are too deep for a parser
     try:
         value: Any = json.loads(text)
     except ValueError:

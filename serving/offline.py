@@ -22,24 +22,25 @@ from serving.engine.engine import TorchEngine
 from serving.engine.settings import EngineSettings
 
 CONCURRENT = 64  # enough to fill a batch, few enough for any waiting queue
-RUNNING = 2  # engines held at once: a base and one full fine-tune
 
 
 class OfflineEngines:
-    """Answers lists of prompts on an engine for each model, started when it is first asked.
+    """Answers lists of prompts on an engine of the model that is asked, kept for the next list.
 
-    At most `RUNNING` are held; the one that was not asked for longest makes room. `close` ends
-    them all.
+    An engine takes its share of the whole machine, so there is one at a time: it ends when another
+    model is asked, and with `close`.
     """
 
     def __init__(self, settings: EngineSettings | None = None) -> None:
         self._settings = settings
-        self._engines: dict[str, TorchEngine] = {}  # by fingerprint, the last asked at the end
+        self._engine: TorchEngine | None = None
+        self._fingerprint = ""  # of the engine's model
         self._folders: dict[str, Path] = {}  # digest → adapter folder
 
     def close(self) -> None:
-        while self._engines:
-            self._close_oldest()
+        if self._engine is not None:
+            asyncio.run(self._engine.aclose())
+        self._engine = None
 
     def answer(
         self,
@@ -56,28 +57,22 @@ class OfflineEngines:
         """
         refs = {folder: self._ref(folder) for _, folder in asks if folder is not None}
         pairs = [(prompt, refs[folder] if folder else None) for prompt, folder in asks]
-        return generate_all(self._engine(model), pairs, max_new_tokens, done)
+        return generate_all(self._engine_of(model), pairs, max_new_tokens, done)
 
     def _ref(self, folder: Path) -> AdapterRef:
         digest = digest_adapter(folder)
         self._folders[digest] = folder
         return AdapterRef(digest, folder.name)
 
-    def _engine(self, model: BaseModel) -> TorchEngine:
-        engine = self._engines.pop(model.fingerprint, None)
-        if engine is None:
-            while len(self._engines) >= RUNNING:
-                self._close_oldest()
-            engine = TorchEngine.create(model, self._fetch, self._settings)
-        self._engines[model.fingerprint] = engine
-        return engine
+    def _engine_of(self, model: BaseModel) -> TorchEngine:
+        if self._engine is None or self._fingerprint != model.fingerprint:
+            self.close()
+            self._engine = TorchEngine.create(model, self._fetch, self._settings)
+            self._fingerprint = model.fingerprint
+        return self._engine
 
     def _fetch(self, ref: AdapterRef) -> Path:
         return self._folders[ref.digest]
-
-    def _close_oldest(self) -> None:
-        oldest = next(iter(self._engines))
-        asyncio.run(self._engines.pop(oldest).aclose())
 
 
 def digest_adapter(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """What PEFT can save, one adapter of each kind: the rows of the table in docs/peft.md."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from tests import tiny
 
 Outcome = Literal["worn", "converted", "refused"]
 BASE_ID = "acme/tiny"
+FEW = [90, *range(50)]  # tokens
 SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
@@ -34,7 +36,8 @@ class Case:
 
 def lora(**options: Any) -> Callable[[], PeftConfig]:
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": SOME}
-    return lambda: LoraConfig(task_type="CAUSAL_LM", **(defaults | options))
+    # Copied, because PEFT adds to the lists.
+    return lambda: LoraConfig(task_type="CAUSAL_LM", **deepcopy(defaults | options))
 
 
 def other(kind: str, **options: Any) -> Callable[[], PeftConfig]:
@@ -141,8 +144,28 @@ BESIDE = [
         "`modules_to_save` of the embedding, `trainable_token_indices` of the head",
         "worn",
         "each its own",
+        lora(modules_to_save=["embed_tokens"], trainable_token_indices={"lm_head": FEW}),
+        noise=0.2,
+    ),
+    Case(
+        "`ensure_weight_tying`, the embedding saved",
+        "worn",
+        "on a tied base PEFT saves it as the head, too; elsewhere the head stays the base's",
+        lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    Case(
+        "`ensure_weight_tying`, the head and norms saved",
+        "worn",
+        "on a tied base PEFT saves it as the embedding, too",
+        lora(modules_to_save=["model.norm", "lm_head"], ensure_weight_tying=True),
+    ),
+    Case(
+        "`ensure_weight_tying`, `trainable_token_indices`",
+        "worn",
+        "as without it",
         lora(
-            modules_to_save=["embed_tokens"], trainable_token_indices={"lm_head": [90, *range(50)]}
+            trainable_token_indices={"embed_tokens": FEW, "lm_head": FEW},
+            ensure_weight_tying=True,
         ),
         noise=0.2,
     ),

@@ -49,7 +49,9 @@ OTHERS_IN_FLOAT32 = [
 REFUSED = [case for case in CASES if case.outcome == "refused"]
 SAVED = [case for case in WORN if "modules_to_save" in case.title]
 MATRICES = [case for case in SAVED if "embedding" in case.title or "head" in case.title]
-UNTIED = [*SAVED, *(case for case in WORN if "token" in case.title and case not in SAVED)]
+TOKENS = [case for case in WORN if "token" in case.title or "tying" in case.title]
+TIED = [case for case in WORN if "tying" in case.title]
+UNTIED = [*SAVED, *(case for case in TOKENS if case not in SAVED)]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -239,6 +241,30 @@ def test_it_is_the_saved_embedding_and_head_that_answer(
         oracle = Oracle(wardrobe.base.path, folder)
         assert oracle.largest_error(prompt_of(case.title), results[case.title]) > 100 * BOUND
     assert matrices
+
+
+@pytest.mark.parametrize("case", TIED, ids=titled)
+def test_tied_matrices_are_stored_as_peft_reads_them_without_a_tie(
+    case: Case, wardrobe: Wardrobe, results: dict[str, Result], tmp_path: Path
+) -> None:
+    stored = wardrobe.registry.read_files(wardrobe.refs[case.title])
+    assert b"tying" not in stored.config
+    (tmp_path / "adapter_config.json").write_bytes(stored.config)
+    (tmp_path / "adapter_model.safetensors").write_bytes(stored.weights)
+    oracle = Oracle(wardrobe.base.path, tmp_path)
+    assert oracle.largest_error(prompt_of(case.title), results[case.title]) < BOUND
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(
+    wardrobe: Wardrobe, tmp_path: Path
+) -> None:
+    """PEFT reads both into one matrix, and the last one stays."""
+    folder = shutil.copytree(wardrobe.saved[TIED[0].title], tmp_path / "other")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(Refused, match="peft loads only one"):
+        wardrobe.push(folder)
 
 
 def test_rows_of_the_base_beside_them_are_the_base(

@@ -16,17 +16,20 @@ def delta_of(event: Event) -> dict[str, Any]:
         return {"content": event}
     if not event.name:
         return {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}
-    return {"tool_calls": [{"index": event.index, **_call(event)}]}
+    return {"tool_calls": [{"index": event.index, **_call(event.name, event.arguments)}]}
 
 
 def message_of(events: Sequence[Event]) -> dict[str, Any]:
     """Return the fields of a whole message; `tool_calls` only where there are any."""
-    calls: list[dict[str, Any]] = []
+    names: list[str] = []
+    arguments: list[list[str]] = []  # in pieces: a sum would be copied for each
     for event in events:
         if isinstance(event, CallDelta) and event.name:
-            calls.append(_call(event))
-        elif isinstance(event, CallDelta):
-            calls[event.index]["function"]["arguments"] += event.arguments
+            names.append(event.name)
+            arguments.append([])
+        if isinstance(event, CallDelta):
+            arguments[event.index].append(event.arguments)
+    calls = [_call(name, "".join(pieces)) for name, pieces in zip(names, arguments, strict=True)]
     content = "".join(event for event in events if isinstance(event, str))
     return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
 
@@ -35,8 +38,8 @@ def finish_reason(reason: str, called: bool) -> str:
     return "tool_calls" if called and reason == "stop" else reason
 
 
-def _call(event: CallDelta) -> dict[str, Any]:
+def _call(name: str, arguments: str) -> dict[str, Any]:
     # Nine letters and digits: what Mistral's templates insist on when it comes back as history.
     new_id = "".join(secrets.choice(_ID_LETTERS) for _ in range(9))
-    function = {"name": event.name, "arguments": event.arguments}
+    function = {"name": name, "arguments": arguments}
     return {"id": new_id, "type": "function", "function": function}

@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from registry.adapter import AdapterName, Selector
 from registry.base import BaseModel
@@ -21,7 +22,9 @@ from serving.engine.boundary import (
     GenerateRequest,
     SamplingParams,
 )
+from serving.engine.budgets import within_memory
 from serving.engine.engine import TorchEngine
+from serving.engine.settings import EngineSettings
 from serving.experiments.experiment import Arm
 from serving.offline import Output, run_all
 from serving.prompt import put_before
@@ -35,6 +38,8 @@ from serving.shadow.store import Comparisons
 from serving.tokens import PromptTooLong, TemplateRefused, Tokens
 
 SAVE_EVERY = 16  # pairs in one transaction
+RUNNING = 8  # at once: a quarter of what a server runs
+PART = 4
 
 
 def replay_all(
@@ -70,7 +75,7 @@ def replay_all(
         )
     )
     with closing(Tokens(base.path)) as tokens:
-        engine = TorchEngine.create(base, registry.read_files)
+        engine = TorchEngine.create(base, registry.read_files, settings_beside_server(base))
         try:
             routes = [_route(registry, arm, base) for arm in arms]
             replay = Replay(comparison, store, engine, tokens, routes, max_tokens)
@@ -80,6 +85,17 @@ def replay_all(
         finally:
             asyncio.run(engine.aclose())
     return store.stop(comparison, "done"), skipped
+
+
+def settings_beside_server(base: BaseModel) -> EngineSettings:
+    """Return how a replay's engine runs: a server may have its share of the same memory.
+
+    It takes a quarter of what it would take alone, for a quarter of the sequences. Adapters are two
+    at most, and take memory as they come. Raises EngineUnavailable.
+    """
+    alone = within_memory(base, EngineSettings(max_running=RUNNING))
+    sizes = {name: getattr(alone, name) for name in ("kv_cache_bytes", "prefix_cache_bytes")}
+    return replace(alone, **{name: size and size // PART for name, size in sizes.items()})
 
 
 def _route(registry: Registry, arm: Arm, base: BaseModel) -> Route:

@@ -2,8 +2,11 @@
 
 import random
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from serving.calls import (
     FORMATS,
@@ -17,6 +20,13 @@ from serving.calls import (
 )
 
 TOOLS = frozenset({"f", "g"})
+# What outputs of all formats are made of, whole and in parts.
+BITS = [
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>"),
+    *('{"name": "f"', '"arguments"', '"parameters"', ": ", ", ", "{", "}", "[", "]", ";", "f"),
+    *(" ", "\n", " " * 300, "f" * 60, '"', "\\", "<tool_", "call>", "[TOOL", "x" * 600, "é"),
+    *('{"name": "f", "arguments": {"a": 1}}', "f[ARGS]{", '"name": "g"', "[CALL_ID]abc[ARGS]"),
+]
 Found = tuple[str, list[tuple[str, str]]]
 
 
@@ -173,36 +183,75 @@ def test_arguments_come_while_they_are_written() -> None:
     assert (more.index, more.name, more.arguments) == (0, "", "rlin")
 
 
+@given(
+    st.sampled_from(FORMATS),
+    st.lists(st.sampled_from(BITS), max_size=20).map("".join),
+    st.lists(st.integers(0, 2**16), max_size=10),
+)
+@example(MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS]" + " " * 300 + "{}", [])
+def test_where_an_output_is_cut_changes_nothing(
+    form: CallFormat, text: str, places: list[int]
+) -> None:
+    cuts = sorted({place % (len(text) + 1) for place in places})
+    found = parse(form, text)
+    assert parse(form, text, cuts) == found
+    assert parse(form, text, range(1, len(text))) == found
+
+
+@pytest.mark.parametrize("cut", [1, 64, 2**20], ids=["characters", "tokens", "at once"])
+def test_lists_in_lists_without_end_are_text(cut: int) -> None:
+    """Deeper than any parser of JSON goes."""
+    text = f'<tool_call>{{"name": {"[" * 100_000}{"]" * 100_000}}}'
+    assert parse(HERMES, text, range(cut, len(text), cut)) == (text, [])
+
+
+class Counted(str):
+    """Text that counts how many of its characters are looked at or copied."""
+
+    looked = 0
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        Counted.looked += len(self)
+        return super().partition(sep)
+
+    def lstrip(self, chars: str | None = None, /) -> str:
+        Counted.looked += len(self)
+        return super().lstrip(chars)
+
+    def __getitem__(self, key: SupportsIndex | slice, /) -> str:
+        part = super().__getitem__(key)
+        Counted.looked += len(part)
+        return part
+
+
+class Watched(CallParser):
+    def __setattr__(self, name: str, value: object) -> None:
+        counted = Counted(value) if name == "_text" and isinstance(value, str) else value
+        super().__setattr__(name, counted)
+
+
+def looked_at(form: CallFormat, pieces: Sequence[str]) -> int:
+    """Return how many characters the parser looks at and copies, the same ones again, too."""
+    Counted.looked = 0
+    parser = Watched(form, TOOLS)
+    for piece in pieces:
+        parser.push(piece)
+    parser.finish()
+    return Counted.looked
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
     "piece",
     [
         *("{", '{"a":', " ", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>{", '"', "\\", "}"),
-        *("[TOOL_CALLS]f", "[TOOL_CALLS][ARGS", "[ARGS]"),
+        *("[TOOL_CALLS]f", "[TOOL_CALLS][ARGS", "[ARGS]", "[TOOL_CALLS]f[ARGS]{}"),
+        *('<tool_call>{"name":"f"}</tool_call>', '{"name":"f"};', '[TOOL_CALLS][{"name":"f"},'),
     ],
 )
 def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) -> None:
     """Each character is looked at a bounded number of times: counted, not timed."""
-    looked = 0
-
-    class Counted(str):
-        def partition(self, sep: str, /) -> tuple[str, str, str]:
-            nonlocal looked
-            looked += len(self)
-            return super().partition(sep)
-
-        def lstrip(self, chars: str | None = None, /) -> str:
-            nonlocal looked
-            looked += len(self)
-            return super().lstrip(chars)
-
-    class Watched(CallParser):
-        def __setattr__(self, name: str, value: object) -> None:
-            counted = Counted(value) if name == "_text" and isinstance(value, str) else value
-            super().__setattr__(name, counted)
-
-    parser = Watched(form, TOOLS)
-    for _ in range(2_000):
-        parser.push(piece)
-    parser.finish()
-    assert looked < 4 * 2_000 * (len(piece) + len(form.opening))
+    bound = 6 * (len(piece) + len(form.opening))
+    assert looked_at(form, [piece] * 2_000) < 2_000 * bound
+    once, long = (looked_at(form, [piece * count]) for count in (1_000, 4_000))
+    assert long < 5 * max(once, 1_000)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -78,9 +79,27 @@ def test_a_full_fine_tune_is_asked_as_a_model_of_its_own(
     others = [model_in(tiny.make_base(tmp_path / f"full-{n}", seed=n)) for n in (1, 2)]
     first = {m.id: engines.answer(m, [(PROMPT, None)], 8, lambda _: None) for m in [base, *others]}
     assert len({str(output) for output in first.values()}) == 3, "the models must differ"
-    for model in [*others, base, *others]:  # more than are held at once
+    for model in [*others, base, *others]:  # more than one is never held
         again = engines.answer(model, [(PROMPT, None)], 8, lambda _: None)
         assert again == first[model.id]
+
+
+def running_engines() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "engine-step"}
+
+
+def test_an_engine_ends_before_another_one_divides_the_memory(
+    engines: OfflineEngines, base: BaseModel, tmp_path: Path
+) -> None:
+    before, seen = running_engines(), set[threading.Thread]()
+    full = model_in(tiny.make_base(tmp_path / "full"))
+    for model, started in ((base, 1), (base, 1), (full, 2), (base, 3)):
+        engines.answer(model, [(PROMPT, None)], WORD, lambda _: None)
+        assert len(running_engines() - before) == 1
+        seen |= running_engines() - before
+        assert len(seen) == started, "the same model's is kept"
+    engines.close()
+    assert running_engines() <= before
 
 
 def test_an_adapter_that_cannot_be_worn_is_an_error_and_the_engine_goes_on(

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from registry.adapter import AdapterName
 from registry.base import Bases
 from registry.store import Registry
+from serving.engine import budgets
+from serving.engine.settings import EngineSettings
 from serving.logs.entry import Contents, LogSettings
 from serving.logs.store import Logs
 from serving.shadow import replay as shadow_replay
 from serving.shadow.asks import PromptsInvalid, Source
 from serving.shadow.comparison import Comparison
-from serving.shadow.replay import replay_all
+from serving.shadow.replay import replay_all, settings_beside_server
 from serving.shadow.report import describe
 from serving.shadow.store import Comparisons
 from tests import tiny
@@ -85,6 +88,22 @@ def test_both_versions_answer_every_prompt_and_are_compared(
     )
     home = b"".join(p.read_bytes() for p in (tmp_path / "home").rglob("*") if p.is_file())
     assert SECRET.encode() not in home
+
+
+def test_the_engine_has_room_beside_a_server_on_the_same_machine(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, base = 16 << 30, registry.bases.get("tiny/signature")
+    monkeypatch.setattr(budgets, "choose_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(budgets, "total_memory", lambda _: total)
+    server = budgets.within_memory(base, EngineSettings())
+    replay = settings_beside_server(base)
+    weights = budgets.weight_bytes(base.path, torch.float32)
+    served = sum(getattr(server, name) for name in budgets.SHARES)
+    replayed = sum(getattr(replay, name) for name in ("kv_cache_bytes", "prefix_cache_bytes"))
+    assert served + replayed + 2 * (weights + budgets.PROCESS) < total
+    room = [(each.kv_cache_bytes or 0) // each.max_running for each in (server, replay)]
+    assert room[0] == room[1] > 0
 
 
 def test_an_interrupted_replay_goes_on_where_it_was(
