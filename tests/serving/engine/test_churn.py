@@ -20,6 +20,7 @@ from serving.engine.compiled_model import CompiledModel
 from serving.engine.engine import TorchEngine
 from serving.engine.kv_cache import block_bytes
 from serving.engine.kv_slots import KVSlots
+from serving.engine.model import Model
 from serving.engine.model_runner import Forward
 from serving.engine.ops.native.target import Target
 from serving.engine.settings import DtypeName, EngineSettings

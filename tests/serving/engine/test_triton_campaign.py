@@ -106,7 +106,7 @@ def test_churn_over_few_slots_and_few_pages_gives_no_wrong_token(
     )
     counts = test_churn.churn(
         *(base, folders, settings),
-        requests=60,
+        requests=40,
         workers=16,
         lengths=test_churn.LONG[:-1],
         model=model,
