@@ -231,9 +231,10 @@ def _max_model_len(
         wanted = min(spec.context, max(1, fits // LENGTH_STEP) * LENGTH_STEP)
     if not 0 < wanted <= min(spec.context, fits):
         whom = "one sequence" if sharing == 1 else f"each of {sharing} sequences"
+        lower = "--max-model-len" if sharing == 1 else "--max-model-len or --max-running"
         raise EngineUnavailable(
             f"--max-model-len={wanted}: the base was made for {spec.context} tokens, and "
-            f"--kv-cache-memory={budget} holds {fits} of {whom}. Lower --max-model-len, or raise "
+            f"--kv-cache-memory={budget} holds {fits} tokens of {whom}. Lower {lower}, or raise "
             "--kv-cache-memory."
         )
     return wanted

@@ -84,7 +84,9 @@ class EngineCore:
         self.warming: dict[Warm, None] = {}
         self.counters = Counters()
         self._stirred = False  # a place was taken or freed since the last pass over the waiting
-        self._crowded = False  # in this pass, a request found no memory for its keys and values
+        # In this pass: whether a request found no memory for its keys and values, and who started.
+        self._crowded = False
+        self._started: set[Sequence] = set()
         self._unstored: dict[Sequence, None] = {}  # the prefix cache has not seen what they read
 
     @property
@@ -180,6 +182,7 @@ class EngineCore:
         events: list[Event] = []
         waiting = self.scheduler.waiting
         self._stirred = self._crowded = False
+        self._started.clear()
         self.residency.forget_unwanted(self._wanted())
         if not waiting and not self.warming:
             return events
@@ -247,19 +250,26 @@ class EngineCore:
     def _make_room(self, sequence: Sequence) -> bool:
         """Find memory for all tokens of a request that is to start, and what follows soon.
 
-        Paused requests lose theirs for it, and then those that give way to it.
+        Others lose theirs for it, but nobody who has started in this pass: tenants could take it
+        from each other in turn, and the pass would never end.
         """
         held, now = self.cache.held(sequence.kv_slot), blocks_of(len(sequence.tokens))
         others = sum(_soon(s, self.cache.held(s.kv_slot)) for s in self.scheduler.running)
         missing = now - held + _soon(sequence, now) + others - self.cache.free_blocks
-        givers = self.scheduler.givers(sequence) if missing > 0 else []
-        if missing > sum(self.cache.held(giver.kv_slot) for giver in givers):
+        gives: dict[Sequence, int] = {}
+        for giver in self.scheduler.givers(sequence) if missing > 0 else ():
+            if missing > sum(gives.values()) and giver not in self._started:
+                gives[giver] = self._gives(giver)
+        if missing > sum(gives.values()):
             return False
-        for giver in givers:
-            if missing > 0:
-                missing -= self.cache.held(giver.kv_slot)
-                self._take_memory(giver)
+        for giver in gives:
+            self._take_memory(giver)
         return True
+
+    def _gives(self, sequence: Sequence) -> int:
+        """Return the blocks that are free for others when a request is dropped."""
+        held = self.cache.held(sequence.kv_slot)
+        return held + (_soon(sequence, held) if sequence in self.scheduler.running else 0)
 
     def _with_room(self, rows: list[Row]) -> list[Row]:
         """Return the rows of a step that have memory for what they write.
@@ -275,10 +285,10 @@ class EngineCore:
     def _take_memory(self, sequence: Sequence) -> None:
         """Pause a request, if it runs, and forget its keys and values: it will read them again."""
         if sequence in self.scheduler.running:
-            self._pause(sequence, self.scheduler.pause(sequence))
-        if sequence in self.scheduler.parked:
-            self.scheduler.drop(sequence)
-            self._forget(sequence)
+            self._leave(sequence)
+            self.counters.paused += 1
+        self.scheduler.drop(sequence)
+        self._forget(sequence)
 
     def _lead(self, sequence: Sequence, adapter: AdapterRef) -> None:
         """Put the adapter's virtual tokens before the prompt. Raises RequestRefused."""
@@ -327,6 +337,7 @@ class EngineCore:
             sequence.share = self.residency.share(sequence.adapter)
             sequence.is_new = self.residency.is_new(sequence.adapter)
         self._stirred = True
+        self._started.add(sequence)
 
     def _write_prefix(self, sequence: Sequence) -> None:
         """Put learned keys and values into a new slot, unless they came from the prefix cache."""
@@ -419,8 +430,7 @@ class EngineCore:
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back the KV slot, clean."""
-        # All it ever wrote: a failed step may have written up to its last token.
-        self.cache.release(sequence.kv_slot, len(sequence.tokens))
+        self.cache.release(sequence.kv_slot)
         sequence.kv_slot = -1
 
 

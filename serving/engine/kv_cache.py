@@ -48,9 +48,9 @@ class KVCache(ABC):
             self._grow(slot, more)
         return True
 
-    def release(self, slot: int, used: int) -> None:
-        """Give a slot and its blocks back; its first `used` positions were written."""
-        self._clear(slot, used)
+    def release(self, slot: int) -> None:
+        """Give a slot and its blocks back."""
+        self._clear(slot)
         self.free_blocks += self._held[slot]
         self._held[slot] = 0
         heapq.heappush(self._free, slot)
@@ -89,7 +89,7 @@ class KVCache(ABC):
         """Find memory for the last `more` blocks that a slot holds."""
 
     @abstractmethod
-    def _clear(self, slot: int, used: int) -> None:
+    def _clear(self, slot: int) -> None:
         """Make what a slot holds ready for somebody else."""
 
 

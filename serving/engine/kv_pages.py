@@ -1,6 +1,6 @@
 """Keys and values in pages that lie anywhere, for operators that look each of them up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +8,8 @@ import torch
 
 from serving.engine.kv_cache import BLOCK, KVCache, blocks_of
 from serving.engine.spec import DecoderSpec
+
+PIECE = 64  # blocks that are gathered at once: the copy between takes memory, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +75,28 @@ class KVPages(KVCache):
         self.values[layer][pages, :, places] = values
 
     def copy_out(self, kept: torch.Tensor, blocks: Sequence[int], slot: int, first: int) -> bool:
-        there, here = self._places(slot, first, len(blocks)), self._numbers(blocks)
         finite = True
-        for half, whole in enumerate(self._whole):
-            copied = whole[:, there].flatten(3).transpose(0, 1)  # [blocks, layers, kv_heads, ..]
-            kept[here, half] = copied
-            finite = finite and bool(copied.isfinite().all())
+        for here, there in self._pieces(blocks, slot, first):
+            for half, whole in enumerate(self._whole):
+                copied = whole[:, there].flatten(3).transpose(0, 1)
+                kept[here, half] = copied
+                finite = finite and bool(copied.isfinite().all())
         return finite
 
     def copy_in(self, kept: torch.Tensor, blocks: Sequence[int], slot: int) -> None:
-        there, here = self._places(slot, 0, len(blocks)), self._numbers(blocks)
-        for half, whole in enumerate(self._whole):
-            whole.flatten(3)[:, there] = kept[here, half].transpose(0, 1)
+        for here, there in self._pieces(blocks, slot, 0):
+            for half, whole in enumerate(self._whole):
+                whole.flatten(3)[:, there] = kept[here, half].transpose(0, 1)
 
-    def _places(self, slot: int, first: int, count: int) -> torch.Tensor:
-        return self._numbers(self._pages[slot][first : first + count])
-
-    def _numbers(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.table.device)
+    def _pieces(
+        self, blocks: Sequence[int], slot: int, first: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield numbers of blocks and of the pages of a slot from block `first` on, PIECE each."""
+        pages = self._pages[slot][first : first + len(blocks)]
+        for start in range(0, len(blocks), PIECE):
+            pair = torch.tensor([blocks[start : start + PIECE], pages[start : start + PIECE]])
+            here, there = pair.to(self.table.device)
+            yield here, there
 
     def _grow(self, slot: int, more: int) -> None:
         pages = [self._unused.pop() for _ in range(more)]
@@ -98,6 +104,6 @@ class KVPages(KVCache):
         self._new |= zip(range(start, start + more), pages, strict=True)
         self._pages[slot] += pages
 
-    def _clear(self, slot: int, used: int) -> None:  # noqa: ARG002  # nobody reads what is left
+    def _clear(self, slot: int) -> None:  # nobody reads what is left
         self._unused += reversed(self._pages[slot])
         self._pages[slot].clear()

@@ -89,6 +89,6 @@ class KVSlots(KVCache):
                             give_back(head)
                 self._touched[slot] = held
 
-    def _clear(self, slot: int, used: int) -> None:
+    def _clear(self, slot: int) -> None:
         for whole in self._whole:
-            whole[:, slot, :, : blocks_of(used)].zero_()
+            whole[:, slot, :, : self._held[slot]].zero_()

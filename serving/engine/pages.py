@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = 2 << 20  # bytes of a large one
 # From <linux/mman.h>; mmap has no names for them.
-COLLAPSE, POPULATE_WRITE, NOHUGEPAGE = 25, 23, 15
+COLLAPSE, POPULATE_WRITE = 25, 23
 NORESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
 
@@ -39,8 +39,8 @@ def lazy_zeros(
     size = math.prod(shape) * dtype.itemsize
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (NORESERVE if scattered else 0)
     zeros = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(*shape)
-    if scattered:
-        _advise(zeros.data_ptr(), size, NOHUGEPAGE)
+    if scattered and hasattr(mmap, "MADV_NOHUGEPAGE"):
+        _advise(zeros.data_ptr(), size, mmap.MADV_NOHUGEPAGE)
     return zeros
 
 

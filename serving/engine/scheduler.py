@@ -126,23 +126,41 @@ class Scheduler:
         return dropped
 
     def drop(self, sequence: Sequence) -> None:
-        """Note that a paused request loses its keys and values."""
-        del self.parked[sequence]
+        """Note that a request loses its keys and values, and is paused by that if it runs."""
+        if sequence in self.running:
+            del self.running[sequence]
+            self._queue(sequence).put_back(sequence)
+        else:
+            del self.parked[sequence]
         sequence.computed = 0
 
     def givers(self, to: Sequence) -> list[Sequence]:
-        """Return whose keys and values a waiting request may have the memory of, in this order."""
-        parked = [sequence for sequence in self.parked if sequence is not to]
-        return [*sorted(parked, key=_is_normal), *self.yielding(to.request)]
+        """Return whose keys and values a waiting request may have the memory of, in this order.
+
+        Low ones come first, and in each class the paused ones. Those that run are `yielding`, and
+        so they would be after all before them have given theirs. Paused normal ones keep theirs
+        from a low one while anybody runs.
+        """
+        own, rows = to.request, self._rows(to.request.priority)
+        running: list[Sequence] = []
+        for sequence in self.yielding(own):
+            other = sequence.request
+            if other.priority == own.priority:
+                if rows[other.tenant] < rows[own.tenant] + 2:
+                    continue
+                rows[other.tenant] -= 1
+            running.append(sequence)
+        spares = own.priority == "low" and self.running
+        parked = [s for s in self.parked if s is not to and not (spares and _is_normal(s))]
+        return sorted([*parked, *running], key=_is_normal)
 
     def last(self) -> Sequence:
-        """Return who has to give memory when those that run have no more: a paused or low one.
+        """Return who has to give memory when those that run have no more.
 
-        Else it is the newest. So the first one that runs always goes on.
+        A low one, a paused one before those that run, and of these the newest; else a normal one,
+        in the same order. So of the normal ones that run the oldest always goes on.
         """
-        if self.parked:
-            return min(self.parked, key=_is_normal)
-        return min(reversed(self.running), key=_is_normal)
+        return min([*self.parked, *reversed(self.running)], key=_is_normal)
 
     def _victim(self, to: GenerateRequest) -> Sequence | None:
         """Return the newest low one, else the newest of whoever runs most."""

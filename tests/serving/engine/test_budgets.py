@@ -106,7 +106,7 @@ def test_an_engine_with_hardly_any_room_is_refused(
     tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine_with(2 * 31 * TINY_TOKEN, tiny_base, monkeypatch)
-    with pytest.raises(EngineUnavailable, match=r"=32: .* holds 16 of one sequence\. Lower "):
+    with pytest.raises(EngineUnavailable, match=r"=32: .* holds 16 tokens of one sequence\. "):
         started(tiny_base, tiny_folders)
     machine_with(0, tiny_base, monkeypatch)
     with pytest.raises(EngineUnavailable, match="--kv-cache-memory=1 holds 0"):
