@@ -52,7 +52,8 @@ def divide(settings: EngineSettings, total: int, weights: int) -> EngineSettings
     if left < 0:
         raise EngineUnavailable(_too_much(given, total, weights))
     open_ones = {name: part for name, part in SHARES.items() if name not in given}
-    return replace(settings, **{name: max(1, left // part) for name, part in open_ones.items()})
+    shares = {name: max(1, left // part) for name, part in open_ones.items()}
+    return replace(settings, **shares, shares=settings.shares | shares.keys())
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:

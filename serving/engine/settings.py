@@ -42,11 +42,17 @@ class EngineSettings:
     eighth of what the weights leave."""
     threads: int | None = None
     """CPU threads of one operator; None: torch decides."""
+    shares: frozenset[str] = frozenset()
+    """Fields that hold a share of the machine's memory, because nobody gave them; see `budgets`."""
 
     @property
     def kv_slots(self) -> int:
         """Sequences that can have keys and values at once: those that run, and some paused ones."""
         return self.max_running + self.max_running // 8
+
+    def is_given(self, field: str) -> bool:
+        """Tell whether somebody asked for the value of an optional field."""
+        return getattr(self, field) is not None and field not in self.shares
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_lora_rank"):
