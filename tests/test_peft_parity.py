@@ -126,7 +126,7 @@ def in_a_way(wardrobe: Wardrobe, way: str) -> dict[str, Result]:
 
 def run_mixed(wardrobe: Wardrobe, model: Forward, settings: EngineSettings) -> dict[str, Result]:
     """Run one request for every adapter, and as many for the base, in one batch."""
-    parts = assemble(model, wardrobe.registry.read_files, settings)
+    parts = assemble(model, wardrobe.registry.find_files, settings)
     titles = [*wardrobe.refs, *(f"base {title}" for title in wardrobe.refs)]
     random.Random(5).shuffle(titles)
     wanted = [ask(prompt_of(title), wardrobe.refs.get(title)) for title in titles]

@@ -17,7 +17,7 @@ from registry.errors import WardrobeError
 from registry.jsonfile import check_size, parse_object
 from registry.lora import AdapterConfig
 from registry.parts import Parts, sort_parts
-from registry.tensors import ADAPTER_BOUNDS, Tensor, header_of, parse_header
+from registry.tensors import ADAPTER_BOUNDS, Tensor, header_in, header_of, parse_header
 from registry.vectors import AnyConfig, parse_config
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.lora import HostAdapter, LoraLayout, Unfit, panel_offset
@@ -97,8 +97,7 @@ class AdapterReader:
         try:
             files = _read_files(source) if isinstance(source, Path) else source
             data = b"".join(files.weights)
-            header = header_of(data, Path(WEIGHTS_NAME), ADAPTER_BOUNDS)
-            plan = self._plan(files.config, header, len(data))
+            plan = self._plan(*_outline(AdapterFiles(files.config, [data])))
             tensors = _see(data, plan.parts) if plan.vectors or self.library is None else {}
             found = None
             if plan.vectors:
@@ -114,6 +113,22 @@ class AdapterReader:
         except Unfit as fault:
             raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
         return HostAdapter(ref.digest, plan.bucket, memory, vectors)
+
+    def measure(self, source: Path | AdapterFiles) -> int:
+        """Return the bytes that `read` takes at most: of the file, and of what it is converted to.
+
+        Of what is no adapter that can be worn, as `read` will say, it is those of the file.
+        """
+        try:
+            held = _held_bytes(source)
+        except OSError:
+            return 0
+        try:
+            plan = self._plan(*_outline(source))
+        except (WardrobeError, OSError, Unfit):
+            return held
+        # Torch unpacks the base's head beside it, and a GPU wants a copy in pages that stay.
+        return held + plan.most_bytes * (2 if self.library is None else 1)
 
     def _make_plan(self, config_file: bytes, header: bytes, size: int) -> _Plan:
         """Raises Unfit and Refused. What is wrong with an adapter is said each time."""
@@ -206,9 +221,30 @@ class AdapterReader:
 
 
 def _read_files(folder: Path) -> AdapterFiles:
+    return AdapterFiles(_read_config(folder), [(folder / WEIGHTS_NAME).read_bytes()])
+
+
+def _read_config(folder: Path) -> bytes:
     config = folder / CONFIG_NAME
     check_size(config, MAX_CONFIG_BYTES)
-    return AdapterFiles(config.read_bytes(), [(folder / WEIGHTS_NAME).read_bytes()])
+    return config.read_bytes()
+
+
+def _outline(source: Path | AdapterFiles) -> tuple[bytes, bytes, int]:
+    """Return the configuration, and the header and size of the weights. Raises Refused, OSError."""
+    name = Path(WEIGHTS_NAME)
+    if isinstance(source, AdapterFiles):
+        size = sum(map(len, source.weights))
+        return source.config, header_of(source.weights, size, name, ADAPTER_BOUNDS), size
+    size = (source / name).stat().st_size
+    return _read_config(source), header_in(source / name, size, ADAPTER_BOUNDS), size
+
+
+def _held_bytes(source: Path | AdapterFiles) -> int:
+    """Return what the weights of a file take while they are read: in pieces they are joined."""
+    if isinstance(source, Path):
+        return (source / WEIGHTS_NAME).stat().st_size
+    return sum(map(len, source.weights)) * (1 if len(source.weights) == 1 else 2)
 
 
 def _see(data: bytes, parts: Parts[Tensor]) -> Parts[torch.Tensor]:

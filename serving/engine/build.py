@@ -153,7 +153,9 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     loader = AdapterLoader(
         fetch,
         read,
-        _host_memory(settings, device),
+        reader.measure,
+        budget=_host_memory(settings, device),
+        room=_loading_memory(settings),
     )
     core = EngineCore(
         Scheduler(
@@ -225,6 +227,12 @@ def _host_memory(settings: EngineSettings, device: torch.device) -> int:
     if settings.adapter_host_memory is not None:
         return settings.adapter_host_memory
     return 0 if device.type == "cpu" else total_memory(torch.device("cpu")) // 8
+
+
+def _loading_memory(settings: EngineSettings) -> int:
+    """Return the bytes of adapters on their way; beside a GPU it is the host's memory."""
+    share = total_memory(torch.device("cpu")) // SHARES["loading_memory"]
+    return settings.loading_memory or share
 
 
 def _max_model_len(

@@ -35,6 +35,9 @@ class EngineSettings:
     adapter_host_memory: int | None = None
     """Bytes of converted adapters kept ready for slots; None: an eighth of the host's memory, but
     none on the CPU, where slots are in the same memory and hold all that is kept."""
+    loading_memory: int | None = None
+    """Bytes of adapters on their way to slots, with their files; one alone may take more. No option
+    sets it. None: a quarter of what the weights leave, beside a GPU of the host's memory."""
     kv_cache_bytes: int | None = None
     """Bytes for keys and values of all sequences; None: half of what the weights leave."""
     prefix_cache_bytes: int | None = None
@@ -61,7 +64,10 @@ class EngineSettings:
         for name in ("max_waiting", "adapter_host_memory", "prefix_cache_bytes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{option(name)}={getattr(self, name)}: must be 0 or more.")
-        optional = ("max_model_len", "adapter_memory", "adapter_slots", "kv_cache_bytes", "threads")
+        optional = (
+            *("max_model_len", "adapter_memory", "adapter_slots", "loading_memory"),
+            *("kv_cache_bytes", "threads"),
+        )
         for name in optional:
             value = getattr(self, name)
             if value is not None and value < 1:

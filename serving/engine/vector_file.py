@@ -171,7 +171,7 @@ def most_bytes(parts: Parts[Tensor], layout: LoraLayout, dtype: torch.dtype) -> 
     taken = 2 * 2 * layout.layers * outputs * FLOAT.itemsize  # scales and shifts; norms take less
     for own in parts.values():
         for part in own.keys() & ROWS.keys():
-            rows, *width = own[part].shape
+            rows, *width = own[part].shape or (1,)
             panels = -(-rows // PANEL)
             numbers = panels * PANEL * prod(width)
             taken += ROWS[part] * (numbers * dtype.itemsize + rows * IDS.itemsize)

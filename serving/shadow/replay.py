@@ -70,7 +70,7 @@ def replay_all(
         )
     )
     with closing(Tokens(base.path)) as tokens:
-        engine = TorchEngine.create(base, registry.read_files)
+        engine = TorchEngine.create(base, registry.find_files)
         try:
             routes = [_route(registry, arm, base) for arm in arms]
             replay = Replay(comparison, store, engine, tokens, routes, max_tokens)

@@ -37,7 +37,10 @@ def test_all_budgets_are_shares_of_what_the_weights_leave() -> None:
 def test_what_is_given_is_kept_and_the_others_share_the_rest() -> None:
     given = EngineSettings(kv_cache_bytes=8 * GIB, prefix_cache_bytes=0, adapter_host_memory=GIB)
     settled = divide(given, 16 * GIB, 2 * GIB)
-    assert [name for name in BUDGETS if not settled.is_given(name)] == ["adapter_memory"]
+    assert [name for name in BUDGETS if not settled.is_given(name)] == [
+        "adapter_memory",
+        "loading_memory",
+    ]
     assert settled.kv_cache_bytes == 8 * GIB
     assert settled.prefix_cache_bytes == 0
     assert settled.adapter_host_memory == GIB
