@@ -230,7 +230,7 @@ def serve(
         with open_registry(home) as registry:
             if auth and (key := ensure_operator_key(registry)):
                 out.print(f"operator key, shown only now: [bold]{key}[/]", highlight=False)
-            engine = TorchEngine.create(model, registry.read_files, engine_settings)
+            engine = TorchEngine.create(model, registry.find_files, engine_settings)
             serve_http(
                 listener,
                 settings,

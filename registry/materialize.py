@@ -56,17 +56,40 @@ class StoredFiles:
             raise _strange(self.folder / name, self.version)
 
 
-def read_files(version: Version, blobs: Blobs, parent: Path) -> StoredFiles:
-    """Return the adapter's files as `materialize` has them, unchecked, with their check."""
+@dataclass(frozen=True, slots=True)
+class FoundFiles:
+    """An adapter's two files, unread and unchecked: they say how much memory they will take."""
+
+    version: Version
+    folder: Path  # where they are
+    staging: Path | None  # or where, if nobody has looked at them yet
+
+    @property
+    def place(self) -> Path:
+        return self.staging or self.folder
+
+    def read(self) -> StoredFiles:
+        """Return their bytes, with their check. Raises IntegrityError where one is missing."""
+        try:
+            names = identity_files(self.version.files)
+            data = {name: (self.place / name).read_bytes() for name in names}
+        except FileNotFoundError as error:
+            self.give_up()
+            raise _strange(Path(error.filename), self.version) from error
+        return StoredFiles(self.version, data, self.folder, self.staging)
+
+    def give_up(self) -> None:
+        """Call it when nobody will read them."""
+        if self.staging:
+            shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def find_files(version: Version, blobs: Blobs, parent: Path) -> FoundFiles:
+    """Return where the adapter's files are, as `materialize` has them but for its check."""
     _check_record(version)
     folder = parent / version.digest
     staging = None if folder.exists() else _stage(version, blobs, folder, look=False)
-    try:
-        names = identity_files(version.files)
-        data = {name: ((staging or folder) / name).read_bytes() for name in names}
-    except FileNotFoundError as error:
-        raise _strange(Path(error.filename), version) from error
-    return StoredFiles(version, data, folder, staging)
+    return FoundFiles(version, folder, staging)
 
 
 def materialize(version: Version, blobs: Blobs, parent: Path) -> Path:

@@ -27,7 +27,7 @@ from registry.database import Closing, Database
 from registry.errors import Problem, StoreUnavailable, VersionNotFound, refused
 from registry.gate import pass_gate
 from registry.leftovers import sweep
-from registry.materialize import StoredFiles, export, materialize, read_files
+from registry.materialize import FoundFiles, export, find_files, materialize
 from registry.migrations import SCHEMA
 from registry.records import (
     Alias,
@@ -163,12 +163,12 @@ class Registry(Closing):
         """
         return materialize(self._adapter(ref), self._blobs, self.home / "versions")
 
-    def read_files(self, ref: AdapterRef) -> StoredFiles:
-        """Return the bytes of a version's adapter; they are to be checked before they are used.
+    def find_files(self, ref: AdapterRef) -> FoundFiles:
+        """Return the files of a version's adapter, to be read, and checked before they are used.
 
         Raises what `fetch` does, but for bytes that are not what they were: that the check does.
         """
-        return read_files(self._adapter(ref), self._blobs, self.home / "versions")
+        return find_files(self._adapter(ref), self._blobs, self.home / "versions")
 
     def materialized(self) -> int:
         """Return how many versions have their checked files in a folder, ready to be loaded."""

@@ -59,14 +59,23 @@ def read_header(path: Path, bounds: Bounds) -> dict[str, Tensor]:
     Raises Refused unless the tensors tile the file exactly: no overlap, hole or trailing byte.
     """
     size = path.stat().st_size
+    return parse_header(header_in(path, size, bounds), size, path, bounds)
+
+
+def header_in(path: Path, size: int, bounds: Bounds) -> bytes:
+    """Return the header of a file of `size` bytes. Raises Refused for one that is too long."""
     with path.open("rb") as file:
-        header = file.read(_header_length(file.read(8), size, path, bounds))
-    return parse_header(header, size, path, bounds)
+        return file.read(_header_length(file.read(8), size, path, bounds))
 
 
-def header_of(data: bytes, path: Path, bounds: Bounds) -> bytes:
-    """Return the header in the bytes of a whole file. Raises Refused for one that is too long."""
-    return data[8 : 8 + _header_length(data[:8], len(data), path, bounds)]
+def header_of(pieces: Iterable[bytes], size: int, path: Path, bounds: Bounds) -> bytes:
+    """Return what `header_in` does, from the bytes of the file, `size` in all, in pieces."""
+    start = b""
+    for piece in pieces:
+        start += piece[: 8 + bounds.header_bytes]
+        if len(start) >= 8 and len(start) >= 8 + _header_length(start[:8], size, path, bounds):
+            break
+    return start[8 : 8 + _header_length(start[:8], size, path, bounds)]
 
 
 def parse_header(data: bytes, size: int, path: Path, bounds: Bounds) -> dict[str, Tensor]:

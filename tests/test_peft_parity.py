@@ -128,7 +128,7 @@ def in_a_way(wardrobe: Wardrobe, way: str) -> dict[str, Result]:
 
 def run_mixed(wardrobe: Wardrobe, model: Forward, settings: EngineSettings) -> dict[str, Result]:
     """Run one request for every adapter, and as many for the base, in one batch."""
-    parts = assemble(model, wardrobe.registry.read_files, settings)
+    parts = assemble(model, wardrobe.registry.find_files, settings)
     titles = [*wardrobe.refs, *(f"base {title}" for title in wardrobe.refs)]
     random.Random(5).shuffle(titles)
     wanted = [ask(prompt_of(title), wardrobe.refs.get(title)) for title in titles]
@@ -247,7 +247,7 @@ def test_it_is_the_saved_embedding_and_head_that_answer(
 def test_tied_matrices_are_stored_as_peft_reads_them_without_a_tie(
     case: Case, wardrobe: Wardrobe, results: dict[str, Result], tmp_path: Path
 ) -> None:
-    stored = wardrobe.registry.read_files(wardrobe.refs[case.title])
+    stored = wardrobe.registry.find_files(wardrobe.refs[case.title]).read()
     assert b"tying" not in stored.config
     (tmp_path / "adapter_config.json").write_bytes(stored.config)
     (tmp_path / "adapter_model.safetensors").write_bytes(stored.weights)

@@ -1,5 +1,6 @@
 """PEFT files → a HostAdapter: the last check before weights of a stranger are computed with."""
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from registry.adapter import AdapterRef
 from registry.contents import CONFIG_NAME, WEIGHTS_NAME
@@ -18,7 +17,7 @@ from registry.errors import WardrobeError
 from registry.jsonfile import check_size, parse_object
 from registry.lora import AdapterConfig
 from registry.parts import Parts, sort_parts
-from registry.tensors import ADAPTER_BOUNDS, Tensor, header_of, parse_header
+from registry.tensors import ADAPTER_BOUNDS, Tensor, header_in, header_of, parse_header
 from registry.vectors import AnyConfig, parse_config
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.lora import HostAdapter, LoraLayout, Unfit, panel_offset
@@ -27,10 +26,11 @@ from serving.engine.ops.native.library import Library
 from serving.engine.pages import SpareMemory
 from serving.engine.slots import bucket_of
 from serving.engine.spec import LinearGroup
-from serving.engine.vector_file import BaseLayers, read_vectors
+from serving.engine.vector_file import BaseLayers, FileVectors, most_bytes, read_vectors
 
 MAX_CONFIG_BYTES = 1 << 20
 PLANS = 16  # kept; the adapters of a base are made by a few recipes
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,14 @@ class _Plan:
     modules: Sequence[_Module]  # in the order of their names
     bucket: int
     whole: bool  # every linear of the base is one of them
-    vectors: bool  # there is more than A and B
+    parts: Parts[Tensor]
     table: Any  # for the compiled operators
+    most_bytes: int  # of what it is converted to
+
+    @property
+    def vectors(self) -> bool:
+        """Tell whether there is more than A and B."""
+        return any(own.keys() - {"A", "B"} for own in self.parts.values())
 
 
 class AdapterReader:
@@ -91,22 +97,38 @@ class AdapterReader:
         try:
             files = _read_files(source) if isinstance(source, Path) else source
             data = b"".join(files.weights)
-            header = header_of(data, Path(WEIGHTS_NAME), ADAPTER_BOUNDS)
-            plan = self._plan(files.config, header, len(data))
-            tensors = load(data) if plan.vectors or self.library is None else {}
-            vectors = None
+            plan = self._plan(*_outline(AdapterFiles(files.config, [data])))
+            tensors = _see(data, plan.parts) if plan.vectors or self.library is None else {}
+            found = None
             if plan.vectors:
-                parts = sort_parts(tensors)
-                vectors = read_vectors(plan.config, parts, self.layout, self.base, self.dtype)
+                found = read_vectors(plan.config, tensors, self.layout, self.base, self.dtype)
+            memory, size = self._memory(plan, found), self.layout.size(plan.bucket)
             if self.library is None:
-                weights = self._write_by_torch(plan, tensors)
+                self._write_by_torch(plan, tensors, memory[:size])
             else:
-                weights = self._write(plan, data, self.library)
-        except (WardrobeError, SafetensorError, OSError) as error:
+                self._write(plan, data, self.library, memory[:size])
+            vectors = found.write(memory[size:]) if found and found.size_bytes else None
+        except (WardrobeError, OSError) as error:
             raise AdapterLoadFailed(f"{ref.label} cannot be loaded: {error}") from error
         except Unfit as fault:
             raise AdapterLoadFailed(f"{ref.label} cannot be worn: {fault}") from fault
-        return HostAdapter.of(ref.digest, plan.bucket, weights, vectors)
+        return HostAdapter(ref.digest, plan.bucket, memory, vectors)
+
+    def measure(self, source: Path | AdapterFiles) -> int:
+        """Return the bytes that `read` takes at most: of the file, and of what it is converted to.
+
+        Of what is no adapter that can be worn, as `read` will say, it is those of the file.
+        """
+        try:
+            held = _held_bytes(source)
+        except OSError:
+            return 0
+        try:
+            plan = self._plan(*_outline(source))
+        except (WardrobeError, OSError, Unfit):
+            return held
+        # Torch unpacks the base's head beside it, and a GPU wants a copy in pages that stay.
+        return held + plan.most_bytes * (2 if self.library is None else 1)
 
     def _make_plan(self, config_file: bytes, header: bytes, size: int) -> _Plan:
         """Raises Unfit and Refused. What is wrong with an adapter is said each time."""
@@ -123,8 +145,10 @@ class AdapterReader:
             modules,
             bucket,
             len(modules) == self.layout.linears,
-            any(own.keys() - {"A", "B"} for own in parts.values()),
+            parts,
             None if self.library is None else self._table(modules, bucket),
+            self.layout.size(bucket) * self.dtype.itemsize
+            + most_bytes(parts, self.layout, self.dtype),
         )
 
     def _module(self, config: AnyConfig, name: str, a: Tensor, b: Tensor) -> _Module:
@@ -135,7 +159,7 @@ class AdapterReader:
         if found != wanted:
             raise Unfit(f"{name}: A and B have shapes {found}, the base and config want {wanted}.")
         if strange := {a.dtype, b.dtype} - FORMATS.keys():
-            raise Unfit(f"{name} is {min(strange)}; save it as {', '.join(FORMATS)}.")
+            raise _unread(name, min(strange))
         return _Module(name, group, part, layer, config.scale(name), a, b)
 
     def _table(self, modules: Sequence[_Module], bucket: int) -> Any:
@@ -153,22 +177,29 @@ class AdapterReader:
             table[2 * number + 1] = _file_tensor(module.b, to_b, bucket, first, module.scale)
         return table
 
-    def _write(self, plan: _Plan, data: bytes, library: Library) -> torch.Tensor:
-        """Return A and B of all modules in one piece, zero where there are none."""
+    def _memory(self, plan: _Plan, vectors: FileVectors | None) -> torch.Tensor:
+        """Return memory for all of an adapter, zero where nothing is written."""
         size = self.layout.size(plan.bucket)
+        if vectors is not None and vectors.size_bytes:
+            more = vectors.size_bytes // self.dtype.itemsize
+            return torch.zeros(size + more, dtype=self.dtype)
+        if self.library is None:
+            return torch.zeros(size, dtype=self.dtype)
         spare = self._spares.take(size * self.dtype.itemsize)
-        if spare is None:
-            weights = (torch.empty if plan.whole else torch.zeros)(size, dtype=self.dtype)
-        else:
-            weights = spare.view(self.dtype)
+        if spare is not None:
+            return spare.view(self.dtype)
+        return (torch.empty if plan.whole else torch.zeros)(size, dtype=self.dtype)
+
+    def _write(self, plan: _Plan, data: bytes, library: Library, weights: torch.Tensor) -> None:
+        """Write A and B of all modules; where there are none nothing is written."""
         done = library.write_adapter(data, plan.table, weights)
         if done < len(plan.table):
             raise self._not_finite(plan.modules[done // 2].name)
-        return weights
 
-    def _write_by_torch(self, plan: _Plan, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _write_by_torch(
+        self, plan: _Plan, tensors: Parts[torch.Tensor], weights: torch.Tensor
+    ) -> None:
         """The same, as the other operators read it."""
-        weights = torch.zeros(self.layout.size(plan.bucket), dtype=self.dtype)
         stacks = self.layout.stacks(weights, plan.bucket)
         groups = {name: tuple(half[:, 0] for half in halves) for name, halves in stacks.items()}
         alike: dict[tuple[LinearGroup, int, int, float], list[_Module]] = defaultdict(list)
@@ -176,24 +207,68 @@ class AdapterReader:
             alike[module.group, module.part, module.rank, module.scale].append(module)
         for (group, part, _, scale), found in alike.items():  # layers at once: calls take most time
             found.sort(key=attrgetter("layer"))
-            a = torch.stack([tensors[module.a.name] for module in found])
-            b = torch.stack([tensors[module.b.name] for module in found])
+            a = torch.stack([tensors[module.name]["A"] for module in found])
+            b = torch.stack([tensors[module.name]["B"] for module in found])
             layers = [module.layer for module in found]
             self.layout.write(groups[group.name], (group, part), layers, a, b, scale)
         if not weights.sum().isfinite():  # or only the sum is too large, which the next look tells
             for name, halves in groups.items():
                 if not all(tensor.isfinite().all() for tensor in halves):
                     raise self._not_finite(name)
-        return weights
 
     def _not_finite(self, where: str) -> Unfit:
         return Unfit(f"a weight of {where} is not a finite number in {self.dtype}.")
 
 
 def _read_files(folder: Path) -> AdapterFiles:
+    return AdapterFiles(_read_config(folder), [(folder / WEIGHTS_NAME).read_bytes()])
+
+
+def _read_config(folder: Path) -> bytes:
     config = folder / CONFIG_NAME
     check_size(config, MAX_CONFIG_BYTES)
-    return AdapterFiles(config.read_bytes(), [(folder / WEIGHTS_NAME).read_bytes()])
+    return config.read_bytes()
+
+
+def _outline(source: Path | AdapterFiles) -> tuple[bytes, bytes, int]:
+    """Return the configuration, and the header and size of the weights. Raises Refused, OSError."""
+    name = Path(WEIGHTS_NAME)
+    if isinstance(source, AdapterFiles):
+        size = sum(map(len, source.weights))
+        return source.config, header_of(source.weights, size, name, ADAPTER_BOUNDS), size
+    size = (source / name).stat().st_size
+    return _read_config(source), header_in(source / name, size, ADAPTER_BOUNDS), size
+
+
+def _held_bytes(source: Path | AdapterFiles) -> int:
+    """Return what the weights of a file take while they are read: in pieces they are joined."""
+    if isinstance(source, Path):
+        return (source / WEIGHTS_NAME).stat().st_size
+    return sum(map(len, source.weights)) * (1 if len(source.weights) == 1 else 2)
+
+
+def _see(data: bytes, parts: Parts[Tensor]) -> Parts[torch.Tensor]:
+    """See the tensors of a file where they lie; they are there as long as `data` is. Raises Unfit.
+
+    torch warns of memory that nobody may write to, hence the detour. Nobody writes to it.
+    """
+    address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+    assert address is not None
+    place = torch.frombuffer((ctypes.c_uint8 * len(data)).from_address(address), dtype=torch.uint8)
+
+    def see(tensor: Tensor) -> torch.Tensor:
+        if tensor.dtype not in DTYPES:
+            raise _unread(tensor.name, tensor.dtype)
+        own, dtype = place[tensor.start : tensor.stop], DTYPES[tensor.dtype]
+        # Whoever wrote the header may have begun the numbers anywhere.
+        whole = own if tensor.start % dtype.itemsize == 0 else own.clone()
+        return whole.view(dtype).view(tensor.shape)
+
+    return {m: {part: see(tensor) for part, tensor in own.items()} for m, own in parts.items()}
+
+
+def _unread(name: str, dtype: str) -> Unfit:
+    return Unfit(f"{name} is {dtype}; save it as {', '.join(FORMATS)}.")
 
 
 def _sorted(tensors: Mapping[str, Tensor]) -> Parts[Tensor]:

@@ -20,12 +20,13 @@ from serving.engine.settings import EngineSettings, option
 from serving.engine.spec import check_architecture
 from serving.engine.weights import stored_dtype
 
-# Of what nobody has asked for; the last quarter is for adapters on their way to a slot, and files.
-SHARES = {"kv_cache_bytes": 2, "prefix_cache_bytes": 8, "adapter_memory": 8}
+# Of what nobody has asked for. An adapter that fits into slots is on its way there with its file: a
+# quarter holds both. What is not on its way leaves it to the system, for files.
+SHARES = {"kv_cache_bytes": 2, "prefix_cache_bytes": 8, "adapter_memory": 8, "loading_memory": 4}
 BUDGETS = (*SHARES, "adapter_host_memory")
 
 # The interpreter, torch, the server, and what a step computes with: 0.4 to 0.6 GiB were measured
-# with SmolLM2-135M and 32 requests at once; the last quarter is there for what is above.
+# with SmolLM2-135M and 32 requests at once.
 PROCESS = 640 << 20
 
 
@@ -57,7 +58,8 @@ def divide(settings: EngineSettings, total: int, weights: int) -> EngineSettings
     if left < 0:
         raise EngineUnavailable(_too_much(given, total, weights))
     open_ones = {name: part for name, part in SHARES.items() if name not in given}
-    return replace(settings, **{name: max(1, left // part) for name, part in open_ones.items()})
+    shares = {name: max(1, left // part) for name, part in open_ones.items()}
+    return replace(settings, **shares, shares=settings.shares | shares.keys())
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:

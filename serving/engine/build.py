@@ -14,7 +14,7 @@ from registry.base import BaseModel
 from registry.home import default_cache
 from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, EngineStats, EngineUnavailable
-from serving.engine.budgets import SHARES
+from serving.engine.budgets import BUDGETS, SHARES
 from serving.engine.compiled_model import CompiledModel, check_compilable
 from serving.engine.core import EngineCore
 from serving.engine.grammar import GrammarCompiler
@@ -28,6 +28,7 @@ from serving.engine.kv_cache import BLOCK, KVBlocks, KVCache, block_bytes, block
 from serving.engine.linear import CompiledLinear, Linear
 from serving.engine.loader import AdapterLoader, Fetch
 from serving.engine.lora import HostAdapter, LoraLayout, LoraStacks
+from serving.engine.memory import format_memory
 from serving.engine.model import Model
 from serving.engine.model_runner import Capturing, Forward, ModelRunner
 from serving.engine.ops import Operators
@@ -39,7 +40,7 @@ from serving.engine.prefix_cache import PrefixCache
 from serving.engine.residency import Residency
 from serving.engine.sampler import Sampler
 from serving.engine.scheduler import Scheduler
-from serving.engine.settings import EngineSettings
+from serving.engine.settings import EngineSettings, option
 from serving.engine.slots import BUCKETS, SlotTable, bucket_of
 from serving.engine.spec import DecoderSpec, ModelSpec, check_architecture
 from serving.engine.transformers_model import TransformersModel, TransformersSpec
@@ -152,7 +153,9 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
     loader = AdapterLoader(
         fetch,
         read,
-        _host_memory(settings, device),
+        reader.measure,
+        budget=_host_memory(settings, device),
+        room=_loading_memory(settings),
     )
     core = EngineCore(
         Scheduler(
@@ -181,17 +184,32 @@ def _slot_table(
     lowest = sizes[BUCKETS[0]]
     if budget < lowest:
         raise EngineUnavailable(
-            f"--adapter-memory={budget}: an adapter of the lowest rank, {BUCKETS[0]}, takes "
-            f"{lowest} bytes on this base. Raise --adapter-memory."
+            f"{_adapter_memory(settings, budget)}: an adapter of the lowest rank, {BUCKETS[0]}, "
+            f"takes {lowest} bytes on this base. {_more_for_adapters(settings, lowest)}"
         )
     wanted = bucket_of(settings.max_lora_rank)
     highest = max(bucket for bucket in BUCKETS if bucket <= wanted and sizes[bucket] <= budget)
     if highest < wanted:
         logger.warning(
-            "adapters above rank %d will be refused: one takes %d bytes, and --adapter-memory=%d.",
-            *(highest, sizes[wanted], budget),
+            "adapters above rank %d will be refused: one takes %d bytes, and %s. %s",
+            *(highest, sizes[wanted], _adapter_memory(settings, budget)),
+            _more_for_adapters(settings, sizes[wanted]),
         )
     return SlotTable(budget // lowest, highest, settings.adapter_slots)
+
+
+def _adapter_memory(settings: EngineSettings, budget: int) -> str:
+    if settings.is_given("adapter_memory"):
+        return f"--adapter-memory={budget}"
+    share = f"1/{SHARES['adapter_memory']} of what is left"
+    return f"--adapter-memory is not given, and its share, {share}, is {budget} bytes"
+
+
+def _more_for_adapters(settings: EngineSettings, least: int) -> str:
+    """Say what to do; shares grow when those that were given are less."""
+    given = [name for name in BUDGETS if name != "adapter_memory" and settings.is_given(name)]
+    lower = f" Lower {', '.join(map(option, given))} if that is too much." if given else ""
+    return f"Give --adapter-memory={format_memory(least)} or more.{lower}"
 
 
 def _copy_bytes(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> int:
@@ -209,6 +227,12 @@ def _host_memory(settings: EngineSettings, device: torch.device) -> int:
     if settings.adapter_host_memory is not None:
         return settings.adapter_host_memory
     return 0 if device.type == "cpu" else total_memory(torch.device("cpu")) // 8
+
+
+def _loading_memory(settings: EngineSettings) -> int:
+    """Return the bytes of adapters on their way; beside a GPU it is the host's memory."""
+    share = total_memory(torch.device("cpu")) // SHARES["loading_memory"]
+    return settings.loading_memory or share
 
 
 def _max_model_len(

@@ -246,12 +246,14 @@ class TorchEngine:
 
         False: close.
         """
+        loader = self._core.residency.loader
         while True:
             with self._changed:
-                quiet = QUIET_SECONDS if self._core.chores() else None
+                quiet = QUIET_SECONDS if self._core.chores() or loader.waits else None
                 if self._changed.wait_for(self._is_due, quiet):
                     self._loaded = False
                     return not self._closing
+            loader.advance()
             while (chores := self._core.chores()) and not self._is_due():
                 chores[0].work()
 

@@ -1,5 +1,6 @@
 """One frozen linear layer, its weight kept once in the layout that multiplies fastest."""
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -29,9 +30,19 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        outputs, inputs = self.weight.shape
+        return outputs, inputs
+
     def dense(self) -> torch.Tensor:
         """Return the weight in the usual layout, [out, in]."""
         return self.weight.to_dense() if self.packed else self.weight
+
+    def pieces(self, count: int) -> Iterator[torch.Tensor]:
+        """Yield `dense` by `count` outputs. oneDNN unpacks only the whole, which is there then."""
+        yield from self.dense().split(count)
 
     def product(self, x: torch.Tensor, columns: slice) -> torch.Tensor:
         """Return x Wᵀ of some outputs, without the bias."""
@@ -56,11 +67,22 @@ class PackedLinear:
         packed = pack(weight).flatten()
         self.weight, self.bias = packed if pages is None else pages.copy(packed), bias
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.outputs, self.inputs
+
     def dense(self) -> torch.Tensor:
         """Return the weight in the usual layout, [out, in]."""
+        return next(self.pieces(-(-self.outputs // PANEL) * PANEL))
+
+    def pieces(self, count: int) -> Iterator[torch.Tensor]:
+        """Yield `dense` by `count` outputs, a multiple of PANEL, which alone are unpacked."""
         step = _step(self.weight)
-        panels = self.weight.view(-1, self.inputs // step, PANEL, step).transpose(1, 2)
-        return panels.reshape(-1, self.inputs)[: self.outputs]
+        packed = self.weight.view(-1, self.inputs // step, PANEL, step)
+        for number, panels in enumerate(packed.split(count // PANEL)):
+            rows = panels.transpose(1, 2).reshape(-1, self.inputs)
+            yield rows[: self.outputs - number * count]
 
     @cached_property
     def squares(self) -> torch.Tensor:

@@ -45,20 +45,6 @@ class HostAdapter:
     weights: torch.Tensor  # [LoraLayout.size(bucket)], and behind them the bytes of `vectors`
     vectors: Vectors | None = None
 
-    @classmethod
-    def of(
-        cls, digest: str, bucket: int, weights: torch.Tensor, vectors: Vectors | None
-    ) -> "HostAdapter":
-        """Put vectors, which may lie anywhere, behind the weights."""
-        if vectors is None or not vectors.size_bytes:  # all that it has is the base's
-            return cls(digest, bucket, weights)
-        memory = weights.new_zeros(len(weights) + vectors.size_bytes // weights.itemsize)
-        memory[: len(weights)] = weights
-        laid = vectors.laid_out(memory[len(weights) :])
-        for place, tensor in zip(laid.tensors(), vectors.tensors(), strict=True):
-            place.copy_(tensor)
-        return cls(digest, bucket, memory, laid)
-
     @property
     def size_bytes(self) -> int:
         return self.weights.nbytes

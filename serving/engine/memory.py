@@ -12,3 +12,8 @@ def parse_memory(text: str) -> int:
     if not amount or (unit not in UNITS and amount != "0"):
         raise ValueError(f"{text[:40]!r} is no amount of memory: write 512MiB, 2GiB or 0.")
     return int(float(amount) * UNITS.get(unit, 1))
+
+
+def format_memory(size: int) -> str:
+    """Return what `parse_memory` reads as so many bytes, or up to a MiB more."""
+    return f"{-(-size // UNITS['MiB'])}MiB"

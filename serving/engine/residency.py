@@ -1,6 +1,7 @@
 """Getting adapters into slots: who waits, who is evicted, who is drained for whom."""
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,15 +13,26 @@ from serving.engine.slots import Place, SlotTable
 from serving.engine.vectors import Vectors
 
 NEW_SECONDS = 0.25  # after a load call: a prompt that starts by then is what it was made for
-MAX_LOADS = 8  # adapters on the way at once, or in host memory for want of a slot
+# Adapters on the way at once, or in host memory for want of a slot; the loader bounds their bytes.
+MAX_LOADS = 8
+REFUSALS = 1024  # adapters without room that are remembered
 
 
 @dataclass(slots=True)
 class _Filling:
     """An adapter on its way into a slot."""
 
-    adapter: HostAdapter
-    written: int = 0  # of its numbers
+    load: Load  # which the loader counts as long as it is held
+    written: int = 0  # of the adapter's numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """The room of an adapter."""
+
+    bucket: int
+    more: int  # pages, for what it has beside LoRA
+    size_bytes: int
 
 
 class Residency:
@@ -47,6 +59,7 @@ class Residency:
         self._waits: dict[str, Load] = {}  # digest → its load, while somebody waits for it
         self._claims: dict[str, tuple[str, ...]] = {}  # waiting digest → those that drain for it
         self._filling: dict[str, _Filling] = {}  # digests whose slots are not whole yet
+        self._refused: OrderedDict[str, _Needs] = OrderedDict()  # digest → what had no room
         self._asked: set[str] = set()  # in this pass
         self._copied = 0  # bytes, in this pass
         self._resident: tuple[ResidentAdapter, ...] = ()
@@ -61,6 +74,7 @@ class Residency:
             self._evict(digest)
         self._waits = {d: load for d, load in self._waits.items() if d in digests}
         self._claims = {d: v for d, v in self._claims.items() if d in digests}
+        self.loader.advance()
 
     def ensure(
         self,
@@ -78,6 +92,7 @@ class Residency:
         if ref.digest in self.table:
             self._asked.add(ref.digest)
             return self._fill(ref.digest) and not self._drains(ref.digest)
+        self._try_again(ref)
         self._come_first(ref.digest)
         self.prefetch(ref)
         load = self._waits.get(ref.digest)
@@ -86,13 +101,16 @@ class Residency:
         if error := load.exception():
             raise AdapterLoadFailed(str(error)) from error
         adapter = load.result()
-        self._require_room(ref, adapter)
+        if failure := self._no_room(ref, needs := self._needs(adapter)):
+            self._refuse(ref.digest, needs)
+            del load, adapter  # the error holds what is known here, and may be held for long
+            raise failure
         place = self._idle(adapter)
         if place is None:
             if claim:
                 self._claim(adapter, yielding())
             return False
-        self._place(ref, adapter, place)
+        self._place(ref, load, place)
         return self._fill(ref.digest)
 
     def is_loading(self, ref: AdapterRef) -> bool:
@@ -122,8 +140,10 @@ class Residency:
         """
         if ref.digest in self.table or len(self._waits) + ahead >= MAX_LOADS:
             return None
-        if files is not None and self.loader.running >= MAX_LOADS:
-            return None  # each holds its files
+        if ref.digest in self._refused:
+            return None
+        if files is not None and not self._may_hold(files):
+            return None
         return self.loader.load(ref, files)
 
     def prefetch(self, ref: AdapterRef, load: Load | None = None) -> None:
@@ -134,6 +154,8 @@ class Residency:
         when the loader has forgotten it by then.
         """
         if ref.digest in self.table or ref.digest in self._waits or len(self._waits) >= MAX_LOADS:
+            return
+        if ref.digest in self._refused:
             return
         self._waits[ref.digest] = load or self.loader.load(ref)
 
@@ -189,17 +211,27 @@ class Residency:
     def _come_first(self, digest: str) -> None:
         """Take the turn of a load that nobody has asked for in this pass, if all turns are taken.
 
-        Who is asked for first should start first: a tenant with many adapters must not keep the
-        only one of another tenant on the disk.
+        Who is asked for first should start first: a tenant with many adapters, or large ones, must
+        not keep the only one of another tenant on the disk. Who gives up its turn for want of room
+        stands behind, and is not in the way again in the next pass.
         """
         self._asked.add(digest)
-        if digest not in self._waits and len(self._waits) >= MAX_LOADS:
-            later = next((d for d in reversed(self._waits) if d not in self._asked), None)
-            if later is not None:
-                del self._waits[later]
-                self._claims.pop(later, None)
+        before: Collection[str] = ()
+        if digest in self._waits:
+            before = self.loader.before(digest)
+        elif len(self._waits) >= MAX_LOADS:
+            before = self._waits
+        late = (d for d in reversed(self._waits) if d in before and d not in self._asked)
+        if later := next(late, None):
+            del self._waits[later]
+            self._claims.pop(later, None)
 
-    def _place(self, ref: AdapterRef, adapter: HostAdapter, place: Place) -> None:
+    def _may_hold(self, files: AdapterFiles) -> bool:
+        """Tell whether a load may begin that holds its files from the first moment on."""
+        size = sum(map(len, files.weights))
+        return self.loader.running < MAX_LOADS and self.loader.has_room(size)
+
+    def _place(self, ref: AdapterRef, load: Load, place: Place) -> None:
         """Give the adapter a slot; who has to leave for that leaves."""
         for digest in place.leaving:
             self._evict(digest)
@@ -207,7 +239,7 @@ class Residency:
         self._drop_claims(place)
         self.table.place(ref.digest, place.slot)
         self._labels[ref.digest] = ref.label
-        self._filling[ref.digest] = _Filling(adapter)
+        self._filling[ref.digest] = _Filling(load)
         del self._waits[ref.digest]
 
     def _fill(self, digest: str) -> bool:
@@ -218,11 +250,11 @@ class Residency:
         started, left = time.monotonic(), self.copy_bytes - self._copied
         if left <= 0:
             return False
-        slot, before = self.table.slot_of(digest), filling.written
-        filling.written = self.stacks.load(slot, filling.adapter, before, left)
-        self._copied += (filling.written - before) * filling.adapter.weights.itemsize
+        slot, before, adapter = self.table.slot_of(digest), filling.written, filling.load.result()
+        filling.written = self.stacks.load(slot, adapter, before, left)
+        self._copied += (filling.written - before) * adapter.weights.itemsize
         self._place_seconds += time.monotonic() - started
-        if filling.written < len(filling.adapter.weights):
+        if filling.written < len(adapter.weights):
             return False
         del self._filling[digest]
         self._placed_at[digest] = time.monotonic()
@@ -258,18 +290,35 @@ class Residency:
             self._drop_claims(chosen := min(places, key=cost))
             self._claims[adapter.digest] = chosen.leaving
 
-    def _require_room(self, ref: AdapterRef, adapter: HostAdapter) -> None:
-        """Raise AdapterLoadFailed where an adapter would wait for ever.
+    def _try_again(self, ref: AdapterRef) -> None:
+        """Raise AdapterLoadFailed, without a look at its files, while an adapter has no room."""
+        if needs := self._refused.get(ref.digest):
+            if failure := self._no_room(ref, needs):
+                raise failure
+            del self._refused[ref.digest]
+
+    def _refuse(self, digest: str, needs: _Needs) -> None:
+        del self._waits[digest]
+        self._refused[digest] = needs
+        if len(self._refused) > REFUSALS:
+            self._refused.popitem(last=False)
+
+    def _no_room(self, ref: AdapterRef, needs: _Needs) -> AdapterLoadFailed | None:
+        """Return why an adapter would wait for ever, if it would.
 
         Any rank has room beside what is kept, but perhaps not with the vectors that come with it.
         """
-        places = self._choices(adapter)
-        if all(not self.kept.isdisjoint(place.leaving) for place in places):
-            held = "what is kept leaves no such room" if places else "there is no such room"
-            raise AdapterLoadFailed(
-                f"{ref.label} takes {adapter.size_bytes} bytes with all it has beside LoRA, in one "
-                f"piece of adapter memory, and {held}. Start the server with more --adapter-memory."
-            )
+        places = self.table.choices(needs.bucket, needs.more)
+        if any(self.kept.isdisjoint(place.leaving) for place in places):
+            return None
+        held = "what is kept leaves no such room" if places else "there is no such room"
+        return AdapterLoadFailed(
+            f"{ref.label} takes {needs.size_bytes} bytes with all it has beside LoRA, in one "
+            f"piece of adapter memory, and {held}. Start the server with more --adapter-memory."
+        )
+
+    def _needs(self, adapter: HostAdapter) -> _Needs:
+        return _Needs(adapter.bucket, self.stacks.more_pages(adapter), adapter.size_bytes)
 
     def _choices(self, adapter: HostAdapter) -> list[Place]:
         return self.table.choices(adapter.bucket, self.stacks.more_pages(adapter))

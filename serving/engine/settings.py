@@ -35,6 +35,9 @@ class EngineSettings:
     adapter_host_memory: int | None = None
     """Bytes of converted adapters kept ready for slots; None: an eighth of the host's memory, but
     none on the CPU, where slots are in the same memory and hold all that is kept."""
+    loading_memory: int | None = None
+    """Bytes of adapters on their way to slots, with their files; one alone may take more. No option
+    sets it. None: a quarter of what the weights leave, beside a GPU of the host's memory."""
     kv_cache_bytes: int | None = None
     """Bytes for keys and values of all sequences; None: half of what the weights leave."""
     prefix_cache_bytes: int | None = None
@@ -42,11 +45,17 @@ class EngineSettings:
     eighth of what the weights leave."""
     threads: int | None = None
     """CPU threads of one operator; None: torch decides."""
+    shares: frozenset[str] = frozenset()
+    """Fields that hold a share of the machine's memory, because nobody gave them; see `budgets`."""
 
     @property
     def kv_slots(self) -> int:
         """Sequences that can have keys and values at once: those that run, and some paused ones."""
         return self.max_running + self.max_running // 8
+
+    def is_given(self, field: str) -> bool:
+        """Tell whether somebody asked for the value of an optional field."""
+        return getattr(self, field) is not None and field not in self.shares
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_lora_rank"):
@@ -55,7 +64,10 @@ class EngineSettings:
         for name in ("max_waiting", "adapter_host_memory", "prefix_cache_bytes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{option(name)}={getattr(self, name)}: must be 0 or more.")
-        optional = ("max_model_len", "adapter_memory", "adapter_slots", "kv_cache_bytes", "threads")
+        optional = (
+            *("max_model_len", "adapter_memory", "adapter_slots", "loading_memory"),
+            *("kv_cache_bytes", "threads"),
+        )
         for name in optional:
             value = getattr(self, name)
             if value is not None and value < 1:

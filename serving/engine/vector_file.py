@@ -1,24 +1,30 @@
-"""Vectors in PEFT files → Vectors as the model reads them, with what of the base they need."""
+"""Vectors in PEFT files → Vectors as the model reads them, with what of the base they need.
+
+Rows of tokens may be as many as a base's, gigabytes: they are compared with the base and converted
+piece by piece, from where the file is to where they are worn.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Protocol
 
 import torch
 
 from registry.lora import AdapterConfig
 from registry.parts import EMBEDDING, HEAD, MATRICES, Parts
+from registry.tensors import Tensor
 from registry.vectors import AnyConfig
-from serving.engine.linear import pack
+from serving.engine.linear import PANEL, pack
 from serving.engine.lora import LoraLayout, Unfit
 from serving.engine.spec import ModelSpec
 from serving.engine.vectors import TokenRows, Vectors
 from serving.engine.weights import LayerWeights
 
 FLOAT = torch.float32
-
-
-ROWS_AT_ONCE = 4096  # of a saved embedding or head, while they are compared with the base
+IDS = torch.int64
+ROWS = {"tokens": 2, "weight": 1, "prompt": 1}  # part → times: a tied head has its tokens, too
+PIECE = 1 << 18  # numbers of rows that are compared or converted at once
 
 
 class Frozen(Protocol):
@@ -33,7 +39,10 @@ class Frozen(Protocol):
     @property
     def squares(self) -> torch.Tensor: ...
 
-    def dense(self) -> torch.Tensor: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def pieces(self, count: int) -> Iterator[torch.Tensor]: ...
 
     def product(self, x: torch.Tensor, columns: slice) -> torch.Tensor: ...
 
@@ -61,11 +70,65 @@ class BaseLayers:
     ) -> "BaseLayers":
         return cls(layers, norm, embedding, head, spec.kv_heads, spec.head_dim, spec.tied)
 
-    def matrix(self, module: str) -> torch.Tensor:
-        """Return the embedding or the head, [vocab, hidden]."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the embedding and of the head: vocabulary, hidden."""
+        return self.head.shape
+
+    def pieces(self, module: str, count: int) -> Iterator[torch.Tensor]:
+        """Yield the embedding or the head by `count` rows, a multiple of PANEL."""
         if module == EMBEDDING and self.embedding is not None:
-            return self.embedding
-        return self.head.dense()
+            yield from self.embedding.split(count)
+        else:
+            yield from self.head.pieces(count)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """What an adapter has in the place of the rows of some tokens, as its file has them."""
+
+    ids: torch.Tensor  # of the tokens, ascending
+    own: torch.Tensor  # [n, hidden]
+    index: torch.Tensor  # which of them, one for each id
+    packed: bool = False  # they are to be panels: a head of the compiled operators
+
+    def outline(self, dtype: torch.dtype) -> TokenRows:
+        """Return what `write` fills: the ids, and rows that have a size and no numbers."""
+        rows, hidden = len(self.ids), self.own.shape[1]
+        shape = (-(-rows // PANEL), PANEL * hidden) if self.packed else (rows, hidden)
+        return TokenRows(self.ids, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def write(self, rows: torch.Tensor) -> None:
+        """Convert them into a place for those of `outline`, piece by piece. Raises Unfit."""
+        for piece in self.index.split(_rows_at_once(self.own)):
+            converted = _finite(self.own[piece].to(rows.dtype))
+            converted = pack(converted) if self.packed else converted
+            place, rows = rows[: len(converted)], rows[len(converted) :]
+            place.copy_(converted)
+
+
+@dataclass(frozen=True, slots=True)
+class FileVectors:
+    """Everything but A and B, as large as it will be; its rows of tokens are still in the file."""
+
+    outline: Vectors  # with rows of tokens that have no numbers
+    embedding: FileRows | None
+    head: FileRows | None
+
+    @property
+    def size_bytes(self) -> int:
+        return self.outline.size_bytes
+
+    def write(self, memory: torch.Tensor) -> Vectors:
+        """Return it as it lies in `memory` then, of `size_bytes`. Raises Unfit."""
+        laid = self.outline.laid_out(memory)
+        for place, tensor in zip(laid.tensors(), self.outline.tensors(), strict=True):
+            if not tensor.is_meta:
+                place.copy_(_finite(tensor))
+        for found, tokens in ((self.embedding, laid.embedding), (self.head, laid.head)):
+            if found is not None and tokens is not None:
+                found.write(tokens.rows)
+        return laid
 
 
 def read_vectors(
@@ -74,8 +137,8 @@ def read_vectors(
     layout: LoraLayout,
     base: BaseLayers | None,
     dtype: torch.dtype,
-) -> Vectors:
-    """Return everything but A and B. Raises Unfit."""
+) -> FileVectors:
+    """Return everything but A and B, still to be written. Raises Unfit."""
     if base is None:
         raise Unfit(
             "it is more than LoRA, and these operators wear LoRA only (--operators torch wears it)."
@@ -83,27 +146,36 @@ def read_vectors(
     outputs = _Outputs(layout, base)
     for module, own in parts.items():
         outputs.add(module, own, config)
-    rows = _rows(parts, config, base, dtype)
+    rows = _rows(parts, config, layout, base, dtype)
     prompt = parts.get("", {}).get("prompt")
     prefix = None
     embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
     if prompt is not None and config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
         prefix = _prefix(prompt, layout, base, dtype)
     elif prompt is not None:
-        embedding = TokenRows(virtual_ids(len(prompt)), prompt.to(dtype))
-    if head is not None and layout.packed:
-        head = TokenRows(head.ids, pack(head.rows))
-    found = Vectors(
+        embedding = FileRows(virtual_ids(len(prompt)), prompt, torch.arange(len(prompt)))
+    outline = Vectors(
         outputs.tables(),
         _norms(parts, layout, base),
-        embedding,
-        head,
+        embedding and embedding.outline(dtype),
+        head and head.outline(dtype),
         prefix,
         0 if prompt is None else len(prompt),
     )
-    if not all(tensor.isfinite().all() for tensor in found.tensors()):
-        raise Unfit(f"a vector of it is not finite in {dtype}.")
-    return found
+    return FileVectors(outline, embedding, head)
+
+
+def most_bytes(parts: Parts[Tensor], layout: LoraLayout, dtype: torch.dtype) -> int:
+    """Return the bytes of `FileVectors` at most: when no row of a saved matrix is the base's."""
+    outputs = sum(sum(group.outputs) for group in layout.groups)
+    taken = 2 * 2 * layout.layers * outputs * FLOAT.itemsize  # scales and shifts; norms take less
+    for own in parts.values():
+        for part in own.keys() & ROWS.keys():
+            rows, *width = own[part].shape or (1,)
+            panels = -(-rows // PANEL)
+            numbers = panels * PANEL * prod(width)
+            taken += ROWS[part] * (numbers * dtype.itemsize + rows * IDS.itemsize)
+    return taken
 
 
 def virtual_ids(count: int) -> torch.Tensor:
@@ -196,46 +268,49 @@ def _named_norms(layout: LoraLayout, base: BaseLayers) -> Iterator[tuple[str, to
 
 
 def _rows(
-    parts: Parts[torch.Tensor], config: AnyConfig, base: BaseLayers, dtype: torch.dtype
-) -> Mapping[str, TokenRows]:
+    parts: Parts[torch.Tensor],
+    config: AnyConfig,
+    layout: LoraLayout,
+    base: BaseLayers,
+    dtype: torch.dtype,
+) -> Mapping[str, FileRows]:
     """Return the rows of the embedding and of the head that are not the base's."""
-    rows: dict[str, TokenRows] = {}
+    rows: dict[str, FileRows] = {}
     for module in MATRICES:
         own = parts.get(module, {})
+        packed = module == HEAD and layout.packed
         if "tokens" in own:
-            rows[module] = _token_rows(own["tokens"], config, module, dtype)
+            ids, order = torch.tensor(config.tokens[module.rpartition(".")[2]]).sort()
+            rows[module] = FileRows(ids, own["tokens"], order, packed)
             if base.tied:
-                rows.setdefault(HEAD, rows[module])
+                rows.setdefault(HEAD, replace(rows[module], packed=layout.packed))
         if "weight" in own:
             # On a tied base, too, peft trains a copy of the one and the other stays the base's.
-            changed = _changed_rows(own["weight"], base.matrix(module), module, dtype)
-            if changed is not None:
-                rows[module] = changed
+            changed = _changed(own["weight"], base, module, dtype)
+            if len(changed):
+                rows[module] = FileRows(changed, own["weight"], changed, packed)
     return rows
 
 
-def _token_rows(
-    rows: torch.Tensor, config: AnyConfig, module: str, dtype: torch.dtype
-) -> TokenRows:
-    ids, order = torch.tensor(config.tokens[module.rpartition(".")[2]]).sort()
-    return TokenRows(ids, rows[order].to(dtype))
-
-
-def _changed_rows(
-    own: torch.Tensor, base: torch.Tensor, module: str, dtype: torch.dtype
-) -> TokenRows | None:
-    """Return the rows that differ as the model computes with them; all others are the base's."""
+def _changed(own: torch.Tensor, base: BaseLayers, module: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tokens whose rows differ as the model computes with them. Raises Unfit."""
     if own.shape != base.shape:
-        raise Unfit(f"{module}: its shape is {tuple(own.shape)}, the base's {tuple(base.shape)}.")
-    ids, rows = list[torch.Tensor](), list[torch.Tensor]()
-    for first in range(0, len(own), ROWS_AT_ONCE):  # the whole is as large as a part of the base
-        here = slice(first, first + ROWS_AT_ONCE)
-        part = own[here].to(dtype)
-        changed = (part != base[here].to("cpu")).any(1).nonzero().flatten()
-        ids.append(changed + first)
-        rows.append(part[changed])
-    found = TokenRows(torch.cat(ids), torch.cat(rows))
-    return found if len(found.ids) else None
+        raise Unfit(f"{module}: its shape is {tuple(own.shape)}, the base's {base.shape}.")
+    count = _rows_at_once(own)
+    pieces = zip(own.split(count), base.pieces(module, count), strict=True)
+    changed = [(mine.to(dtype) != its.to("cpu")).any(1) for mine, its in pieces]
+    return torch.cat(changed).nonzero().flatten()
+
+
+def _rows_at_once(rows: torch.Tensor) -> int:
+    """Return how many make up a piece, in whole panels."""
+    return max(1, PIECE // (PANEL * rows.shape[1])) * PANEL
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.isfinite().all():
+        raise Unfit(f"a vector of it is not finite in {tensor.dtype}.")
+    return tensor
 
 
 def _prefix(

@@ -75,7 +75,7 @@ def replay_all(
         )
     )
     with closing(Tokens(base.path)) as tokens:
-        engine = TorchEngine.create(base, registry.read_files, settings_beside_server(base))
+        engine = TorchEngine.create(base, registry.find_files, settings_beside_server(base))
         try:
             routes = [_route(registry, arm, base) for arm in arms]
             replay = Replay(comparison, store, engine, tokens, routes, max_tokens)
@@ -94,7 +94,8 @@ def settings_beside_server(base: BaseModel) -> EngineSettings:
     at most, and take memory as they come. Raises EngineUnavailable.
     """
     alone = within_memory(base, EngineSettings(max_running=RUNNING))
-    sizes = {name: getattr(alone, name) for name in ("kv_cache_bytes", "prefix_cache_bytes")}
+    parts = ("kv_cache_bytes", "prefix_cache_bytes", "loading_memory")
+    sizes = {name: getattr(alone, name) for name in parts}
     return replace(alone, **{name: size and size // PART for name, size in sizes.items()})
 
 

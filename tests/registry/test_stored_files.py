@@ -52,20 +52,20 @@ def test_bytes_are_read_first_and_checked_beside_their_reader(
     made = adapter()
     version = push(registry, made).version
     folder = registry.home / "versions" / version.digest
-    files = registry.read_files(version.ref)
+    files = registry.find_files(version.ref).read()
     assert files.weights == (made / "adapter_model.safetensors").read_bytes()
     assert not folder.exists(), "nobody has looked at them yet"
     files.check()
     assert folder == registry.fetch(version.ref)
-    again = registry.read_files(version.ref)
+    again = registry.find_files(version.ref).read()
     again.check()
     assert (again.config, again.weights) == (files.config, files.weights)
     flip_a_bit(folder / "adapter_model.safetensors")
     with pytest.raises(IntegrityError, match=version.digest):
-        registry.read_files(version.ref).check()
+        registry.find_files(version.ref).read().check()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(IntegrityError, match=version.digest):
-        registry.read_files(version.ref)
+        registry.find_files(version.ref).read()
     assert [path.name for path in folder.parent.iterdir()] == [version.digest]
 
 
@@ -74,7 +74,7 @@ def test_wrong_bytes_of_a_blob_make_no_folder(registry: Registry, adapter: Adapt
     sha256 = version.files["adapter_model.safetensors"]
     flip_a_bit(registry.home / "blobs" / sha256[:2] / sha256)
     with pytest.raises(IntegrityError, match=sha256):
-        registry.read_files(version.ref).check()
+        registry.find_files(version.ref).read().check()
     assert not list((registry.home / "versions").iterdir())
 
 
@@ -82,7 +82,7 @@ def test_two_that_read_one_version_for_the_first_time_both_get_it(
     registry: Registry, adapter: Adapter
 ) -> None:
     ref = push(registry, adapter()).version.ref
-    both = [registry.read_files(ref) for _ in range(2)]
+    both = [registry.find_files(ref).read() for _ in range(2)]
     for files in both:
         files.check()
     assert [path.name for path in (registry.home / "versions").iterdir()] == [ref.digest]
@@ -219,7 +219,7 @@ def test_what_is_said_of_files_that_cannot_be_read_tells_nobody_where_the_store_
 
     def told() -> str:
         with pytest.raises((IntegrityError, StoreUnavailable)) as caught:
-            registry.read_files(version.ref).check()
+            registry.find_files(version.ref).read().check()
         assert str(registry.home) not in str(caught.value)
         return str(caught.value)
 
@@ -231,7 +231,7 @@ def test_what_is_said_of_files_that_cannot_be_read_tells_nobody_where_the_store_
     assert f"The blob {blob} cannot be read or written: " in told()
     place.parent.unlink()
     (tmp_path / "aside").rename(place.parent)
-    registry.read_files(version.ref).check()
+    registry.find_files(version.ref).read().check()
     flip_a_bit(place)
     assert f"versions/{version.digest}/adapter_model.safetensors in the store is not" in told()
 

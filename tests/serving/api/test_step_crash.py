@@ -46,7 +46,7 @@ def model(tmp_path: Path) -> Breaking:
 def test_a_crash_inside_a_step_is_a_500_and_the_next_request_is_answered(
     wardrobe: Wardrobe, tokens: Tokens, model: Breaking
 ) -> None:
-    parts = assemble(cast("Forward", model), wardrobe.registry.read_files, SETTINGS)
+    parts = assemble(cast("Forward", model), wardrobe.registry.find_files, SETTINGS)
     engine: Engine = TorchEngine(parts, SETTINGS)
     with running(wardrobe, tokens, cast("ScriptedEngine", engine)) as live, live.client() as client:
         before = client.post("/v1/completions", json=BODY)

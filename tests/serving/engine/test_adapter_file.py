@@ -95,6 +95,14 @@ def test_a_file_becomes_what_torch_makes_of_it(
         expect_torchs_numbers(library, files(tensors(rank, dtype, without), config(rank)), reads)
 
 
+@pytest.mark.parametrize("dtype", FILE_DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_numbers_that_begin_at_an_odd_byte_are_read(library: Library, dtype: torch.dtype) -> None:
+    data = save(tensors(7, dtype))
+    length = int.from_bytes(data[:8], "little")
+    odd = (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :]
+    expect_torchs_numbers(library, AdapterFiles(config(7), [odd]), reader(library, library.dtype))
+
+
 def test_halves_of_every_size_are_read(library: Library) -> None:
     numbers = torch.arange(1 << 16).to(torch.uint16).view(torch.float16)
     numbers = numbers[numbers.isfinite()]

@@ -80,7 +80,7 @@ def test_an_adapter_that_the_memory_cannot_hold_fails_alone(
 
 def test_a_memory_that_holds_no_adapter_stops_the_engine(tiny_base: Path) -> None:
     settings = replace(SETTINGS, adapter_memory=100)
-    with pytest.raises(EngineUnavailable, match=r"--adapter-memory=100: .* takes"):
+    with pytest.raises(EngineUnavailable, match=r"^--adapter-memory=100: .* takes .*=1MiB or"):
         assemble(read_model(base_of(tiny_base), settings), lambda _: tiny_base, settings)
 
 

@@ -37,6 +37,10 @@ def test_all_budgets_are_shares_of_what_the_weights_leave() -> None:
 def test_what_is_given_is_kept_and_the_others_share_the_rest() -> None:
     given = EngineSettings(kv_cache_bytes=8 * GIB, prefix_cache_bytes=0, adapter_host_memory=GIB)
     settled = divide(given, 16 * GIB, 2 * GIB)
+    assert [name for name in BUDGETS if not settled.is_given(name)] == [
+        "adapter_memory",
+        "loading_memory",
+    ]
     assert settled.kv_cache_bytes == 8 * GIB
     assert settled.prefix_cache_bytes == 0
     assert settled.adapter_host_memory == GIB
@@ -111,6 +115,35 @@ def test_an_engine_with_hardly_any_room_is_refused(
     machine_with(0, tiny_base, monkeypatch)
     with pytest.raises(EngineUnavailable, match="--kv-cache-memory=1 holds 0"):
         started(tiny_base, tiny_folders)
+
+
+@pytest.mark.parametrize(
+    ("given", "lower"),
+    [({}, ""), ({"kv_cache_bytes": 1 << 19}, r" Lower --kv-cache-memory if that is too much\.")],
+)
+def test_a_share_that_holds_no_adapter_is_not_said_to_have_been_given(
+    given: dict[str, int],
+    lower: str,
+    tiny_base: Path,
+    tiny_folders: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine_with((1 << 18) + sum(given.values()), tiny_base, monkeypatch)
+    said = r"--adapter-memory is not given, and its share, 1/8 of what is left, is 32768 bytes: "
+    with pytest.raises(EngineUnavailable, match=rf"^{said}.* Give --adapter-memory=1MiB.*{lower}$"):
+        started(tiny_base, tiny_folders, replace(OPEN, **given))
+
+
+def test_a_share_that_is_too_small_for_a_rank_is_said_to_be_one(
+    tiny_base: Path,
+    tiny_folders: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine_with(1 << 20, tiny_base, monkeypatch)
+    started(tiny_base, tiny_folders)
+    assert "will be refused" in caplog.text
+    assert "--adapter-memory is not given, and its share" in caplog.text
 
 
 def test_weights_are_counted_in_the_numbers_they_are_computed_in(tiny_base: Path) -> None:

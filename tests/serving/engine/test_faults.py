@@ -13,7 +13,7 @@ import torch
 
 from registry.adapter import AdapterRef, Version
 from registry.errors import IntegrityError
-from registry.materialize import StoredFiles
+from registry.materialize import FoundFiles, StoredFiles
 from serving.engine.batch import Batch
 from serving.engine.boundary import (
     AdapterFiles,
@@ -182,7 +182,7 @@ def test_an_ended_load_is_shared_until_nobody_holds_it(tiny_folders: Folders) ->
         reads.append(ref.digest)
         return HostAdapter(ref.digest, 8, torch.zeros(8))
 
-    loader = AdapterLoader(tiny_folders, read, budget=0)
+    loader = AdapterLoader(tiny_folders, read, lambda _: 0, budget=0, room=0)
     held = loader.load(ref)
     assert held.result(20).digest == ref.digest
     assert loader.load(ref) is held
@@ -208,6 +208,10 @@ class Unchecked(StoredFiles):
             raise self.wrong
 
 
+class Found(FoundFiles):
+    """Files that are in memory."""
+
+
 @pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("wrong", [None, IntegrityError("it is damaged")])
 def test_what_is_read_beside_its_check_is_nobody_s_before_that_ends(
@@ -217,6 +221,8 @@ def test_what_is_read_beside_its_check_is_nobody_s_before_that_ends(
     monkeypatch.setattr(Unchecked, "wrong", wrong)
     data = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"numbers"}
     stored = Unchecked(cast(Version, None), data, Path(), None)
+    found = Found(cast(Version, None), Path(), None)
+    monkeypatch.setattr(Found, "read", lambda _: stored)
     was_read = threading.Event()
 
     def read(source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
@@ -226,7 +232,7 @@ def test_what_is_read_beside_its_check_is_nobody_s_before_that_ends(
             raise AdapterLoadFailed("these are no tensors")
         return HostAdapter(ref.digest, 8, torch.zeros(8))
 
-    loader = AdapterLoader(lambda _: stored, read, budget=0)
+    loader = AdapterLoader(lambda _: found, read, lambda _: 0, budget=0, room=0)
     load = loader.load(AdapterRef("a" * 64, "tiny/a@v1"))
     assert was_read.wait(20), "while the check waits"
     time.sleep(0.05)

@@ -99,7 +99,8 @@ def test_the_engine_has_room_beside_a_server_on_the_same_machine(
     server = budgets.within_memory(base, EngineSettings())
     replay = settings_beside_server(base)
     weights = budgets.weight_bytes(base.path, torch.float32)
-    served = sum(getattr(server, name) for name in budgets.SHARES)
+    lasting = budgets.SHARES.keys() - {"loading_memory"}  # the rest is taken for moments
+    served = sum(getattr(server, name) for name in lasting)
     replayed = sum(getattr(replay, name) for name in ("kv_cache_bytes", "prefix_cache_bytes"))
     assert served + replayed + 2 * (weights + budgets.PROCESS) < total
     room = [(each.kv_cache_bytes or 0) // each.max_running for each in (server, replay)]
