@@ -39,6 +39,7 @@ from tests.serving.engine.driving import (
     request,
     run_all,
     until,
+    wait_for_pages,
 )
 
 POISON = (1, 2, 13)
@@ -346,6 +347,10 @@ def test_an_idle_engine_uses_no_cpu(tiny_base: Path, tiny_folders: Folders) -> N
         engine = healthy(tiny_base, tiny_folders)
         await complete(engine, request("x", tiny_folders.refs["a"]))
         steps = (await engine.stats()).steps
+        async with asyncio.timeout(30):
+            while engine._core.chores():  # noqa: ASYNC110  # nobody is told of their end
+                await asyncio.sleep(0.05)
+        wait_for_pages()
         started = time.process_time()
         await asyncio.sleep(0.5)
         assert time.process_time() - started < 0.1
