@@ -248,7 +248,7 @@ def _max_model_len(
     On a GPU without pages every sequence has the memory for them from the start.
     """
     sharing = 1 if paged or device.type == "cpu" else settings.kv_slots
-    budget = settings.kv_cache_bytes or total_memory(device) // SHARES["kv_cache_bytes"]
+    budget = _kv_bytes(settings, device)
     fits = budget // sharing // block_bytes(spec, dtype) * BLOCK
     wanted = settings.max_model_len
     if wanted is None:
@@ -264,9 +264,13 @@ def _max_model_len(
     return wanted
 
 
+def _kv_bytes(settings: EngineSettings, device: torch.device) -> int:
+    return settings.kv_cache_bytes or total_memory(device) // SHARES["kv_cache_bytes"]
+
+
 def _kv_cache(model: Forward, settings: EngineSettings) -> KVCache:
     """Return a cache as large as all sequences can get, or as the budget allows."""
-    budget = settings.kv_cache_bytes or total_memory(model.device) // SHARES["kv_cache_bytes"]
+    budget = _kv_bytes(settings, model.device)
     whole = blocks_of(model.length)
     fits = max(whole, budget // block_bytes(model.spec, model.dtype))
     try:
