@@ -1,6 +1,7 @@
 """Run a list of prompts to their ends: for evaluation and replay, where nobody streams."""
 
 import asyncio
+import gc
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class OfflineEngines:
         if self._engine is not None:
             asyncio.run(self._engine.aclose())
         self._engine = None
+        gc.collect()  # an engine refers to itself, and the next one divides the memory of both
 
     def answer(
         self,

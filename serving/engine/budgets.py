@@ -20,8 +20,8 @@ from serving.engine.settings import EngineSettings, option
 from serving.engine.spec import check_architecture
 from serving.engine.weights import stored_dtype
 
-# Of what nobody has asked for. An adapter that fits into slots is on its way there with its file: a
-# quarter holds both. What is not on its way leaves it to the system, for files.
+# Of what nobody has asked for. On its way an adapter takes its file and what it is converted to.
+# What is not on its way leaves that part to the system, for files.
 SHARES = {"kv_cache_bytes": 2, "prefix_cache_bytes": 8, "adapter_memory": 8, "loading_memory": 4}
 BUDGETS = (*SHARES, "adapter_host_memory")
 

@@ -74,6 +74,7 @@ class AdapterLoader:
         self._loads = WeakValueDictionary[str, Load]()
         self._taken = WeakKeyDictionary[Load, int]()  # bytes of those on their way
         self._line: list[_Job] = []  # those that wait for room, the first one first
+        self._closed = False
         self._ahead: Load | None = None  # the latest one from files, until somebody asks for it
         self._failed: OrderedDict[str, tuple[float, Load]] = OrderedDict()
         self._refused: OrderedDict[AdapterRef, Load] = OrderedDict()
@@ -108,7 +109,7 @@ class AdapterLoader:
     def advance(self) -> None:
         """Read what has room now; call it when somebody holds a load no more."""
         for job in self._next():
-            self._pool.submit(self._finish, job)
+            self._submit(self._finish, job)
 
     @property
     def waits(self) -> bool:
@@ -151,10 +152,9 @@ class AdapterLoader:
     def close(self) -> None:
         """Start no more loads. One that hangs in `fetch` must not hang whoever closes."""
         with self._lock:
-            line, self._line = self._line, []
-        for job in line:
-            job.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+            self._closed = True
+        self._next()
+        self._pool.shutdown(wait=False)  # jobs that it still has end at once
         self._checks.shutdown(wait=False)
 
     def _begin(self, ref: AdapterRef, files: AdapterFiles | None) -> Load:
@@ -162,11 +162,20 @@ class AdapterLoader:
         future = self._loads[ref.digest] = Load()
         self._taken[future] = 0 if files is None else sum(map(len, files.weights))
         job = _Job(next(self._numbers), ref, ReferenceType(future), future, files)
-        self._pool.submit(self._run, job)
+        self._submit(self._run, job)
         return future
+
+    def _submit(self, work: Callable[[_Job], None], job: _Job) -> None:
+        try:
+            self._pool.submit(work, job)
+        except RuntimeError:  # it was closed a moment ago
+            job.close()
 
     def _run(self, job: _Job) -> None:
         """Find out what a load takes, and read it, unless it has to wait: see `advance`."""
+        if self._closed:
+            job.close()
+            return
         try:
             if job.files is None:
                 with self._timed("fetch"):
@@ -181,7 +190,7 @@ class AdapterLoader:
         ready = self._next()
         for other in ready:
             if other is not job:
-                self._pool.submit(self._finish, other)
+                self._submit(self._finish, other)
         if job in ready:
             self._finish(job)
 
@@ -194,13 +203,15 @@ class AdapterLoader:
 
     def _next(self) -> list[_Job]:
         """Take those out of the line that have room: in their order, up to one that has none."""
-        ready = list[_Job]()
+        ready, given_up = list[_Job](), list[_Job]()
         with self._lock:
+            if self._closed:
+                given_up, self._line = self._line, []
             while self._line:
                 job = self._line[0]
                 job.load = job.future()
                 if job.load is None:
-                    job.close()  # nobody waits for it any more
+                    given_up.append(job)  # nobody waits for it any more
                 elif self._make_room(job.size):
                     self._taken[job.load] = job.size
                     ready.append(job)
@@ -208,6 +219,8 @@ class AdapterLoader:
                     job.load = None
                     break
                 del self._line[0]
+        for job in given_up:  # files are removed, which nobody should wait for under the lock
+            job.close()
         return ready
 
     def _make_room(self, size: int) -> bool:
@@ -221,6 +234,9 @@ class AdapterLoader:
         return not taken or taken + size <= self._room
 
     def _finish(self, job: _Job) -> None:
+        if self._closed:
+            job.close()
+            return
         try:
             self._settle(job, self._made(job))
         except BaseException as error:  # a panic in a library's Rust is no Exception; unsettled, it

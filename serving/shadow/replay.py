@@ -96,7 +96,7 @@ def settings_beside_server(base: BaseModel) -> EngineSettings:
     alone = within_memory(base, EngineSettings(max_running=RUNNING))
     parts = ("kv_cache_bytes", "prefix_cache_bytes", "loading_memory")
     sizes = {name: getattr(alone, name) for name in parts}
-    return replace(alone, **{name: size and size // PART for name, size in sizes.items()})
+    return replace(alone, **{name: size and max(1, size // PART) for name, size in sizes.items()})
 
 
 def _route(registry: Registry, arm: Arm, base: BaseModel) -> Route:

@@ -1,18 +1,21 @@
 """Loads in the memory that is for adapters on their way: each waits until it fits, in its turn."""
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import ref as weak
 
 import pytest
 import torch
 
 from registry.adapter import AdapterRef
+from registry.materialize import FoundFiles
+from registry.records import Version
 from serving.engine import loader as loading
 from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
@@ -121,6 +124,38 @@ def test_a_load_waits_until_it_fits_and_the_next_one_behind_it(
     assert second.result(10).bucket == 128
     assert small.result(10).bucket == 8
     loader.close()
+
+
+def test_a_closed_loader_leaves_no_staged_files(
+    tiny_base: Path, folders: Folders, tmp_path: Path
+) -> None:
+    """It has room again, but no worker has begun with it."""
+    core = new_core(tiny_base, folders, loading_memory=1)
+    loader, refs = core.residency.loader, folders.refs
+    staged = shutil.copytree(folders.folders[refs["y"].digest], tmp_path / "staged")
+    release = threading.Event()
+
+    def fetch(ref: AdapterRef) -> Path | FoundFiles:
+        if ref == refs["y"]:
+            return FoundFiles(cast("Version", None), tmp_path / "folder", staged)
+        if ref != refs["x"]:
+            release.wait(10)
+        return folders(ref)
+
+    loader._fetch = fetch
+    held = loader.load(refs["x"])
+    held.result(10)
+    waits = loader.load(refs["y"])
+    until(lambda: bool(loader.before(refs["y"].digest)))
+    busy = [loader.load(refs[name]) for name in ("z", SMALL)]
+    del held
+    loader.advance()
+    loader.close()
+    assert staged.exists()
+    release.set()
+    until(lambda: not staged.exists())
+    assert not waits.done()
+    del busy
 
 
 def test_a_load_that_nobody_waits_for_any_more_is_not_read(
