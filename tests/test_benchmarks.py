@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peers, scale
+from benchmarks import kv_memory, peers, scale
 from benchmarks.floor import Limits, Sizes, floor
 from benchmarks.journal import Journal
 from benchmarks.peer_servers import Peer
 from benchmarks.plots import Bar, Plot, draw_bars, draw_dots, picture
 from benchmarks.workload import OUTPUT_TOKENS, Cell, Figures
+from serving.engine import core
 
 CELL, OTHER = Cell(8, 0, 32), Cell(32, 32, 64)
 SIZES = Sizes(layers=1000, head=100, adapter=10, kv=4)
@@ -113,3 +114,13 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(argparse.ArgumentTypeError, match=reason):
         picture(name)
+
+
+def test_less_is_read_twice_where_more_memory_is_kept_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(core, "SOON", core.SOON)  # the benchmark sets it
+    none, much = (kv_memory.run(12, 8, 0.25, soon) for soon in (0, 16))
+    assert none.paused > much.paused == 0
+    assert none.again > much.again == 0
+    assert none.running > much.running
