@@ -76,7 +76,7 @@ def peak_of_a_load(base: Path, adapter: Path, operators: OperatorsName) -> tuple
 
 
 @pytest.mark.skipif(not FORGET_PEAK.exists(), reason="Linux tells the peak of a process")
-@pytest.mark.parametrize("operators", ["auto", "torch"])
+@pytest.mark.parametrize("operators", ["auto", pytest.param("torch", marks=pytest.mark.long)])
 def test_a_saved_head_is_held_once_as_it_is_in_the_file_and_once_converted(
     base: Path, adapter: Path, operators: OperatorsName
 ) -> None:
