@@ -140,8 +140,11 @@ def test_requests_that_outgrow_the_pages_equal_peft(
 ) -> None:
     """Pages go from one sequence to the next, in any order, and with what was in them."""
     monkeypatch.setattr(core, "SOON", 0)
-    names = [*folders.refs, None]
-    wanted = asked(folders, names, tokens=7)
+    names = ["all4", "attention24", None]
+    wanted = [
+        request(range(start, start + 15), folders.refs[name] if name else None, max_tokens=7)
+        for start, name in enumerate(names)
+    ]
     few = replace(SETTINGS, kv_cache_bytes=4 * BLOCK * TOKEN, prefix_cache_bytes=0)
     results, stats = served(triton_parts(base, folders, device, few), wanted)
     assert stats.paused > 0
@@ -149,8 +152,7 @@ def test_requests_that_outgrow_the_pages_equal_peft(
     assert stats.kv_tokens_total == 4 * BLOCK
     for name, each, result in zip(names, wanted, results, strict=True):
         oracle = Oracle(base, folders.folders[folders.refs[name].digest] if name else None)
-        assert result.tokens == oracle.likeliest(each.prompt_ids, result.tokens), name
-        assert oracle.largest_error(each.prompt_ids, result) < BOUND, name
+        assert result.tokens == oracle.greedy(each.prompt_ids, 7), name
 
 
 @on_every_device
