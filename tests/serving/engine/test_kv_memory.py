@@ -18,7 +18,6 @@ from serving.engine.kv_cache import BLOCK
 from serving.engine.kv_pages import KVPages
 from serving.engine.kv_slots import KVSlots
 from serving.engine.ops.blocks import copy_blocks
-from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
 from serving.engine.spec import ModelSpec
@@ -236,46 +235,6 @@ def test_tenants_do_not_take_memory_from_each_other_without_end(
     monkeypatch.setattr(core, "_start", count)
     got = answers(core, requests)
     assert [deltas[-1].finish_reason for deltas in got] == ["length"] * len(wanted)
-
-
-# Who gives
-
-
-def crowded() -> tuple[Scheduler, dict[str, Request]]:
-    """Three of tenant a and two low ones; one of each is paused."""
-    scheduler = Scheduler(8, 4, max_batched_tokens=64, ridge=16)
-    names = ("normal-1", "normal-2", "normal-3", "low-1", "low-2")
-    made = {name: Request(asked("a", name.partition("-")[0])) for name in names}
-    for sequence in made.values():
-        scheduler.add(sequence)
-    assert len(list(scheduler.admit(lambda _: True))) == 5
-    for name in ("normal-2", "low-1"):
-        assert scheduler.pause(made[name]) is None
-    return scheduler, made
-
-
-def asked(tenant: str, priority: str) -> GenerateRequest:
-    return replace(request("x", max_tokens=9), tenant=tenant, priority=priority)
-
-
-def test_low_ones_give_before_normal_ones_and_paused_ones_before_those_that_run() -> None:
-    scheduler, made = crowded()
-    order = [made[name] for name in ("low-1", "low-2", "normal-2", "normal-3")]
-    assert scheduler.givers(Request(asked("b", "normal"))) == order, "a still runs one then, as b"
-    for sequence in (*order, made["normal-1"]):
-        assert scheduler.last() is sequence
-        scheduler.drop(sequence)
-    assert not scheduler.running
-    assert len(scheduler.waiting) == 5
-
-
-def test_a_low_one_takes_nothing_of_normal_ones_while_anybody_runs() -> None:
-    scheduler, made = crowded()
-    low = Request(asked("b", "low"))
-    assert scheduler.givers(low) == [made["low-1"]]
-    for sequence in list(scheduler.running):
-        scheduler.remove(sequence)
-    assert scheduler.givers(low) == [made["low-1"], made["normal-2"]], "or it would wait for ever"
 
 
 def test_a_failed_step_and_an_abort_give_their_memory_back(

@@ -404,3 +404,45 @@ def test_nobody_waits_for_an_adapter_of_somebody_else() -> None:
     assert [move.starts for move in scheduler.admit(lambda s: s is second)] == [second]
     assert scheduler.waiting == [slow, third]
     assert [move.starts for move in scheduler.admit(lambda _: True)] == [slow]
+
+
+# Who gives memory for keys and values
+
+
+def crowded() -> tuple[Scheduler, dict[str, Request]]:
+    """Three of tenant a and two low ones; one of each is paused."""
+    scheduler = Scheduler(8, 4, max_batched_tokens=64, ridge=16)
+    classes: dict[str, Priority] = {f"normal-{i}": "normal" for i in (1, 2, 3)}
+    classes |= {f"low-{i}": "low" for i in (1, 2)}
+    made = {name: Request(asked("a", priority)) for name, priority in classes.items()}
+    for sequence in made.values():
+        scheduler.add(sequence)
+    assert len(list(scheduler.admit(lambda _: True))) == 5
+    for name in ("normal-2", "low-1"):
+        assert scheduler.pause(made[name]) is None
+    return scheduler, made
+
+
+def asked(tenant: str, priority: Priority) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=9)
+    return GenerateRequest("r", (1,), sampling, None, tenant=tenant, priority=priority)
+
+
+def test_low_ones_give_before_normal_ones_and_paused_ones_before_those_that_run() -> None:
+    scheduler, made = crowded()
+    order = [made[name] for name in ("low-1", "low-2", "normal-2", "normal-3")]
+    assert scheduler.givers(Request(asked("b", "normal"))) == order, "a still runs one then, as b"
+    for sequence in (*order, made["normal-1"]):
+        assert scheduler.last() is sequence
+        scheduler.drop(sequence)
+    assert not scheduler.running
+    assert len(scheduler.waiting) == 5
+
+
+def test_a_low_one_takes_nothing_of_normal_ones_while_anybody_runs() -> None:
+    scheduler, made = crowded()
+    low = Request(asked("b", "low"))
+    assert scheduler.givers(low) == [made["low-1"]]
+    for sequence in list(scheduler.running):
+        scheduler.remove(sequence)
+    assert scheduler.givers(low) == [made["low-1"], made["normal-2"]], "or it would wait for ever"
