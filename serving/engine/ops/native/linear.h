@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <atomic>
+#include <memory>
 #include <type_traits>
 
 #include "lora.h"
@@ -16,7 +17,7 @@ constexpr int TILE = 2;
 constexpr int64_t BLOCK = TILE;
 #endif
 
-constexpr int64_t SPREAD = 8;  // tiles that fetch; those behind them multiply only
+constexpr int64_t SPREAD = 8;  // tiles of a panel that fetch; those behind them multiply only
 constexpr int64_t LATE = 48;   // panels beside which A's are fetched; before, they would be lost again
 
 // A linear of one layer and what its rows wear on it.
@@ -24,10 +25,15 @@ struct Dressed {
   Panels w;
   const Lora* lora = nullptr;
   int64_t layer = 0;
+
+  // Neighbouring panels, so many at once, or what is left of them.
+  Span span(int64_t number, int64_t size) const {
+    return {std::min(number * size, w.count), std::min((number + 1) * size, w.count)};
+  }
 };
 
 // What a thread fetches while it multiplies, so that memory and multipliers are busy at the same
-// time: its next panel and the B's for that, then, beside the last panels, the A's that it reads
+// time: its next panels and the B's for these, then, beside the last panels, the A's that it reads
 // before the next linear; adapters' only as far as `Lora` wants them early.
 // It is spread evenly over the tiles of a panel: in one go it would stop the multipliers.
 class Ahead {
@@ -37,14 +43,14 @@ class Ahead {
         share(after.lora ? after.lora->a_bytes() / CHUNK_BYTES / std::min(LATE, own.w.count) + 1 : 0),
         late_from(own.w.count - LATE) {}
 
-  // The next panel is this one of `next`, or null; so many rows are computed before it.
-  void begin(const Dressed* next, int64_t panel, int64_t rows) {
+  // The next panels are these of `next`; before them so many are computed, of so many rows.
+  void begin(const Dressed& next, const Span& panels, int64_t before, int64_t rows) {
     soon.clear(), left = 0, begun = 0, at = end = nullptr;
-    tiles = std::min(SPREAD, (rows + BLOCK - 1) / BLOCK);
-    if (next) add({(const char*)next->w.at(panel), next->w.bytes()});
-    if (next && next->lora && Lora::b_early(rows))
-      next->lora->each_b(next->layer, panel, [&](const Piece& piece) { add(piece); });
-    if (after.lora && Lora::a_early() && (next != &own || panel >= late_from))
+    tiles = before * std::min(SPREAD, (rows + BLOCK - 1) / BLOCK);
+    add({(const char*)next.w.at(panels.first), panels.size() * next.w.bytes()});
+    for (int64_t panel = panels.first; next.lora && Lora::b_early(rows) && panel < panels.end; panel++)
+      next.lora->each_b(next.layer, panel, [&](const Piece& piece) { add(piece); });
+    if (after.lora && Lora::a_early() && (&next != &own || panels.first >= late_from))
       for (int64_t due = share; due > 0 && a < after.lora->a_pieces(); a += threads) {
         const Piece piece = after.lora->a_piece(after.layer, a);
         add(piece);
@@ -112,36 +118,6 @@ struct Product {
   int64_t x_stride, y_stride, outputs;
   bool add;
 
-  // Beside each chunk of weights STREAMS others are fetched. `sums` [N, PANEL] are those of the
-  // steps before `from`, or null.
-  template <int N, int STREAMS>
-  void tile(int64_t row, int64_t panel, Ahead& ahead, int64_t from = 0,
-            const float* sums = nullptr) const {
-    const Number* weights = own.w.at(panel) + from * PANEL * STEP;
-    Rows<N> rows(x + row * x_stride + from * STEP, x_stride);
-    Floats totals[N][COLUMNS] = {};
-    if (sums)
-#pragma GCC unroll 12
-      for (int i = 0; i < N; i++)
-#pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; c++) totals[i][c] = load(sums + i * PANEL + c * LANES);
-    for (int64_t left = own.w.steps - from; left > 0; left -= CHUNK) {
-      const char* soon[STREAMS + 1];  // one more than is used: an array cannot be empty
-      for (int i = 0; i < STREAMS; i++) soon[i] = ahead.next((const char*)weights);
-      for (int64_t k = std::min(CHUNK, left); k > 0; k--, weights += PANEL * STEP) {
-        for (int i = 0; i < STREAMS; i++) {
-          for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(soon[i] + c * LINE, 0, 2);
-          soon[i] += COLUMNS * LINE;
-        }
-        rows.template step<0>(weights, totals);
-      }
-    }
-#if !defined(MATRIX)
-    if (own.lora) own.lora->expand(own.layer, row, panel, totals);
-#endif
-    finish(row, panel, totals);
-  }
-
   // Indices of `totals` are constants here and in `expand`, or all of it would lie on the stack.
   template <int N>
   __attribute__((always_inline)) void finish(int64_t row, int64_t panel,
@@ -172,31 +148,68 @@ struct Product {
   }
 
 #if defined(MATRIX)
-  void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
+  // How many panels a thread computes at once. x of a block stays in the first cache while it meets
+  // several. And B's of rows that are alone with their adapters are read in longer pieces, when all
+  // of the panels are multiplied; many rows multiply long enough for B's to come meanwhile.
+  static int64_t span_size(const Dressed& linear, int64_t rows) {
+    const bool wait = linear.lora && linear.lora->waiting();
+    if (wait == (rows > BLOCK)) return 1;
+    return std::clamp<int64_t>(linear.w.count / (3 * omp_get_num_threads()), 1, 8);
+  }
+  int64_t waiting() const { return own.lora ? own.lora->waiting() : 0; }
+
+  // `sums`: space for those of the rows that wait, of the panels.
+  void compute(int64_t rows, const Span& panels, Ahead& ahead, float* sums) const {
     const Sums block(block_height(rows));
     const Flushing flushing;
-    alignas(LINE) float sums[BLOCK * PANEL];
+    const int64_t apart = panels.size() * PANEL;
     for (int64_t number = 0, row = 0; row < rows; number++, row += block.rows) {
       const int64_t first = std::min(row, rows - block.rows);
-      block.clear();
-      multiply(block, first, panel, ahead);
-      if (own.lora) own.lora->expand(block, own.layer, number, panel);
-      block.store(sums);
-      if (own.lora) own.lora->expand_alone(sums, own.layer, number, panel);
-      for (int64_t i = row; i < first + block.rows; i += TILE)
-        sized(std::min<int64_t>(TILE, first + block.rows - i), [&](auto n) {
-          tile<n, 0>(i, panel, ahead, own.w.steps / SIDE * SIDE, sums + (i - first) * PANEL);
-        });
+      const int64_t place = own.lora ? own.lora->place(number) : -1;
+      for (int64_t panel = panels.first; panel < panels.end; panel++) {
+        block.clear();
+        multiply(block, first, panel, ahead);
+        if (own.lora) own.lora->expand(block, own.layer, number, panel);
+        if (place >= 0) {
+          block.store(sums + place * apart + (panel - panels.first) * PANEL, apart);
+          continue;
+        }
+        alignas(LINE) float own_sums[BLOCK * PANEL];
+        block.store(own_sums, PANEL);
+        for (int64_t i = row; i < first + block.rows; i++)
+          finish(i, panel, own_sums + (i - first) * PANEL);
+      }
+    }
+    if (waiting()) finish_waiting(rows, panels, sums);
+  }
+
+  void finish_waiting(int64_t rows, const Span& panels, float* sums) const {
+    const int64_t apart = panels.size() * PANEL, high = block_height(rows);
+    own.lora->expand_alone(sums, apart, own.layer, panels);
+    for (int64_t number = 0, row = 0; row < rows; number++, row += high) {
+      const int64_t place = own.lora->place(number), first = std::min(row, rows - high);
+      for (int64_t i = row; place >= 0 && i < first + high; i++)
+        for (int64_t panel = panels.first; panel < panels.end; panel++)
+          finish(i, panel, sums + (place + i - first) * apart + (panel - panels.first) * PANEL);
     }
   }
 
-  // Of as many steps as registers hold at once.
+  void finish(int64_t row, int64_t panel, const float* sums) const {
+    Floats totals[1][COLUMNS];
+    for (int c = 0; c < COLUMNS; c++) totals[0][c] = load(sums + c * LANES);
+    finish(row, panel, totals);
+  }
+
+  // What is to be written is made the thread's own meanwhile.
   void multiply(const Sums& block, int64_t row, int64_t panel, Ahead& ahead) const {
     const int64_t times = own.w.steps / SIDE, calls = times * (SIDE / CHUNK);
     const int64_t wanted = ahead.portion(), streams = calls ? (wanted + calls - 1) / calls : 0;
     ahead.spread(wanted, streams * calls);
+    const int64_t some = times ? (block.rows + times - 1) / times : 0;
+    const Number* out = y + row * y_stride + panel * PANEL;
     const auto each = [&](const auto& rest) __attribute__((always_inline)) {
       const Number *from = x + row * x_stride, *weights = own.w.at(panel);
+      int64_t left = block.rows;
       for (int64_t i = 0; i < times; i++, from += DEEP, weights += SIDE * PANEL * STEP) {
         for (int64_t j = 0; j < streams * (SIDE / CHUNK); j++) {
           const char* soon = ahead.next((const char*)weights);
@@ -207,6 +220,8 @@ struct Product {
         block.take(weights);
         block.add_upper(from, x_stride);
         rest(from);
+        for (int64_t j = std::min(some, left); j > 0; j--, left--, out += y_stride)
+          fetch_to_write(out);
       }
     };
     if (block.rows == block.upper)
@@ -214,17 +229,37 @@ struct Product {
     else
       each([&](const Number* from)
                __attribute__((always_inline)) { block.add_lower(from, x_stride); });
+    if (times * SIDE < own.w.steps) multiply_rest(block, row, panel, times * SIDE);
+  }
+
+  // The steps from this one on, fewer than a register has.
+  __attribute__((noinline)) void multiply_rest(const Sums& block, int64_t row, int64_t panel,
+                                               int64_t from) const {
+    alignas(LINE) Number some[BLOCK * DEEP] = {}, weights[SIDE * PANEL * STEP] = {};
+    const int64_t left = (own.w.steps - from) * STEP;
+    for (int64_t i = 0; i < block.rows; i++)
+      std::copy_n(x + (row + i) * x_stride + from * STEP, left, some + i * DEEP);
+    std::copy_n(own.w.at(panel) + from * PANEL * STEP, left * PANEL, weights);
+    written(some);
+    written(weights);
+    block.take(weights);
+    block.add_upper(some, DEEP);
+    if (block.rows > block.upper) block.add_lower(some, DEEP);
+    written(some);
+    written(weights);
   }
 
   static void shape_registers(int64_t rows) { Sums(block_height(rows)).shape(); }
 #else
+  static int64_t span_size(const Dressed&, int64_t) { return 1; }
+  static int64_t waiting() { return 0; }
   static void shape_registers(int64_t) {}
 
   // As few tiles as there can be, of even heights: one of a single row waits for its weights.
-  void tiles(int64_t rows, int64_t panel, Ahead& ahead) const {
+  void compute(int64_t rows, const Span& panels, Ahead& ahead, float*) const {
     for (int64_t row = 0, left = (rows + TILE - 1) / TILE; left > 0; left--) {
       const int64_t height = (rows - row + left - 1) / left;
-      sized(height, [&](auto n) { fetching_tile<n>(row, panel, ahead); });
+      sized(height, [&](auto n) { fetching_tile<n>(row, panels.first, ahead); });
       row += height;
     }
   }
@@ -238,6 +273,27 @@ struct Product {
     ahead.spread(wanted, streams * chunks);
     streams == 1 ? tile<N, 1>(row, panel, ahead) : tile<N, 2>(row, panel, ahead);
   }
+
+  // Beside each chunk of weights STREAMS others are fetched.
+  template <int N, int STREAMS>
+  void tile(int64_t row, int64_t panel, Ahead& ahead) const {
+    const Number* weights = own.w.at(panel);
+    Rows<N> rows(x + row * x_stride, x_stride);
+    Floats totals[N][COLUMNS] = {};
+    for (int64_t left = own.w.steps; left > 0; left -= CHUNK) {
+      const char* soon[STREAMS + 1];  // one more than is used: an array cannot be empty
+      for (int i = 0; i < STREAMS; i++) soon[i] = ahead.next((const char*)weights);
+      for (int64_t k = std::min(CHUNK, left); k > 0; k--, weights += PANEL * STEP) {
+        for (int i = 0; i < STREAMS; i++) {
+          for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(soon[i] + c * LINE, 0, 2);
+          soon[i] += COLUMNS * LINE;
+        }
+        rows.template step<0>(weights, totals);
+      }
+    }
+    if (own.lora) own.lora->expand(own.layer, row, panel, totals);
+    finish(row, panel, totals);
+  }
 #endif
 
   // Call `use` with `height`, which is at most TILE, as a constant.
@@ -249,20 +305,22 @@ struct Product {
   }
 
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.
-  // A thread takes its next panel before it computes one, and fetches it in the meantime; beside its
-  // last panel it fetches one of `after`.
+  // A thread takes its next span before it computes one, and fetches it in the meantime; beside its
+  // last one it fetches one of `after`.
   void run(int64_t rows, std::atomic<int64_t>& taken, const Dressed& after = {}) const {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     if (rows == 0) return;
     Ahead ahead(own, after);
     shape_registers(rows);
-    for (int64_t panel = thread, next; panel < own.w.count; panel = next) {
-      next = threads + taken.fetch_add(1, std::memory_order_relaxed);
-      if (next < own.w.count)
-        ahead.begin(&own, next, rows);
+    const int64_t size = span_size(own, rows);
+    const std::unique_ptr<float[]> sums(new float[waiting() * size * PANEL]);
+    for (Span panels = own.span(thread, size), next; panels.size(); panels = next) {
+      next = own.span(threads + taken.fetch_add(1, std::memory_order_relaxed), size);
+      if (next.size())
+        ahead.begin(own, next, panels.size(), rows);
       else
-        ahead.begin(thread < after.w.count ? &after : nullptr, thread, rows);
-      tiles(rows, panel, ahead);
+        ahead.begin(after, after.span(thread, span_size(after, rows)), panels.size(), rows);
+      compute(rows, panels, ahead, sums.get());
     }
 #pragma omp barrier
   }

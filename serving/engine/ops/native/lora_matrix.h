@@ -40,16 +40,22 @@ class Lora : public LoraPlan {
         for (int64_t i = 0; i < block.deep(); i++) expand(sums, layer, block, panel, part, i);
   }
 
-  // The same, to sums [rows, PANEL], of the runs that have only one row in the block: by hand what
-  // the registers do, to the same bits. They would take as long as for 16 rows.
-  void expand_alone(float* sums, int64_t layer, int64_t number, int64_t panel) const {
-    for (int64_t part = 0; part < parts; part++)
-      if (panels[part].has(panel))
-        for (const Use& use : blocks[number].alone) {
-          const Worn& own = worn[use.worn];
-          alone(b(own, layer, part, panel), own.stack->rank,
-                narrow[use.line + part * lines_of(own)].numbers, sums + use.first * PANEL);
-        }
+  // Of blocks in which rows are alone with their adapters all sums wait for what these add: how many
+  // rows that are, and which of them is the first of block `number`, or -1.
+  int64_t waiting() const { return waiting_rows; }
+  int64_t place(int64_t number) const { return blocks[number].place; }
+
+  // Add B(A(x)) of the rows that are alone to `sums` of all that wait, with `apart` between rows: by
+  // hand what the registers do, to the same bits. They would take as long as for 16 rows.
+  void expand_alone(float* sums, int64_t apart, int64_t layer, const Span& all) const {
+    for (int64_t part = 0; part < parts; part++) {
+      const Span own{std::max(all.first, panels[part].first), std::min(all.end, panels[part].end)};
+      float* to = sums + (own.first - all.first) * PANEL;
+      if (own.size() > 0)
+        for (size_t i = 0; i < alone.size(); i++)
+          expand_alone(alone[i], alone[std::min(i + 1, alone.size() - 1)], layer, part, own,
+                       to + alone[i].place * apart);
+    }
   }
 
  private:
@@ -60,14 +66,19 @@ class Lora : public LoraPlan {
     size_t worn;
     int64_t first, last;  // of the rows, counted from the block's first
     int64_t from = 0, end = 0;  // of its numbers among all that A(x) has of the block's adapters
-    int64_t line = 0;           // of A(x), where one row has it alone
+  };
+  struct Alone {  // a row of a block whose adapter no other one of the block wears
+    size_t worn;
+    int64_t row, place;  // of all rows, and of those that wait
+    int64_t line = 0;    // its first of A(x)
   };
   // A(x) of a block is [parts, deep, rows of a block] lines: each adapter has numbers of its own, which
   // are zero in other rows, so that all of it can be multiplied with all B's at once. A row that is
   // alone with its adapter has [parts, deep] lines elsewhere.
   struct Block {
     int64_t line = 0;  // its first
-    std::vector<Use> uses, alone;
+    std::vector<Use> uses;
+    int64_t place = -1;
     int64_t deep() const { return uses.empty() ? 0 : (uses.back().end + DEEP - 1) / DEEP; }
   };
   // Of a row: its first line, how many are of one part and how far they are apart, and which of
@@ -77,6 +88,8 @@ class Lora : public LoraPlan {
   };
 
   int64_t high = 0;  // rows of a block
+  int64_t waiting_rows = 0;
+  std::vector<Alone> alone;
   std::vector<Block> blocks;
   std::vector<Line> narrow;  // A(x)
   std::vector<Place> places;
@@ -89,7 +102,7 @@ class Lora : public LoraPlan {
       for (int64_t row = worn[i].run->start, stop; row < worn[i].run->stop; row = stop) {
         const int64_t number = row / high, first = row - first_row(number);
         stop = std::min(worn[i].run->stop, (number + 1) * high);
-        add_use(blocks[number], {i, first, first + stop - row - 1});
+        add_use(number, {i, first, first + stop - row - 1});
       }
     int64_t line = 0;
     for (size_t number = 0; number < blocks.size(); number++) {
@@ -99,17 +112,21 @@ class Lora : public LoraPlan {
       for (const Use& use : block.uses)
         for (int64_t row = use.first; row <= use.last; row++)
           places[first_row(number) + row] = {block.line + row, block.deep(), high, use.from};
-      for (Use& use : block.alone) {
-        use.line = line;
-        line += parts * lines_of(worn[use.worn]);
-        places[first_row(number) + use.first] = {use.line, lines_of(worn[use.worn]), 1, 0};
-      }
+    }
+    for (Alone& each : alone) {
+      each.line = line;
+      line += parts * lines_of(worn[each.worn]);
+      places[each.row] = {each.line, lines_of(worn[each.worn]), 1, 0};
     }
     narrow.resize(line);
   }
 
-  void add_use(Block& block, Use use) const {
-    if (use.first == use.last) return block.alone.push_back(use);
+  void add_use(int64_t number, Use use) {
+    Block& block = blocks[number];
+    if (use.first == use.last) {
+      if (block.place < 0) block.place = waiting_rows, waiting_rows += high;
+      return alone.push_back({use.worn, first_row(number) + use.first, block.place + use.first});
+    }
     const int64_t rank = worn[use.worn].stack->rank, whole = std::min(rank, DEEP);
     const int64_t before = block.uses.empty() ? 0 : block.uses.back().end;
     use.from = (before + whole - 1) / whole * whole;  // never in more lines than need be
@@ -160,8 +177,21 @@ class Lora : public LoraPlan {
     if (lower) sums.add_lower(lines->numbers, DEEP);
   }
 
-  // sums [PANEL] += B · numbers, of one part.
-  static void alone(const Number* weights, int64_t rank, const Number* numbers, float* sums) {
+  // The same of one row, to sums of these panels of one part. B of `next` is fetched meanwhile.
+  void expand_alone(const Alone& row, const Alone& next, int64_t layer, int64_t part,
+                    const Span& own, float* sums) const {
+    const Worn& wears = worn[row.worn];
+    const int64_t rank = wears.stack->rank, size = rank * PANEL;
+    const Number* weights = b(wears, layer, part, own.first);
+    const Number* soon = b(worn[next.worn], layer, part, own.first);
+    const Number* numbers = narrow[row.line + part * lines_of(wears)].numbers;
+    for (int64_t i = 0; i < own.size(); i++, weights += size, soon += size, sums += PANEL)
+      add_product(weights, numbers, rank, soon, sums);
+  }
+
+  // sums [PANEL] += B · numbers of one panel.
+  static void add_product(const Number* weights, const Number* numbers, int64_t rank,
+                          const Number* soon, float* sums) {
     Floats total[COLUMNS];
     for (int c = 0; c < COLUMNS; c++) total[c] = load(sums + c * LANES);
     for (int64_t left = rank; left > 0; left -= DEEP) {
@@ -169,7 +199,8 @@ class Lora : public LoraPlan {
       for (int64_t k = std::min(left, DEEP); k > 0; k -= STEP, numbers += STEP) {
         const Words input = broadcast(numbers);
 #pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; c++, weights += LANES * STEP) {
+        for (int c = 0; c < COLUMNS; c++, weights += LANES * STEP, soon += LANES * STEP) {
+          __builtin_prefetch(soon, 0, 2);
           const Words own = lanes(weights);
           even[c] = fused((Floats)(own << 16), (Floats)(input << 16), even[c]);
           odd[c] = fused((Floats)(own & HIGH), (Floats)(input & HIGH), odd[c]);

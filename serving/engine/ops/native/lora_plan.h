@@ -90,17 +90,13 @@ class LoraPlan {
     int64_t row, rows;  // of x
     int64_t from;       // first row of A
   };
-  struct Range {
-    int64_t first = 0, end = 0;
-    bool has(int64_t panel) const { return first <= panel && panel < end; }
-  };
 
   const Group group;
   const int64_t parts, rows;
   int64_t a_size = 0;  // bytes
   std::vector<Worn> worn;
   std::vector<Task> tasks;
-  Range panels[MOST_PARTS];
+  Span panels[MOST_PARTS];
 
   static Piece piece(const Number* first, int64_t count) {
     return {(const char*)first, count * (int64_t)sizeof(Number)};

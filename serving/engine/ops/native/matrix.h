@@ -17,6 +17,9 @@ constexpr int64_t BLOCK = 2 * SIDE;  // rows of x that are multiplied with each 
 
 inline void written(const void* there) { asm volatile("" ::"r"(there) : "memory"); }
 
+// Fetch a line that this thread writes soon. Every processor with AMX has the instruction.
+inline void fetch_to_write(const Number* there) { asm volatile("prefetchw %0" ::"m"(*there)); }
+
 // While there is one of these, this thread takes what is too small for a normal float as zero, as
 // the registers do.
 class Flushing {
@@ -81,10 +84,10 @@ class Sums {
   }
 
   // Add x Wᵀ of SIDE steps, x [rows, DEEP] with `stride` between rows: take W's, then add one half
-  // or both.
+  // or both. W is read past the first cache: x and what is written keep their place there.
   __attribute__((always_inline)) void take(const Number* weights) const {
-    _tile_loadd(6, weights, PANEL * STEP * sizeof(Number));
-    _tile_loadd(7, weights + LANES * STEP, PANEL * STEP * sizeof(Number));
+    _tile_stream_loadd(6, weights, PANEL * STEP * sizeof(Number));
+    _tile_stream_loadd(7, weights + LANES * STEP, PANEL * STEP * sizeof(Number));
   }
   __attribute__((always_inline)) void add_upper(const Number* x, int64_t stride) const {
     _tile_loadd(4, x, stride * sizeof(Number));
@@ -97,13 +100,14 @@ class Sums {
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  void store(float* to) const {
-    constexpr int64_t line = PANEL * sizeof(float);
+  // To [rows, PANEL], with `apart` between rows.
+  void store(float* to, int64_t apart) const {
+    const int64_t line = apart * sizeof(float);
     _tile_stored(0, to, line);
     _tile_stored(1, to + LANES, line);
     if (rows == upper) return;
-    _tile_stored(2, to + upper * PANEL, line);
-    _tile_stored(3, to + upper * PANEL + LANES, line);
+    _tile_stored(2, to + upper * apart, line);
+    _tile_stored(3, to + upper * apart + LANES, line);
   }
 };
 

@@ -9,6 +9,13 @@ constexpr int64_t LINE = 64;  // bytes that memory is read in
 constexpr int64_t CHUNK = 8;  // steps that are multiplied before it is asked what to fetch next
 constexpr int64_t CHUNK_BYTES = CHUNK * PANEL * STEP * sizeof(Number);
 
+// Neighbouring panels.
+struct Span {
+  int64_t first = 0, end = 0;
+  int64_t size() const { return end - first; }
+  bool has(int64_t panel) const { return first <= panel && panel < end; }
+};
+
 // A packed weight [outputs, inputs].
 struct Panels {
   const Number* w = nullptr;
