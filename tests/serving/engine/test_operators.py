@@ -357,7 +357,17 @@ def test_a_row_of_lora_is_the_same_to_the_last_bit_beside_any_others(
 
     whole = added(0, len(x))
     assert (whole != 0).any()
-    for first, last in ((0, 1), (0, 32), (1, 41), (2, 3), (8, 10), (39, 150), (74, 76), (100, 101)):
+    for first, last in (
+        (0, 1),
+        (0, 32),
+        (0, 41),
+        (1, 41),
+        (2, 3),
+        (8, 10),
+        (39, 150),
+        (74, 76),
+        (100, 101),
+    ):
         assert same_bits(added(first, last), whole[first:last])
 
 
@@ -392,6 +402,7 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float, r
     sick[row, 3] = poison
     others = [i for i in range(rows) if i != row]
     weight, gain = pack(torch.randn(40, 64).to(library.dtype)), torch.ones(64).to(library.dtype)
+    wider = pack(torch.randn(40, 66).to(library.dtype))
     caches = []
     for heads, kv_heads, dim in ((4, 2, 16), (1, 1, 64)):
         values = torch.randn(rows, kv_heads, 208, dim).to(library.dtype)
@@ -405,6 +416,7 @@ def test_a_row_that_is_not_finite_stays_alone(library: Library, poison: float, r
 
     def outputs(x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield library.linear(x, weight, None, 40)
+        yield library.linear(torch.cat((x, x[:, :2]), dim=1), wider, None, 40)
         yield library.rms_norm(x, gain, 1e-5)
         yield library.silu_mul(x)
         yield library.greedy(x)[0]

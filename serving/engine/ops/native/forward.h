@@ -99,7 +99,7 @@ class Layers {
   const Step& s;
   const int64_t queries, keys;
   const Group groups[5];  // qkv, o, gate_up, down, head
-  std::vector<std::atomic<int64_t>> taken;   // panels of each linear, in the order they run
+  std::vector<std::atomic<int64_t>> taken;   // spans of each linear, in the order they run
   std::vector<std::atomic<int64_t>> looked;  // tasks of each layer's attention
   std::vector<Lora> loras;
   std::list<std::pair<int64_t, Attention>> windows;  // window → its plan; addresses stay

@@ -8,12 +8,14 @@
 
 #include "lora.h"
 
+#if defined(MATRIX)
+constexpr int64_t FIRST_CACHE = 48 << 10, SPAN_BYTES = 512 << 10;  // the second cache has 2 MB
+#else
 #if defined(__AVX512F__)
 constexpr int TILE = 12;  // rows of x at once: 24 of 32 registers are sums
 #else
 constexpr int TILE = 2;
 #endif
-#if !defined(MATRIX)
 constexpr int64_t BLOCK = TILE;
 #endif
 
@@ -26,6 +28,8 @@ struct Dressed {
   const Lora* lora = nullptr;
   int64_t layer = 0;
 
+  int64_t waiting() const { return lora ? lora->waiting() : 0; }  // rows
+
   // Neighbouring panels, so many at once, or what is left of them.
   Span span(int64_t number, int64_t size) const {
     return {std::min(number * size, w.count), std::min((number + 1) * size, w.count)};
@@ -35,7 +39,7 @@ struct Dressed {
 // What a thread fetches while it multiplies, so that memory and multipliers are busy at the same
 // time: its next panels and the B's for these, then, beside the last panels, the A's that it reads
 // before the next linear; adapters' only as far as `Lora` wants them early.
-// It is spread evenly over the tiles of a panel: in one go it would stop the multipliers.
+// It is spread evenly over tiles: in one go it would stop the multipliers.
 class Ahead {
  public:
   Ahead(const Dressed& own, const Dressed& after)
@@ -48,8 +52,9 @@ class Ahead {
     soon.clear(), left = 0, begun = 0, at = end = nullptr;
     tiles = before * std::min(SPREAD, (rows + BLOCK - 1) / BLOCK);
     add({(const char*)next.w.at(panels.first), panels.size() * next.w.bytes()});
-    for (int64_t panel = panels.first; next.lora && Lora::b_early(rows) && panel < panels.end; panel++)
-      next.lora->each_b(next.layer, panel, [&](const Piece& piece) { add(piece); });
+    if (next.lora && Lora::b_early(rows))
+      for (int64_t panel = panels.first; panel < panels.end; panel++)
+        next.lora->each_b(next.layer, panel, [&](const Piece& piece) { add(piece); });
     if (after.lora && Lora::a_early() && (&next != &own || panels.first >= late_from))
       for (int64_t due = share; due > 0 && a < after.lora->a_pieces(); a += threads) {
         const Piece piece = after.lora->a_piece(after.layer, a);
@@ -148,15 +153,16 @@ struct Product {
   }
 
 #if defined(MATRIX)
-  // How many panels a thread computes at once. x of a block stays in the first cache while it meets
-  // several. And B's of rows that are alone with their adapters are read in longer pieces, when all
-  // of the panels are multiplied; many rows multiply long enough for B's to come meanwhile.
+  // How many panels a thread computes at once. Of many rows several, where x of a block stays in the
+  // first cache while it meets them. Of few, where some are alone with their adapters: B's of these
+  // are read in longer pieces when all panels are multiplied; beside many rows, B's come meanwhile.
   static int64_t span_size(const Dressed& linear, int64_t rows) {
-    const bool wait = linear.lora && linear.lora->waiting();
-    if (wait == (rows > BLOCK)) return 1;
-    return std::clamp<int64_t>(linear.w.count / (3 * omp_get_num_threads()), 1, 8);
+    const int64_t inputs = linear.w.steps * STEP;
+    const bool stays = BLOCK * inputs * (int64_t)sizeof(Number) <= FIRST_CACHE;
+    if (rows > BLOCK ? linear.waiting() || !stays : !linear.waiting()) return 1;
+    const int64_t most = std::clamp<int64_t>(SPAN_BYTES / std::max(LINE, linear.w.bytes()), 1, 8);
+    return std::clamp<int64_t>(linear.w.count / (3 * omp_get_num_threads()), 1, most);
   }
-  int64_t waiting() const { return own.lora ? own.lora->waiting() : 0; }
 
   // `sums`: space for those of the rows that wait, of the panels.
   void compute(int64_t rows, const Span& panels, Ahead& ahead, float* sums) const {
@@ -180,7 +186,7 @@ struct Product {
           finish(i, panel, own_sums + (i - first) * PANEL);
       }
     }
-    if (waiting()) finish_waiting(rows, panels, sums);
+    if (own.waiting()) finish_waiting(rows, panels, sums);
   }
 
   void finish_waiting(int64_t rows, const Span& panels, float* sums) const {
@@ -235,24 +241,21 @@ struct Product {
   // The steps from this one on, fewer than a register has.
   __attribute__((noinline)) void multiply_rest(const Sums& block, int64_t row, int64_t panel,
                                                int64_t from) const {
-    alignas(LINE) Number some[BLOCK * DEEP] = {}, weights[SIDE * PANEL * STEP] = {};
+    alignas(LINE) Number last[BLOCK * DEEP] = {}, weights[SIDE * PANEL * STEP] = {};
     const int64_t left = (own.w.steps - from) * STEP;
     for (int64_t i = 0; i < block.rows; i++)
-      std::copy_n(x + (row + i) * x_stride + from * STEP, left, some + i * DEEP);
+      std::copy_n(x + (row + i) * x_stride + from * STEP, left, last + i * DEEP);
     std::copy_n(own.w.at(panel) + from * PANEL * STEP, left * PANEL, weights);
-    written(some);
+    written(last);
     written(weights);
     block.take(weights);
-    block.add_upper(some, DEEP);
-    if (block.rows > block.upper) block.add_lower(some, DEEP);
-    written(some);
-    written(weights);
+    block.add_upper(last, DEEP);
+    if (block.rows > block.upper) block.add_lower(last, DEEP);
   }
 
   static void shape_registers(int64_t rows) { Sums(block_height(rows)).shape(); }
 #else
   static int64_t span_size(const Dressed&, int64_t) { return 1; }
-  static int64_t waiting() { return 0; }
   static void shape_registers(int64_t) {}
 
   // As few tiles as there can be, of even heights: one of a single row waits for its weights.
@@ -294,7 +297,6 @@ struct Product {
     if (own.lora) own.lora->expand(own.layer, row, panel, totals);
     finish(row, panel, totals);
   }
-#endif
 
   // Call `use` with `height`, which is at most TILE, as a constant.
   template <int N = TILE, class Use>
@@ -303,6 +305,7 @@ struct Product {
       if (height < N) return sized<N - 1>(height, use);
     use(std::integral_constant<int, N>());
   }
+#endif
 
   // Called by every thread of a parallel region, with a count that all share and that begins at 0.
   // A thread takes its next span before it computes one, and fetches it in the meantime; beside its
@@ -313,14 +316,14 @@ struct Product {
     Ahead ahead(own, after);
     shape_registers(rows);
     const int64_t size = span_size(own, rows);
-    const std::unique_ptr<float[]> sums(new float[waiting() * size * PANEL]);
+    const std::unique_ptr<Floats[]> sums(new Floats[own.waiting() * size * COLUMNS]);
     for (Span panels = own.span(thread, size), next; panels.size(); panels = next) {
       next = own.span(threads + taken.fetch_add(1, std::memory_order_relaxed), size);
       if (next.size())
         ahead.begin(own, next, panels.size(), rows);
       else
         ahead.begin(after, after.span(thread, span_size(after, rows)), panels.size(), rows);
-      compute(rows, panels, ahead, sums.get());
+      compute(rows, panels, ahead, (float*)sums.get());
     }
 #pragma omp barrier
   }

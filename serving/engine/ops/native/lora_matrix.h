@@ -50,11 +50,9 @@ class Lora : public LoraPlan {
   void expand_alone(float* sums, int64_t apart, int64_t layer, const Span& all) const {
     for (int64_t part = 0; part < parts; part++) {
       const Span own{std::max(all.first, panels[part].first), std::min(all.end, panels[part].end)};
-      float* to = sums + (own.first - all.first) * PANEL;
-      if (own.size() > 0)
-        for (size_t i = 0; i < alone.size(); i++)
-          expand_alone(alone[i], alone[std::min(i + 1, alone.size() - 1)], layer, part, own,
-                       to + alone[i].place * apart);
+      for (size_t i = 0; own.size() > 0 && i < alone.size(); i++)
+        expand_row(alone[i], alone[std::min(i + 1, alone.size() - 1)], layer, part, own,
+                   sums + alone[i].place * apart + (own.first - all.first) * PANEL);
     }
   }
 
@@ -67,7 +65,7 @@ class Lora : public LoraPlan {
     int64_t first, last;  // of the rows, counted from the block's first
     int64_t from = 0, end = 0;  // of its numbers among all that A(x) has of the block's adapters
   };
-  struct Alone {  // a row of a block whose adapter no other one of the block wears
+  struct Alone {  // a row of a block whose neighbours wear something else
     size_t worn;
     int64_t row, place;  // of all rows, and of those that wait
     int64_t line = 0;    // its first of A(x)
@@ -177,8 +175,9 @@ class Lora : public LoraPlan {
     if (lower) sums.add_lower(lines->numbers, DEEP);
   }
 
-  // The same of one row, to sums of these panels of one part. B of `next` is fetched meanwhile.
-  void expand_alone(const Alone& row, const Alone& next, int64_t layer, int64_t part,
+  // Add B(A(x)) of one row to its sums of these panels of a part. B of `next` is fetched meanwhile, as
+  // far as it is no longer than this one.
+  void expand_row(const Alone& row, const Alone& next, int64_t layer, int64_t part,
                     const Span& own, float* sums) const {
     const Worn& wears = worn[row.worn];
     const int64_t rank = wears.stack->rank, size = rank * PANEL;

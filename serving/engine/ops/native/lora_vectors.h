@@ -9,6 +9,7 @@ class Lora : public LoraPlan {
   // What is fetched beside the linear before.
   static constexpr bool a_early() { return true; }
   static constexpr bool b_early(int64_t) { return true; }
+  static constexpr int64_t waiting() { return 0; }  // rows whose sums wait for what B adds
 
   Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count, int64_t rows)
       : LoraPlan(group, stacks, runs, count, rows), places(rows) {
