@@ -98,7 +98,9 @@ def test_what_a_load_takes_is_known_from_its_header(
     weights = tmp_path / "a" / "adapter_model.safetensors"
     taken = core.residency.loader.load(folders.refs["a"]).result(10).size_bytes
     known = measured(tiny_base, folders, "a", operators)
-    assert weights.stat().st_size + taken <= known
+    # Beside it a GPU has a copy in pages that stay, of which torch takes a power of two.
+    pinned = 0 if operators == "auto" else 1 << (taken - 1).bit_length()
+    assert weights.stat().st_size + taken + pinned <= known
     core.residency.loader.close()
 
 
