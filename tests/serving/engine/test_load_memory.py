@@ -32,7 +32,7 @@ SETTINGS = EngineSettings(
 )
 VOCAB, HIDDEN = 32_768, 256
 FORGET_PEAK = Path("/proc/self/clear_refs")  # proc(5): 5 makes the peak what is there now
-FEW = 24 << 20  # bytes of the pieces in which rows are converted, and what malloc keeps of them
+FEW = 24 << 20  # bytes of the pieces in which rows are converted, and what is kept of them
 
 pytestmark = pytest.mark.skipif(
     not FORGET_PEAK.exists(), reason="Linux tells the peak of a process"
@@ -98,6 +98,8 @@ class Taken:
 
 def taken_here(base: Path, adapter: Path, operators: OperatorsName) -> Taken:
     torch.set_num_threads(1)
+    with suppress(AttributeError):  # not glibc, which keeps much of what is freed: M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)
     folders, settings = Folders({"wide": adapter}), replace(SETTINGS, operators=operators)
     with torch.inference_mode():
         core = assemble(read_model(base_of(base), settings), folders, settings).core
