@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -69,13 +70,19 @@ class FoundFiles:
         return self.staging or self.folder
 
     def read(self) -> StoredFiles:
-        """Return their bytes, with their check. Raises IntegrityError where one is missing."""
+        """Return their bytes, with their check. Raises IntegrityError where one is missing.
+
+        Of staged ones that may be the sweep of another process: find them again then.
+        """
         try:
+            if self.staging:
+                os.utime(self.staging)  # nobody sweeps it while they are read and checked
             names = identity_files(self.version.files)
             data = {name: (self.place / name).read_bytes() for name in names}
         except FileNotFoundError as error:
             self.give_up()
-            raise _strange(Path(error.filename), self.version) from error
+            missing = error.filename or self.place / CONFIG_NAME  # `utime` names no file
+            raise _strange(Path(missing), self.version) from error
         return StoredFiles(self.version, data, self.folder, self.staging)
 
     def give_up(self) -> None:

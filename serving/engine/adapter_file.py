@@ -61,6 +61,7 @@ class _Plan:
     parts: Parts[Tensor]
     table: Any  # for the compiled operators
     most_bytes: int  # of what it is converted to
+    cloned_bytes: int  # of what is misaligned: torch sees it only in a copy
 
     @property
     def vectors(self) -> bool:
@@ -98,7 +99,7 @@ class AdapterReader:
             files = _read_files(source) if isinstance(source, Path) else source
             data = b"".join(files.weights)
             plan = self._plan(*_outline(AdapterFiles(files.config, [data])))
-            tensors = _see(data, plan.parts) if plan.vectors or self.library is None else {}
+            tensors = _see(data, plan.parts) if self._sees(plan) else {}
             found = None
             if plan.vectors:
                 found = read_vectors(plan.config, tensors, self.layout, self.base, self.dtype)
@@ -127,8 +128,12 @@ class AdapterReader:
             plan = self._plan(*_outline(source))
         except (WardrobeError, OSError, Unfit):
             return held
-        # Torch unpacks the base's head beside it, and a GPU wants a copy in pages that stay.
-        return held + plan.most_bytes * (2 if self.library is None else 1)
+        held += plan.cloned_bytes if self._sees(plan) else 0
+        if self.library is not None:
+            return held + plan.most_bytes
+        # Torch unpacks the base's head beside it, and a GPU wants a copy in pages that stay, of
+        # which torch takes the next power of two.
+        return held + plan.most_bytes + (1 << (plan.most_bytes - 1).bit_length())
 
     def _make_plan(self, config_file: bytes, header: bytes, size: int) -> _Plan:
         """Raises Unfit and Refused. What is wrong with an adapter is said each time."""
@@ -149,7 +154,17 @@ class AdapterReader:
             None if self.library is None else self._table(modules, bucket),
             self.layout.size(bucket) * self.dtype.itemsize
             + most_bytes(parts, self.layout, self.dtype),
+            sum(
+                tensor.stop - tensor.start
+                for own in parts.values()
+                for tensor in own.values()
+                if _misaligned(tensor)
+            ),
         )
+
+    def _sees(self, plan: _Plan) -> bool:
+        """Tell whether torch computes with tensors of the file."""
+        return plan.vectors or self.library is None
 
     def _module(self, config: AnyConfig, name: str, a: Tensor, b: Tensor) -> _Module:
         assert isinstance(config, AdapterConfig)  # no other has A and B
@@ -259,12 +274,17 @@ def _see(data: bytes, parts: Parts[Tensor]) -> Parts[torch.Tensor]:
     def see(tensor: Tensor) -> torch.Tensor:
         if tensor.dtype not in DTYPES:
             raise _unread(tensor.name, tensor.dtype)
-        own, dtype = place[tensor.start : tensor.stop], DTYPES[tensor.dtype]
-        # Whoever wrote the header may have begun the numbers anywhere.
-        whole = own if tensor.start % dtype.itemsize == 0 else own.clone()
-        return whole.view(dtype).view(tensor.shape)
+        own = place[tensor.start : tensor.stop]
+        whole = own.clone() if _misaligned(tensor) else own
+        return whole.view(DTYPES[tensor.dtype]).view(tensor.shape)
 
     return {m: {part: see(tensor) for part, tensor in own.items()} for m, own in parts.items()}
+
+
+def _misaligned(tensor: Tensor) -> bool:
+    """Tell whether torch cannot see it where it lies: a header may let numbers begin anywhere."""
+    dtype = DTYPES.get(tensor.dtype)
+    return dtype is not None and tensor.start % dtype.itemsize != 0
 
 
 def _unread(name: str, dtype: str) -> Unfit:

@@ -5,7 +5,6 @@ gives that page by page as it is first written, so a byte that was promised twic
 hours later, and then the kernel ends the process.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -56,7 +55,7 @@ def divide(settings: EngineSettings, total: int, weights: int) -> EngineSettings
     given = {name: size for name in BUDGETS if (size := getattr(settings, name)) is not None}
     left = total - weights - PROCESS - sum(given.values())
     if left < 0:
-        raise EngineUnavailable(_too_much(given, total, weights))
+        raise EngineUnavailable(_too_much(settings, total, weights))
     open_ones = {name: part for name, part in SHARES.items() if name not in given}
     shares = {name: max(1, left // part) for name, part in open_ones.items()}
     return replace(settings, **shares, shares=settings.shares | shares.keys())
@@ -72,9 +71,11 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     return sum(sizes) + 2 * max(sizes)
 
 
-def _too_much(given: Mapping[str, int], total: int, weights: int) -> str:
-    asked = [f"{option(name)}={size}" for name, size in given.items() if size]
-    lower = "Lower these options, or take" if asked else "Take"
+def _too_much(settings: EngineSettings, total: int, weights: int) -> str:
+    """Say what was asked for; shares that were settled before are nobody's to lower."""
+    sizes = {name: getattr(settings, name) for name in BUDGETS if settings.is_given(name)}
+    asked = [f"{option(name)}={size}" for name, size in sizes.items() if size]
+    lower = "Lower these, or take" if asked else "Take"
     return (
         f"The {total} bytes of this machine, or of its container, do not hold together: "
         f"{', '.join((f'weights={weights}', f'process={PROCESS}', *asked))}. {lower} a smaller "

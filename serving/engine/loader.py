@@ -19,7 +19,8 @@ from threading import Lock
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary
 
 from registry.adapter import AdapterRef
-from registry.materialize import FoundFiles
+from registry.errors import IntegrityError
+from registry.materialize import FoundFiles, StoredFiles
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed, LoadStage
 from serving.engine.hardware import compute_alone
 from serving.engine.lora import HostAdapter, Unfit
@@ -256,12 +257,24 @@ class AdapterLoader:
         if not isinstance(job.files, FoundFiles):
             return self._timed_read(job.files, job.ref)
         with self._timed("fetch", 0):
-            stored = job.files.read()
+            stored = self._stored(job, job.files)
+        if isinstance(stored, Path):
+            return self._timed_read(stored, job.ref)
         checked = self._checks.submit(stored.check)
         try:
             return self._timed_read(AdapterFiles(stored.config, [stored.weights]), job.ref)
         finally:
             checked.result()  # raises for the wrong bytes, whatever was made of them
+
+    def _stored(self, job: _Job, found: FoundFiles) -> StoredFiles | Path:
+        """Read the files; once more where they were swept while the load waited for room."""
+        try:
+            return found.read()
+        except IntegrityError:
+            if found.staging is None:
+                raise
+            job.files = again = self._fetch(job.ref)
+            return again.read() if isinstance(again, FoundFiles) else again
 
     def _timed_read(self, source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
         with self._timed("read"):

@@ -221,10 +221,13 @@ class Residency:
             before = self.loader.before(digest)
         elif len(self._waits) >= MAX_LOADS:
             before = self._waits
-        late = (d for d in reversed(self._waits) if d in before and d not in self._asked)
-        if later := next(late, None):
-            del self._waits[later]
-            self._claims.pop(later, None)
+        late = [d for d in reversed(self._waits) if d in before and d not in self._asked]
+        if digest not in self._waits:
+            # Any turn will do. One that has ended would be read again, or has a failure to tell.
+            late.sort(key=lambda d: self._waits[d].done())
+        if late:
+            del self._waits[late[0]]
+            self._claims.pop(late[0], None)
 
     def _may_hold(self, files: AdapterFiles) -> bool:
         """Tell whether a load may begin that holds its files from the first moment on."""

@@ -81,5 +81,10 @@ class EngineSettings:
 
 
 def option(field: str) -> str:
-    """Return the option of `wardrobe serve` that sets a field: what to say to people."""
+    """Return the option of `wardrobe serve` that sets a field: what to say to people.
+
+    A field that none sets has only its own name: who gave it wrote that.
+    """
+    if field == "loading_memory":
+        return field
     return f"--{field.replace('_bytes', '_memory').replace('_', '-')}"

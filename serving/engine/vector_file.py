@@ -23,8 +23,9 @@ from serving.engine.weights import LayerWeights
 
 FLOAT = torch.float32
 IDS = torch.int64
-ROWS = {"tokens": 2, "weight": 1, "prompt": 1}  # part → times: a tied head has its tokens, too
-PIECE = 1 << 18  # numbers of rows that are compared or converted at once
+# part → times: a tied head has its tokens, too; a prefix is converted beside where it is written
+ROWS = {"tokens": 2, "weight": 1, "prompt": 2}
+PIECE = 1 << 18  # numbers that are compared, converted or checked at once
 
 
 class Frozen(Protocol):
@@ -166,7 +167,7 @@ def read_vectors(
 
 
 def most_bytes(parts: Parts[Tensor], layout: LoraLayout, dtype: torch.dtype) -> int:
-    """Return the bytes of `FileVectors` at most: when no row of a saved matrix is the base's."""
+    """Return the bytes that vectors take at most: when no row of a saved matrix is the base's."""
     outputs = sum(sum(group.outputs) for group in layout.groups)
     taken = 2 * 2 * layout.layers * outputs * FLOAT.itemsize  # scales and shifts; norms take less
     for own in parts.values():
@@ -308,7 +309,8 @@ def _rows_at_once(rows: torch.Tensor) -> int:
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.isfinite().all():
+    pieces = tensor.flatten().split(PIECE)  # `isfinite` takes more memory than what it looks at
+    if not all(piece.isfinite().all() for piece in pieces):
         raise Unfit(f"a vector of it is not finite in {tensor.dtype}.")
     return tensor
 

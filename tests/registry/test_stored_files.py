@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import sqlite3
 import threading
@@ -67,6 +68,18 @@ def test_bytes_are_read_first_and_checked_beside_their_reader(
     with pytest.raises(IntegrityError, match=version.digest):
         registry.find_files(version.ref).read()
     assert [path.name for path in folder.parent.iterdir()] == [version.digest]
+
+
+def test_staged_files_are_not_swept_while_they_are_read_and_checked(
+    registry: Registry, adapter: Adapter
+) -> None:
+    version = push(registry, adapter()).version
+    found = registry.find_files(version.ref)
+    os.utime(found.place, (1, 1))
+    files = found.read()
+    Registry.open(registry.home, registry.bases).close()
+    files.check()
+    assert [path.name for path in (registry.home / "versions").iterdir()] == [version.digest]
 
 
 def test_wrong_bytes_of_a_blob_make_no_folder(registry: Registry, adapter: Adapter) -> None:

@@ -2,19 +2,25 @@
 
 import asyncio
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
+from typer.main import get_command
 
 from serving.engine import budgets
 from serving.engine.boundary import EngineStats, EngineUnavailable
 from serving.engine.budgets import BUDGETS, PROCESS, divide, weight_bytes
 from serving.engine.engine import TorchEngine
 from serving.engine.hardware import limit_files
-from serving.engine.settings import EngineSettings
+from serving.engine.settings import EngineSettings, option
 from tests.serving.engine.driving import Folders, base_of
+from wardrobe import app
+
+if TYPE_CHECKING:
+    from typer.core import TyperGroup
 
 GIB = 1 << 30
 OPEN = EngineSettings(device="cpu", dtype="float32", max_running=4)
@@ -72,6 +78,23 @@ def test_what_does_not_fit_together_is_refused_with_every_value_and_its_option()
     for part in (8 * GIB, GIB, f"--kv-cache-memory={5 * GIB}", f"--adapter-memory={4 * GIB}"):
         assert str(part) in str(refusal.value)
     assert "Lower" in str(refusal.value)
+
+
+def test_a_refusal_names_no_option_that_is_not_there() -> None:
+    serve = cast("TyperGroup", get_command(app)).commands["serve"]
+    there = {name for parameter in serve.params for name in parameter.opts}
+    said = {option(field.name) for field in fields(EngineSettings)} - {option("shares")}
+    assert said - there == {"loading_memory"}, "no option, so its own name"
+    with pytest.raises(EngineUnavailable, match=f"[^-]loading_memory={8 * GIB}"):
+        divide(EngineSettings(loading_memory=8 * GIB), 8 * GIB, GIB)
+
+
+def test_a_refusal_names_no_share_that_nobody_gave() -> None:
+    """Two engines' settings are made of those of one, and divided again."""
+    settled = divide(OPEN, GIB + PROCESS, GIB)
+    assert taken(settled) > 0
+    with pytest.raises(EngineUnavailable, match=f"process={PROCESS}. Take a smaller base"):
+        divide(settled, GIB + PROCESS, GIB)
 
 
 def test_a_base_that_the_machine_cannot_hold_is_refused_before_it_is_read() -> None:

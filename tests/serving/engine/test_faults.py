@@ -1,6 +1,7 @@
 """One bad request, adapter or step: who fails, and who goes on unchanged."""
 
 import asyncio
+import os
 import threading
 import time
 import weakref
@@ -14,6 +15,7 @@ import torch
 from registry.adapter import AdapterRef, Version
 from registry.errors import IntegrityError
 from registry.materialize import FoundFiles, StoredFiles
+from registry.store import Registry
 from serving.engine.batch import Batch
 from serving.engine.boundary import (
     AdapterFiles,
@@ -41,6 +43,7 @@ from tests.serving.engine.driving import (
     until,
     wait_for_pages,
 )
+from tests.serving.live import Wardrobe
 
 POISON = (1, 2, 13)
 SETTINGS = EngineSettings(
@@ -245,6 +248,34 @@ def test_what_is_read_beside_its_check_is_nobody_s_before_that_ends(
             load.result(20)
     else:
         assert load.result(20).digest == "a" * 64
+    loader.close()
+
+
+def test_files_that_were_swept_while_their_load_waited_are_fetched_again(
+    wardrobe: Wardrobe,
+) -> None:
+    """A load that waits for an hour looks like one of a dead process."""
+    registry = wardrobe.registry
+    held, waiting = (AdapterRef(wardrobe.push(), f"acme/support@v{n}") for n in (1, 2))
+    folder = registry.home / "versions"
+
+    def read(source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
+        return HostAdapter(ref.digest, 8, torch.zeros(8))
+
+    loader = AdapterLoader(registry.find_files, read, lambda _: 1, budget=0, room=1)
+    first = loader.load(held)
+    first.result(20)
+    load = loader.load(waiting)
+    while not loader.before(waiting.digest):
+        time.sleep(0.001)
+    [staged] = folder.glob(".tmp-*")
+    os.utime(staged, (1, 1))
+    Registry.open(registry.home, registry.bases).close()
+    assert not staged.exists()
+    del first
+    loader.advance()
+    assert load.result(20).digest == waiting.digest
+    assert {path.name for path in folder.iterdir()} == {held.digest, waiting.digest}
     loader.close()
 
 

@@ -17,6 +17,7 @@ from registry.adapter import AdapterRef
 from registry.materialize import FoundFiles
 from registry.records import Version
 from serving.engine import loader as loading
+from serving.engine import residency
 from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterFiles, AdapterLoadFailed
 from serving.engine.build import assemble, read_model
@@ -98,7 +99,9 @@ def test_what_a_load_takes_is_known_from_its_header(
     weights = tmp_path / "a" / "adapter_model.safetensors"
     taken = core.residency.loader.load(folders.refs["a"]).result(10).size_bytes
     known = measured(tiny_base, folders, "a", operators)
-    assert weights.stat().st_size + taken <= known
+    # Beside it a GPU has a copy in pages that stay, of which torch takes a power of two.
+    pinned = 0 if operators == "auto" else 1 << (taken - 1).bit_length()
+    assert weights.stat().st_size + taken + pinned <= known
     core.residency.loader.close()
 
 
@@ -271,6 +274,33 @@ def test_who_is_asked_for_first_has_the_room_of_one_that_waits_for_a_slot(
             pass
         while not ask(tiers, [y])[0]:
             pass
+    tiers.loader.close()
+
+
+def test_who_is_asked_for_first_leaves_a_load_that_has_ended_its_turn(
+    tiny_base: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was the latest one, and was read again although a slot was free."""
+    monkeypatch.setattr(residency, "MAX_LOADS", 2)
+    core = new_core(tiny_base, folders)
+    tiers, (slow, ended, first, _) = core.residency, folders.refs.values()
+    release = threading.Event()
+
+    def fetch(ref: AdapterRef) -> Path:
+        if ref == slow:
+            release.wait(10)
+        return folders(ref)
+
+    tiers.loader._fetch = fetch
+    with torch.inference_mode():
+        ask(tiers, [slow, ended])
+        until(lambda: not tiers.is_loading(ended))
+        ask(tiers, [first, ended, slow])
+        assert ended.digest in tiers.table
+        release.set()
+        while not all(ask(tiers, [first, ended, slow])):
+            pass
+    assert reads(core) == 3
     tiers.loader.close()
 
 
