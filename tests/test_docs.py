@@ -31,10 +31,9 @@ CODE = re.compile(r"^```.*?^```", re.M | re.S)
 NOT_HERE = ("make ", "git clone", "cd ")
 
 WAIT_READY = """
-for _ in $(seq 300); do
-  python -c "import httpx; httpx.get('http://127.0.0.1:8000/health/live').raise_for_status()" \\
-    2>/dev/null && break
-  sleep 0.2
+for _ in $(seq 600); do
+  curl -sf http://127.0.0.1:8000/health/live > /dev/null && break
+  sleep 0.1
 done
 """
 
