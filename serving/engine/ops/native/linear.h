@@ -159,7 +159,8 @@ struct Product {
   static int64_t span_size(const Dressed& linear, int64_t rows) {
     const int64_t inputs = linear.w.steps * STEP;
     const bool stays = BLOCK * inputs * (int64_t)sizeof(Number) <= FIRST_CACHE;
-    if (rows > BLOCK ? linear.waiting() || !stays : !linear.waiting()) return 1;
+    const bool several = rows > BLOCK ? stays && !linear.waiting() : linear.waiting() > 0;
+    if (!several) return 1;
     const int64_t most = std::clamp<int64_t>(SPAN_BYTES / std::max(LINE, linear.w.bytes()), 1, 8);
     return std::clamp<int64_t>(linear.w.count / (3 * omp_get_num_threads()), 1, most);
   }
@@ -171,13 +172,13 @@ struct Product {
     const int64_t apart = panels.size() * PANEL;
     for (int64_t number = 0, row = 0; row < rows; number++, row += block.rows) {
       const int64_t first = std::min(row, rows - block.rows);
-      const int64_t place = own.lora ? own.lora->place(number) : -1;
+      const int64_t waits_at = own.lora ? own.lora->waits_at(number) : -1;
       for (int64_t panel = panels.first; panel < panels.end; panel++) {
         block.clear();
         multiply(block, first, panel, ahead);
         if (own.lora) own.lora->expand(block, own.layer, number, panel);
-        if (place >= 0) {
-          block.store(sums + place * apart + (panel - panels.first) * PANEL, apart);
+        if (waits_at >= 0) {
+          block.store(sums + waits_at * apart + (panel - panels.first) * PANEL, apart);
           continue;
         }
         alignas(LINE) float own_sums[BLOCK * PANEL];
@@ -193,10 +194,10 @@ struct Product {
     const int64_t apart = panels.size() * PANEL, high = block_height(rows);
     own.lora->expand_alone(sums, apart, own.layer, panels);
     for (int64_t number = 0, row = 0; row < rows; number++, row += high) {
-      const int64_t place = own.lora->place(number), first = std::min(row, rows - high);
-      for (int64_t i = row; place >= 0 && i < first + high; i++)
+      const int64_t waits_at = own.lora->waits_at(number), first = std::min(row, rows - high);
+      for (int64_t i = row; waits_at >= 0 && i < first + high; i++)
         for (int64_t panel = panels.first; panel < panels.end; panel++)
-          finish(i, panel, sums + (place + i - first) * apart + (panel - panels.first) * PANEL);
+          finish(i, panel, sums + (waits_at + i - first) * apart + (panel - panels.first) * PANEL);
     }
   }
 

@@ -43,7 +43,7 @@ class Lora : public LoraPlan {
   // Of blocks in which rows are alone with their adapters all sums wait for what these add: how many
   // rows that are, and which of them is the first of block `number`, or -1.
   int64_t waiting() const { return waiting_rows; }
-  int64_t place(int64_t number) const { return blocks[number].place; }
+  int64_t waits_at(int64_t number) const { return blocks[number].waits_at; }
 
   // Add B(A(x)) of the rows that are alone to `sums` of all that wait, with `apart` between rows: by
   // hand what the registers do, to the same bits. They would take as long as for 16 rows.
@@ -52,7 +52,7 @@ class Lora : public LoraPlan {
       const Span own{std::max(all.first, panels[part].first), std::min(all.end, panels[part].end)};
       for (size_t i = 0; own.size() > 0 && i < alone.size(); i++)
         expand_row(alone[i], alone[std::min(i + 1, alone.size() - 1)], layer, part, own,
-                   sums + alone[i].place * apart + (own.first - all.first) * PANEL);
+                   sums + alone[i].waits_at * apart + (own.first - all.first) * PANEL);
     }
   }
 
@@ -67,7 +67,7 @@ class Lora : public LoraPlan {
   };
   struct Alone {  // a row of a block whose neighbours wear something else
     size_t worn;
-    int64_t row, place;  // of all rows, and of those that wait
+    int64_t row, waits_at;  // of all rows, and of those that wait
     int64_t line = 0;    // its first of A(x)
   };
   // A(x) of a block is [parts, deep, rows of a block] lines: each adapter has numbers of its own, which
@@ -76,7 +76,7 @@ class Lora : public LoraPlan {
   struct Block {
     int64_t line = 0;  // its first
     std::vector<Use> uses;
-    int64_t place = -1;
+    int64_t waits_at = -1;
     int64_t deep() const { return uses.empty() ? 0 : (uses.back().end + DEEP - 1) / DEEP; }
   };
   // Of a row: its first line, how many are of one part and how far they are apart, and which of
@@ -122,8 +122,8 @@ class Lora : public LoraPlan {
   void add_use(int64_t number, Use use) {
     Block& block = blocks[number];
     if (use.first == use.last) {
-      if (block.place < 0) block.place = waiting_rows, waiting_rows += high;
-      return alone.push_back({use.worn, first_row(number) + use.first, block.place + use.first});
+      if (block.waits_at < 0) block.waits_at = waiting_rows, waiting_rows += high;
+      return alone.push_back({use.worn, first_row(number) + use.first, block.waits_at + use.first});
     }
     const int64_t rank = worn[use.worn].stack->rank, whole = std::min(rank, DEEP);
     const int64_t before = block.uses.empty() ? 0 : block.uses.back().end;
