@@ -11,10 +11,9 @@ static_assert(ROWS <= SIDE && NARROW <= SIDE, "a task of A(x) is one register");
 
 class Lora : public LoraPlan {
  public:
-  // What is fetched beside the linear before: not A's, `shrink` does it. And B's only where there is
-  // more to do than to wait for the weights; elsewhere all comes later for it.
-  static constexpr bool a_early() { return false; }
-  static constexpr bool b_early(int64_t rows) { return rows > BLOCK; }
+  // Whether A's and B's are fetched beside the linear before and the panels before: not here, what
+  // multiplies with them does it.
+  static constexpr bool early() { return false; }
 
   Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count, int64_t rows)
       : LoraPlan(group, stacks, runs, count, rows), places(rows) {
@@ -51,7 +50,7 @@ class Lora : public LoraPlan {
     for (int64_t part = 0; part < parts; part++) {
       const Span own{std::max(all.first, panels[part].first), std::min(all.end, panels[part].end)};
       for (size_t i = 0; own.size() > 0 && i < alone.size(); i++)
-        expand_row(alone[i], alone[std::min(i + 1, alone.size() - 1)], layer, part, own,
+        expand_row(i, layer, part, own,
                    sums + alone[i].waits_at * apart + (own.first - all.first) * PANEL);
     }
   }
@@ -175,36 +174,43 @@ class Lora : public LoraPlan {
     if (lower) sums.add_lower(lines->numbers, DEEP);
   }
 
-  // Add B(A(x)) of one row to its sums of these panels of a part. B of `next` is fetched meanwhile, as
-  // far as it is no longer than this one.
-  void expand_row(const Alone& row, const Alone& next, int64_t layer, int64_t part,
-                    const Span& own, float* sums) const {
-    const Worn& wears = worn[row.worn];
+  // Add B(A(x)) of the i-th row that is alone to its sums of these panels of a part. Rows come in
+  // groups of PLACES; beside each, a quarter of every B of the next group is fetched, in turn.
+  void expand_row(size_t i, int64_t layer, int64_t part, const Span& own, float* sums) const {
+    const Worn& wears = worn[alone[i].worn];
     const int64_t rank = wears.stack->rank, size = rank * PANEL;
+    const size_t quarter = i % PLACES, next_group = i - quarter + PLACES;
+    const Number* soon[PLACES];
+    for (size_t j = 0; j < PLACES; j++) {
+      const Worn& next = worn[alone[std::min(next_group + j, alone.size() - 1)].worn];
+      const int64_t numbers = own.size() * next.stack->rank * PANEL;
+      soon[j] = b(next, layer, part, own.first) + quarter * numbers / PLACES;
+    }
     const Number* weights = b(wears, layer, part, own.first);
-    const Number* soon = b(worn[next.worn], layer, part, own.first);
-    const Number* numbers = narrow[row.line + part * lines_of(wears)].numbers;
-    for (int64_t i = 0; i < own.size(); i++, weights += size, soon += size, sums += PANEL)
+    const Number* numbers = narrow[alone[i].line + part * lines_of(wears)].numbers;
+    for (int64_t panel = 0; panel < own.size(); panel++, weights += size, sums += PANEL)
       add_product(weights, numbers, rank, soon, sums);
   }
 
   // sums [PANEL] += B · numbers of one panel.
   static void add_product(const Number* weights, const Number* numbers, int64_t rank,
-                          const Number* soon, float* sums) {
+                          const Number* (&soon)[PLACES], float* sums) {
+    constexpr int STEPS = PLACES / COLUMNS;  // a rank is a multiple of their numbers
     Floats total[COLUMNS];
     for (int c = 0; c < COLUMNS; c++) total[c] = load(sums + c * LANES);
     for (int64_t left = rank; left > 0; left -= DEEP) {
       Floats even[COLUMNS] = {}, odd[COLUMNS] = {};
-      for (int64_t k = std::min(left, DEEP); k > 0; k -= STEP, numbers += STEP) {
-        const Words input = broadcast(numbers);
+      for (int64_t k = std::min(left, DEEP); k > 0; k -= STEPS * STEP)
 #pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; c++, weights += LANES * STEP, soon += LANES * STEP) {
-          __builtin_prefetch(soon, 0, 2);
-          const Words own = lanes(weights);
+        for (int i = 0; i < STEPS * COLUMNS; i++, weights += LANES * STEP) {
+          __builtin_prefetch(soon[i], 0, 2);
+          soon[i] += LANES * STEP;
+          const int c = i % COLUMNS;
+          const Words own = lanes(weights), input = broadcast(numbers);
           even[c] = fused((Floats)(own << 16), (Floats)(input << 16), even[c]);
           odd[c] = fused((Floats)(own & HIGH), (Floats)(input & HIGH), odd[c]);
+          if (c == COLUMNS - 1) numbers += STEP;
         }
-      }
       for (int c = 0; c < COLUMNS; c++) total[c] += even[c] + odd[c];
     }
     for (int c = 0; c < COLUMNS; c++) store(sums + c * LANES, total[c]);
@@ -259,12 +265,14 @@ class Lora : public LoraPlan {
     }
   }
 
-  // Numbers `from` to `from` + DEEP of all rows of a piece of A.
+  // Fetch the part of a piece of A that goes with numbers `from` to `from` + DEEP of x: as many
+  // lines as it has rows, from each of its quarters in turn.
   void fetch(const Piece& piece, int64_t from) const {
-    const int64_t stride = group.inputs * sizeof(Number);
-    const char* here = piece.first + from * sizeof(Number);
-    for (int64_t left = piece.bytes; left > 0; left -= stride, here += stride)
-      __builtin_prefetch(here, 0, 2);
+    const int64_t quarter = piece.bytes / PLACES;
+    const int64_t lines = quarter / (group.inputs * (int64_t)sizeof(Number));
+    const char* here = piece.first + from / DEEP * lines * LINE;
+    for (int64_t place = 0; place < PLACES; place++, here += quarter)
+      for (int64_t line = 0; line < lines; line++) __builtin_prefetch(here + line * LINE, 0, 2);
   }
 
   // DEEP numbers of some rows of A and of x, or the last ones, into registers 4 and 6.

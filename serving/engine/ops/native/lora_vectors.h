@@ -6,9 +6,8 @@
 
 class Lora : public LoraPlan {
  public:
-  // What is fetched beside the linear before.
-  static constexpr bool a_early() { return true; }
-  static constexpr bool b_early(int64_t) { return true; }
+  // Whether A's and B's are fetched beside the linear before and the panels before.
+  static constexpr bool early() { return true; }
   static constexpr int64_t waiting() { return 0; }  // rows whose sums wait for what B adds
 
   Lora(const Group& group, const Stack* stacks, const Run* runs, int64_t count, int64_t rows)

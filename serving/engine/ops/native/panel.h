@@ -7,7 +7,7 @@ constexpr int COLUMNS = 2;  // vectors of outputs in a panel
 constexpr int PANEL = COLUMNS * LANES;
 constexpr int64_t LINE = 64;  // bytes that memory is read in
 constexpr int64_t CHUNK = 8;  // steps that are multiplied before it is asked what to fetch next
-constexpr int64_t CHUNK_BYTES = CHUNK * PANEL * STEP * sizeof(Number);
+constexpr int64_t PAIR = COLUMNS * LINE, CHUNK_BYTES = CHUNK * PAIR;
 
 // Neighbouring panels.
 struct Span {

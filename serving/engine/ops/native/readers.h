@@ -22,6 +22,36 @@ struct Stretch {
   int64_t panels() const { return (count + LANES - 1) / LANES; }
 };
 
+// The lines of a stretch that is read next. They are fetched from several places in turn.
+class NextLines {
+ public:
+  NextLines(const Stretch& next, int64_t dim)
+      : left(next.panels() * LANES * dim * (int64_t)sizeof(Number) * 2 / (PLACES * LINE)) {
+    const int64_t half = left * LINE;
+    const char *keys = (const char*)next.keys, *values = (const char*)next.values;
+    for (int i = 0; i < 2; i++) places[i] = keys + i * half, places[2 + i] = values + i * half;
+  }
+
+  // Fetch so many, PLACES at least, or what is left.
+  __attribute__((always_inline)) void fetch(int64_t lines) {
+    for (; lines > 0 && left > 0; lines -= PLACES, left--)
+      for (const char*& place : places) __builtin_prefetch(place, 0, LEVEL), place += LINE;
+  }
+
+  // How many to fetch at each of so many times until all are.
+  int64_t share(int64_t times) const { return (left + times - 1) / times * PLACES; }
+
+ private:
+  static constexpr int64_t PLACES = 4;  // halves of keys and of values
+#if defined(MATRIX)
+  static constexpr int LEVEL = 3;  // the first cache
+#else
+  static constexpr int LEVEL = 2;  // the second one: what the first one holds is in use
+#endif
+  int64_t left;  // lines of each place
+  const char* places[PLACES];
+};
+
 // A reader is one query head of one token.
 class Readers {
  public:
@@ -50,20 +80,19 @@ class Readers {
   }
 
   // Readers first..last read `own`; `sight` says of each from where to where it may, counted from
-  // the first key of `own`. What lies at the same place in `next` is fetched meanwhile.
+  // the first key of `own`. `next` is fetched meanwhile.
   template <class Sight>
   void read(int64_t first, int64_t last, const Stretch& own, const Stretch& next,
             const Sight& sight) {
-    const int64_t keys_ahead = next.keys ? next.keys - own.keys : 0;
-    const int64_t values_ahead = next.values ? next.values - own.values : 0;
+    NextLines soon(next, dim);
 #if defined(MATRIX)
     if (dim % DEEP == 0)
-      score_whole(first, last, own, keys_ahead);
+      score_whole(first, last, own, soon);
     else
 #endif
-      score(first, last, own.keys, own.panels(), keys_ahead);
+      score(first, last, own.keys, own.panels(), soon);
     soften(first, last, own.panels(), sight);
-    weigh(first, last, own.values, own.count, values_ahead);
+    weigh(first, last, own.values, own.count, soon);
   }
 
  private:
@@ -74,15 +103,12 @@ class Readers {
   std::vector<Number> queries;                   // [readers, dim]
   std::vector<float> most, sum, total, weights;  // weights: [readers, KEYS]
 
-  // Into L2: what the first level holds is in use.
-  static void fetch(const Number* address) { __builtin_prefetch(address, 0, 2); }
-
 #if defined(MATRIX)
   // Write scores as weights. SIDE readers at once: behind the last one there is room for more.
-  void score_whole(int64_t first, int64_t last, const Stretch& own, int64_t ahead) {
+  void score_whole(int64_t first, int64_t last, const Stretch& own, NextLines& soon) {
     const int64_t size = LANES * dim, panels = own.panels();
     written(queries.data());
-    for (; first < last; first += SIDE, ahead = 0)
+    for (; first < last; first += SIDE)
       for (int64_t panel = 0; panel < panels; panel += 2) {
         const Number *query = queries.data() + first * dim, *keys = own.keys + panel * size;
         const bool both = panel + 1 < panels;
@@ -91,12 +117,11 @@ class Readers {
         _tile_zero(1);
         for (int64_t d = 0; d < dim; d += DEEP, query += DEEP, keys += DEEP * LANES) {
           _tile_loadd(4, query, dim * sizeof(Number));
-          for (int64_t i = 0; ahead && i < DEEP * LANES; i += LANES * STEP) fetch(keys + ahead + i);
+          soon.fetch(SIDE);
           _tile_loadd(6, keys, LINE);
           _tile_dpbf16ps(0, 4, 6);
           if (!both) continue;
-          for (int64_t i = 0; ahead && i < DEEP * LANES; i += LANES * STEP)
-            fetch(keys + size + ahead + i);
+          soon.fetch(SIDE);
           _tile_loadd(7, keys + size, LINE);
           _tile_dpbf16ps(1, 4, 7);
         }
@@ -106,31 +131,29 @@ class Readers {
   }
 #endif
 
-  // Write scores as weights, of WIDE panels at once. `ahead`: how far to fetch, 0 for nothing.
+  // Write scores as weights, of WIDE panels at once.
   template <int C = WIDE>
-  void score(int64_t first, int64_t last, const Number* keys, int64_t panels, int64_t ahead,
+  void score(int64_t first, int64_t last, const Number* keys, int64_t panels, NextLines& soon,
              int64_t panel = 0) {
     for (; panels - panel >= C; panel += C)
-      score_rows<C>(first, last, keys + panel * LANES * dim, panel, ahead);
-    if constexpr (C > 1) score<C / 2>(first, last, keys, panels, ahead, panel);
+      score_rows<C>(first, last, keys + panel * LANES * dim, panel, soon);
+    if constexpr (C > 1) score<C / 2>(first, last, keys, panels, soon, panel);
   }
 
   template <int C, int N = ACROSS>
-  void score_rows(int64_t first, int64_t last, const Number* keys, int64_t panel, int64_t ahead) {
-    for (; last - first >= N; first += N, ahead = 0) score_tile<N, C>(first, keys, panel, ahead);
-    if constexpr (N > 1) score_rows<C, N - 1>(first, last, keys, panel, ahead);
+  void score_rows(int64_t first, int64_t last, const Number* keys, int64_t panel, NextLines& soon) {
+    for (; last - first >= N; first += N) score_tile<N, C>(first, keys, panel, soon);
+    if constexpr (N > 1) score_rows<C, N - 1>(first, last, keys, panel, soon);
   }
 
   template <int N, int C>
-  void score_tile(int64_t first, const Number* keys, int64_t panel, int64_t ahead) {
+  void score_tile(int64_t first, const Number* keys, int64_t panel, NextLines& soon) {
     Floats sums[N][C] = {};
     Rows<N> rows(queries.data() + first * dim, dim);
     for (int64_t k = 0; k < dim / STEP; k++, keys += LANES * STEP) {
       Words own[C];
-      for (int c = 0; c < C; c++) {
-        own[c] = lanes(keys + c * LANES * dim);
-        if (ahead) fetch(keys + c * LANES * dim + ahead);
-      }
+      for (int c = 0; c < C; c++) own[c] = lanes(keys + c * LANES * dim);
+      soon.fetch(C);
       rows.template step<0>(own, sums);
     }
 #pragma GCC unroll 6
@@ -197,22 +220,23 @@ class Readers {
 
   // Add n weighted values. Vectors that share a line of memory are fetched once.
   template <int N = ACROSS>
-  void weigh(int64_t first, int64_t last, const Number* values, int64_t n, int64_t ahead) {
-    for (; last - first >= N; first += N, ahead = 0) weigh_columns<N>(first, values, n, ahead);
-    if constexpr (N > 1) weigh<N - 1>(first, last, values, n, ahead);
+  void weigh(int64_t first, int64_t last, const Number* values, int64_t n, NextLines& soon) {
+    for (; last - first >= N; first += N) weigh_columns<N>(first, values, n, soon);
+    if constexpr (N > 1) weigh<N - 1>(first, last, values, n, soon);
   }
 
   template <int N, int V = WIDE>
-  void weigh_columns(int64_t first, const Number* values, int64_t n, int64_t ahead, int64_t d = 0) {
-    for (; d + V * LANES <= dim; d += V * LANES) weigh_tile<N, V>(first, values, n, ahead, d);
+  void weigh_columns(int64_t first, const Number* values, int64_t n, NextLines& soon,
+                     int64_t d = 0) {
+    for (; d + V * LANES <= dim; d += V * LANES) weigh_tile<N, V>(first, values, n, soon, d);
     if constexpr (V > 1)
-      weigh_columns<N, V / 2>(first, values, n, ahead, d);
+      weigh_columns<N, V / 2>(first, values, n, soon, d);
     else if (d < dim)
-      weigh_tile<N, 1>(first, values, n, ahead, d);
+      weigh_tile<N, 1>(first, values, n, soon, d);
   }
 
   template <int N, int V>
-  void weigh_tile(int64_t first, const Number* values, int64_t n, int64_t ahead, int64_t d) {
+  void weigh_tile(int64_t first, const Number* values, int64_t n, NextLines& soon, int64_t d) {
     const float* own = weights.data() + first * KEYS;
     float* out = total.data() + first * width + d;
     const int64_t wide = V > 1 ? V * LANES : dim - d;  // below LANES only at the last dimensions
@@ -221,13 +245,12 @@ class Readers {
     for (int i = 0; i < N; i++)
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) sums[i][v] = load(out + i * width + v * LANES);
+    const int64_t lines = soon.share(n);
     values += d;
     for (int64_t j = 0; j < n; j++, values += dim) {
+      soon.fetch(lines);
       Floats value[V];
-      for (int v = 0; v < V; v++) {
-        value[v] = load(values + v * LANES, wide - v * LANES);
-        if (ahead && v * LANES * sizeof(Number) % LINE == 0) fetch(values + v * LANES + ahead);
-      }
+      for (int v = 0; v < V; v++) value[v] = load(values + v * LANES, wide - v * LANES);
 #pragma GCC unroll 6
       for (int i = 0; i < N; i++)
 #pragma GCC unroll 4
