@@ -1,13 +1,17 @@
 """What changed from one schema of the registry's database to the next."""
 
-from alembic.operations import Operations
+from typing import TYPE_CHECKING
+
 from sqlalchemy import JSON, Column, Integer, String, Text
 
 from registry import tables
 from registry.schema import Schema
 
+if TYPE_CHECKING:
+    from alembic.operations import Operations
 
-def _keys_expire_and_adapters_are_shared(op: Operations) -> None:
+
+def _keys_expire_and_adapters_are_shared(op: "Operations") -> None:
     op.add_column("keys", Column("expires_at", String(40)))
     op.create_table(
         "shares",
@@ -18,7 +22,7 @@ def _keys_expire_and_adapters_are_shared(op: Operations) -> None:
     )
 
 
-def _endpoints(op: Operations) -> None:
+def _endpoints(op: "Operations") -> None:
     op.create_table(
         "endpoints",
         Column("namespace", String(63), primary_key=True),

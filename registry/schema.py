@@ -6,12 +6,14 @@ All missing steps run in one transaction, so a store is of the old schema or of 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
 from sqlalchemy import Column, Connection, Integer, MetaData, Table, insert, inspect, select, update
 
-Step = Callable[[Operations], None]
+if TYPE_CHECKING:
+    from alembic.operations import Operations
+
+Step: TypeAlias = "Callable[[Operations], None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class Schema:
             _version.create(connection)
             connection.execute(insert(_version).values(version=self.version))
             return
+        # A sixth of the start of every command, and few of them have anything to bring up.
+        from alembic.migration import MigrationContext
+        from alembic.operations import Operations
+
         operations = Operations(MigrationContext.configure(connection))
         for version in range(found + 1, self.version + 1):
             self.steps[version](operations)

@@ -43,8 +43,6 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.settings import EngineSettings, option
 from serving.engine.slots import BUCKETS, SlotTable, bucket_of
 from serving.engine.spec import DecoderSpec, ModelSpec, check_architecture
-from serving.engine.transformers_model import TransformersModel, TransformersSpec
-from serving.engine.transformers_network import MakeProduct, Network
 from serving.engine.weights import read_weights, stored_dtype
 
 logger = logging.getLogger(__name__)
@@ -109,6 +107,10 @@ def _triton_model(
 def _read_through_transformers(
     base: BaseModel, settings: EngineSettings, dtype: torch.dtype, device: torch.device
 ) -> Forward:
+    # Half of the time that a start takes, and the bases of the Llama family do not need it.
+    from serving.engine.transformers_model import TransformersModel, TransformersSpec
+    from serving.engine.transformers_network import MakeProduct, Network
+
     library, name = None, "torch"
     make: MakeProduct = Linear
     if device.type == "cpu" and settings.operators == "auto":

@@ -1,6 +1,7 @@
 """The tables of experiments, in a database of their own: their writes never wait for a push."""
 
-from alembic.operations import Operations
+from typing import TYPE_CHECKING
+
 from sqlalchemy import (
     JSON,
     Boolean,
@@ -16,6 +17,9 @@ from sqlalchemy import (
 )
 
 from registry.schema import Schema
+
+if TYPE_CHECKING:
+    from alembic.operations import Operations
 
 metadata = MetaData()
 
@@ -139,7 +143,7 @@ remarks = Table(
 )
 
 
-def _ramps_layers_words_and_webhooks(op: Operations) -> None:
+def _ramps_layers_words_and_webhooks(op: "Operations") -> None:
     op.add_column("experiments", Column("held_since", String(40)))
     number, flag = {"nullable": False, "server_default": "0"}, Boolean()
     op.add_column("outcomes", Column("prompt_tokens", Integer(), **number))
