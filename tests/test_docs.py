@@ -2,17 +2,20 @@
 
 A page is one shell script: the `$ ` lines of its ```console blocks and its ```python blocks, in
 order, in a fresh home. `wardrobe serve` runs in the background until the page ends. Blocks of
-other languages are not run.
+other languages are not run. The command that most pages begin with is run once, and each of them
+goes on in a copy of what it left.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from registry.base import Bases
 from tests.live import DEFAULT_BASE, Shop, free_port
@@ -29,7 +32,12 @@ TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CODE = re.compile(r"^```.*?^```", re.M | re.S)
 # These set up a machine or take the real base: CI is the first, and `make demo` is run by hand.
 NOT_HERE = ("make ", "git clone", "cd ")
+BEGINNING = "wardrobe train adapters/smart-home --set train.steps=5 --push"
 
+HEAD = """set -euo pipefail
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+set -x
+"""
 WAIT_READY = """
 for _ in $(seq 600); do
   curl -sf http://127.0.0.1:8000/health/live > /dev/null && break
@@ -61,43 +69,81 @@ def as_shell(command: str) -> str:
 
 
 def script_of(page: Path) -> str:
-    parts = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", "set -x"]
+    parts: list[str] = []
     for language, block in BLOCK.findall(page.read_text()):
         if language == "python":
             parts.append(f"python - <<'WARDROBE_PYTHON'\n{block}WARDROBE_PYTHON")
         else:
             parts += [as_shell(command) for command in commands(block)]
-    return "\n".join(parts)
+    return HEAD + "\n".join(parts)
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    made = make_base(folder / "made", max_position_embeddings=2048)
-    Bases(folder / "bases").add(DEFAULT_BASE, made, origin="made for a test")
+def prepared(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapters").symlink_to(ROOT / "adapters")
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_commands_of_a_page_run(page: Path, cache: Path, tmp_path: Path) -> None:
-    script = script_of(page).replace(":8000", f":{free_port()}")
-    port = re.search(r"127\.0\.0\.1:(\d+)", script)
-    if port:
-        script = script.replace("wardrobe serve", f"wardrobe serve --port {port[1]}")
-    (tmp_path / "adapters").symlink_to(ROOT / "adapters")
+def run(script: str, folder: Path, cache: Path) -> Path:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = Shop(tmp_path / "home", cache).environment | {"PATH": path}
     done = subprocess.run(
         ["bash", "-c", script],
-        cwd=tmp_path,
-        env=environment,
+        cwd=folder,
+        env=Shop(folder / "home", cache).environment | {"PATH": path},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     tail = textwrap.indent((done.stdout + done.stderr)[-3000:], "    ")
-    assert done.returncode == 0, f"{page.name}:\n{tail}"
+    assert done.returncode == 0, tail
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def cache(shared: Path) -> Path:
+    folder = shared / "cache-of-docs"
+    with FileLock(shared / "cache-of-docs.lock"):
+        if not folder.exists():
+            making = shared / "cache-in-the-making"
+            made = make_base(making / "made", max_position_embeddings=2048)
+            Bases(making / "bases").add(DEFAULT_BASE, made, origin="made for a test")
+            making.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def begun(shared: Path, cache: Path) -> Path:
+    """Return the folder, with its home, in which BEGINNING was run."""
+    folder = shared / "begun"
+    with FileLock(shared / "begun.lock"):
+        if not folder.exists():
+            run(BEGINNING, prepared(shared / "beginning"), cache).rename(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(
+    page: Path, cache: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    script = script_of(page).replace(":8000", f":{free_port()}")
+    port = re.search(r"127\.0\.0\.1:(\d+)", script)
+    if port:
+        script = script.replace("wardrobe serve", f"wardrobe serve --port {port[1]}")
+    folder = tmp_path / "page"
+    first, _, rest = script.removeprefix(HEAD).partition("\n")
+    if first == BEGINNING:
+        shutil.copytree(request.getfixturevalue("begun"), folder, symlinks=True)
+        run(HEAD + rest, folder, cache)
+    else:
+        run(script, prepared(folder), cache)
 
 
 def test_the_command_reference_is_what_the_commands_say(tmp_path: Path) -> None:
