@@ -76,6 +76,18 @@ def test_the_floor_falls_with_what_is_read_and_multiplied() -> None:
     assert floor(Cell(8, 8, 32), SIZES, LIMITS) < wanted
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+def test_limits_are_measured_with_a_compiler_and_without(
+    compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiler:
+        monkeypatch.setattr("benchmarks.floor.own_operators", lambda: None)
+    limits = Limits.measure()
+    assert limits.read > 0
+    assert limits.rates.keys() == {8, 32, 512}
+    assert all(rate > 0 for rate in limits.rates.values())
+
+
 def test_scale_compares_with_one_adapter_repeat_by_repeat() -> None:
     def phase(rate: float, loads: int) -> scale.Phase:
         return scale.Phase(room=5, distinct=9, loads=loads, figures=figures(rate))
