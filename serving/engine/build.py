@@ -107,7 +107,7 @@ def _triton_model(
 def _read_through_transformers(
     base: BaseModel, settings: EngineSettings, dtype: torch.dtype, device: torch.device
 ) -> Forward:
-    # Half of the time that a start takes, and the bases of the Llama family do not need it.
+    # They import for seconds what bases of the Llama family do without.
     from serving.engine.transformers_model import TransformersModel, TransformersSpec
     from serving.engine.transformers_network import MakeProduct, Network
 
