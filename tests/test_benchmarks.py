@@ -88,6 +88,19 @@ def test_limits_are_measured_with_a_compiler_and_without(
     assert all(rate > 0 for rate in limits.rates.values())
 
 
+@pytest.mark.parametrize(("library", "read", "seconds"), [(object(), 128, 1.0), (None, 64, 2.0)])
+def test_limits_are_those_of_the_faster_one(
+    library: object, read: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum of 256 MiB in 4 s, 128 MiB of our own weights in 1; products in 2 s and in 1."""
+    clock = iter([4.0, *([1.0] if library else []), *([2.0, 1.0] if library else [2.0]) * 3])
+    monkeypatch.setattr("benchmarks.floor.own_operators", lambda: library)
+    monkeypatch.setattr("benchmarks.floor.fastest", lambda call, repeats: next(clock))
+    limits = Limits.measure()
+    assert limits.read == read << 20
+    assert limits.rates == {rows: 2 * rows * 2048**2 / seconds for rows in (8, 32, 512)}
+
+
 def test_scale_compares_with_one_adapter_repeat_by_repeat() -> None:
     def phase(rate: float, loads: int) -> scale.Phase:
         return scale.Phase(room=5, distinct=9, loads=loads, figures=figures(rate))

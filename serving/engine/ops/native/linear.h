@@ -79,8 +79,7 @@ class Ahead {
   }
 
 #if defined(MATRIX)
-  // Fetch the next chunk if it is due: two lines from each of several places in turn, which memory
-  // gives a fifth faster than what lies side by side.
+  // Fetch the next chunk if it is due: two lines from each of several places in turn.
   void fetch_due() {
     owed += rate;
     if (owed < ONE) return;

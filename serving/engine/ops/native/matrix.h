@@ -15,10 +15,6 @@ constexpr int64_t SIDE = 16;         // rows of a register
 constexpr int64_t DEEP = 32;         // numbers in each of them
 constexpr int64_t BLOCK = 2 * SIDE;  // rows of x that are multiplied with each weight that is read
 
-// So many places memory is fetched from in turn, or twice as many. It gives a fifth more of it then
-// than of what lies side by side.
-constexpr int64_t PLACES = 4;
-
 inline void written(const void* there) { asm volatile("" ::"r"(there) : "memory"); }
 
 // Fetch a line that this thread writes soon. Every processor with AMX has the instruction.

@@ -27,9 +27,9 @@ class NextLines {
  public:
   NextLines(const Stretch& next, int64_t dim)
       : left(next.panels() * LANES * dim * (int64_t)sizeof(Number) * 2 / (PLACES * LINE)) {
-    const int64_t half = left * LINE;
     const char *keys = (const char*)next.keys, *values = (const char*)next.values;
-    for (int i = 0; i < 2; i++) places[i] = keys + i * half, places[2 + i] = values + i * half;
+    for (int64_t i = 0; i < PLACES; i += 2, keys += left * LINE, values += left * LINE)
+      places[i] = keys, places[i + 1] = values;
   }
 
   // Fetch so many, PLACES at least, or what is left.
@@ -42,7 +42,6 @@ class NextLines {
   int64_t share(int64_t times) const { return (left + times - 1) / times * PLACES; }
 
  private:
-  static constexpr int64_t PLACES = 4;  // halves of keys and of values
 #if defined(MATRIX)
   static constexpr int LEVEL = 3;  // the first cache
 #else
