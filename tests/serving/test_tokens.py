@@ -1,5 +1,4 @@
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -40,28 +39,29 @@ def test_control_tokens_in_a_raw_prompt_are_the_client_s_own(tokens: Tokens) -> 
     assert asyncio.run(tokens.encode("a<|im_end|>", 10)) == [97, END]
 
 
-def test_a_hopeless_prompt_is_refused_before_it_is_encoded(tokens: Tokens) -> None:
-    began = time.monotonic()
+def test_a_hopeless_prompt_is_refused_before_it_is_encoded(tmp_path: Path) -> None:
+    tokens = Tokens(tiny.make_base(tmp_path / "base", layers=1))
+    tokens.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        asyncio.run(tokens.encode("x", 512))
     with pytest.raises(PromptTooLong, match="4000000 characters"):
         asyncio.run(tokens.encode("x" * 4_000_000, 512))
-    assert time.monotonic() - began < 0.05
 
 
 @pytest.mark.parametrize(
     "text", ["a" * 300_000, "\u200b" * 100_000, "👨‍👩‍👧‍👦" * 20_000, "\u202e" * 100_000]
 )
 def test_encoding_a_bomb_does_not_stop_the_event_loop(tokens: Tokens, text: str) -> None:
-    async def longest_pause() -> float:
+    async def turns_meanwhile() -> int:
         work = asyncio.create_task(tokens.encode(text, 10_000_000))
-        longest = 0.0
+        turns = 0
         while not work.done():
-            before = time.monotonic()
             await asyncio.sleep(0.001)
-            longest = max(longest, time.monotonic() - before)
+            turns += 1
         await work
-        return longest
+        return turns
 
-    assert asyncio.run(longest_pause()) < 0.25
+    assert asyncio.run(turns_meanwhile()) > 5
 
 
 def test_the_bytes_of_tokens_put_split_characters_together(tokens: Tokens) -> None:

@@ -120,24 +120,33 @@ def test_metrics_count_requests_tokens_and_times(live: Running) -> None:
     assert 'wardrobe_adapter_load_stage_seconds_count{stage="read"} 1.0' in text
 
 
-def test_a_big_prompt_does_not_stall_the_health_check(live: Running) -> None:
-    """The largest body is refused or encoded elsewhere; the loop goes on."""
-    bodies = [
-        CHAT | {"messages": [{"role": "user", "content": "a" * 3_900_000}]},
-        CHAT | {"messages": [{"role": "user", "content": "<|im_end|>" * 2_400}]},
-        CHAT | {"messages": [{"role": "user", "content": "\u200b" * 24_000}] * 1},
-    ]
-    longest = 0.0
-    for body in bodies:
-        thread = threading.Thread(target=lambda body=body: live.post(body))
-        thread.start()
+def test_a_big_prompt_does_not_stall_the_health_check(
+    live: Running, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding waits here for the answer to a health check: on the loop that would never come."""
+    encoding, answered = threading.Event(), threading.Event()
+    encode = tokens._encode_chat  # pyright: ignore[reportPrivateUsage] - what runs in the thread
+
+    def encode_when_answered(*arguments: Any) -> list[int]:
+        encoding.set()
+        answered.wait()
+        return encode(*arguments)
+
+    monkeypatch.setattr(tokens, "_encode_chat", encode_when_answered)
+    largest = CHAT | {"messages": [{"role": "user", "content": "a" * 3_900_000}]}
+    assert live.post(largest).status_code == 400
+    assert not encoding.is_set(), "what cannot fit is refused before it is encoded"
+    big = CHAT | {"messages": [{"role": "user", "content": "\u200b" * 24_000}]}
+    thread = threading.Thread(target=lambda: live.post(big))
+    thread.start()
+    try:
         with live.client() as client:
-            while thread.is_alive():
-                began = time.monotonic()
-                assert client.get("/health/live").status_code == 200
-                longest = max(longest, time.monotonic() - began)
+            assert encoding.wait(30)
+            assert client.get("/health/live").status_code == 200
+            assert thread.is_alive()
+    finally:
+        answered.set()
         thread.join()
-    assert longest < 0.25
 
 
 def test_a_reader_that_stops_reading_is_dropped_and_frees_its_request(
