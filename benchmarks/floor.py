@@ -57,21 +57,29 @@ class Limits:
     @classmethod
     def measure(cls) -> "Limits":
         library = own_operators()
-        data = torch.ones(64 << 20)
-        read = data.nbytes / fastest(data.sum, 8)
-        if library:
-            own = CompiledLinear(library, torch.ones(65536, 1024, dtype=torch.bfloat16), None)
-            row = torch.ones(1, own.inputs, dtype=torch.bfloat16)
-            read = max(read, own.weight.nbytes / fastest(lambda: own(row), 8))
-        w = torch.ones(2048, 2048, dtype=torch.bfloat16)
-        products = [partial(torch.nn.functional.linear, weight=w)]
-        products += [CompiledLinear(library, w, None)] if library else []
-        rates: dict[int, float] = {}
-        for rows in (8, 32, 512):
-            x = torch.ones(rows, 2048, dtype=torch.bfloat16)
-            seconds = min(fastest(partial(product, x), 20) for product in products)
-            rates[rows] = 2 * rows * w.numel() / seconds
+        read = read_rate(library)
+        rates = {rows: product_rate(rows, torch.bfloat16, library) for rows in (8, 32, 512)}
         return cls(read, rates)
+
+
+def read_rate(library: Library | None) -> float:
+    """Return the bytes a second that a sum of torch or a product of one row reads."""
+    data = torch.ones(64 << 20)
+    rate = data.nbytes / fastest(data.sum, 8)
+    if library:
+        own = CompiledLinear(library, torch.ones(65536, 1024, dtype=library.dtype), None)
+        row = torch.ones(1, own.inputs, dtype=library.dtype)
+        rate = max(rate, own.weight.nbytes / fastest(lambda: own(row), 8))
+    return rate
+
+
+def product_rate(rows: int, dtype: torch.dtype, library: Library | None) -> float:
+    """Return the operations a second of a product of so many rows, by torch or the library."""
+    w, x = torch.ones(2048, 2048, dtype=dtype), torch.ones(rows, 2048, dtype=dtype)
+    products = [partial(torch.nn.functional.linear, weight=w)]
+    products += [CompiledLinear(library, w, None)] if library else []
+    seconds = min(fastest(partial(product, x), 20) for product in products)
+    return 2 * rows * w.numel() / seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@
         [--plot FILE]
 
 The floor of an operator is the larger of its bytes over the read bandwidth and of its
-multiplications over the rate of a large matrix product, both measured here just before, so it moves
-with the load of the machine as the operator does. Weights, adapters and caches of all 30 layers are
+multiplications over the rate of a large matrix product, both measured just before by torch or these
+operators, whichever is faster, so it moves with the load of the machine as the operator does. Weights, adapters and caches of all 30 layers are
 walked through, so that each call reads memory and not a cache. The minimum of `--repeats` walks.
 What no rows take part in is copied: blocks of the prefix cache, and a file of an adapter.
 """
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 
 from benchmarks.engine_step import SMOLLM2_135M
+from benchmarks.floor import fastest, product_rate, read_rate
 from benchmarks.plots import Bar, Plot, add_option, draw_bars
 from benchmarks.throughput import cpu_name
 from registry.adapter import AdapterRef
@@ -51,24 +52,6 @@ class Case:
     call: Walk
     bytes: int  # read and written by one call
     operations: int = 0  # multiplications and additions
-
-
-def seconds(walk: Callable[[], object], repeats: int) -> float:
-    best = float("inf")
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        walk()
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def limits(dtype: torch.dtype) -> tuple[float, float]:
-    """Return bytes and operations a second that this machine reaches now."""
-    data = torch.ones(32 << 20)
-    x = torch.ones(512, 1024, dtype=dtype)
-    w = torch.ones(1024, 1024, dtype=dtype)
-    read = data.nbytes / seconds(data.sum, 5)
-    return read, 2 * 512 * 1024 * 1024 / seconds(lambda: torch.nn.functional.linear(x, w), 10)
 
 
 def cases(ops: Library, rows: int) -> Iterator[Case]:
@@ -206,8 +189,8 @@ def main() -> None:
     shares: dict[str, dict[str, Bar]] = {}
     with torch.inference_mode():
         for rows, case in every_case(ops, options.rows):
-            read, rate = limits(dtype)
-            walk = seconds(lambda c=case: [c.call(i) for i in range(LAYERS)], options.repeats)
+            read, rate = read_rate(ops), product_rate(512, dtype, ops)
+            walk = fastest(lambda c=case: [c.call(i) for i in range(LAYERS)], options.repeats)
             taken = walk / LAYERS
             floor = max(case.bytes / read, case.operations / rate)
             print(
