@@ -11,6 +11,7 @@ from serving.engine.ops.native.library import Library
 from serving.engine.pages import LargePages
 
 PANEL = 32  # outputs that the compiled operators multiply side by side
+SQUARED = 1 << 22  # numbers of a weight that are squared at a time
 
 
 class Linear:
@@ -54,7 +55,7 @@ class Linear:
     @cached_property
     def squares(self) -> torch.Tensor:
         """‖Wᵢ‖² for each output, [out] in float32."""
-        return self.dense().float().square().sum(1)
+        return _square_sums(self.dense())
 
 
 class PackedLinear:
@@ -88,7 +89,7 @@ class PackedLinear:
     def squares(self) -> torch.Tensor:
         """‖Wᵢ‖² for each output, [out] in float32; read as it lies, which is five times as fast."""
         step = _step(self.weight)
-        sums = self.weight.view(-1, self.inputs // step, PANEL * step).float().square().sum(1)
+        sums = _square_sums(self.weight.view(-1, self.inputs // step, PANEL * step))
         return sums.view(-1, step).sum(1)[: self.outputs]
 
 
@@ -119,6 +120,15 @@ class CompiledLinear(PackedLinear):
         panels = self.weight[first * self.inputs :]
         y = self.library.linear(x, panels, None, columns.stop - first)
         return y[:, columns.start - first :]
+
+
+def _square_sums(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the sums of squares over the second dimension, in float32, of a piece at a time.
+
+    All at once would take four times the weight's memory, which nobody has counted.
+    """
+    pieces = numbers.split(max(1, SQUARED * len(numbers) // numbers.numel()))
+    return torch.cat([piece.float().square().sum(1) for piece in pieces])
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,15 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from serving.engine.kv_cache import BLOCK
-from serving.engine.linear import PANEL, CompiledLinear, Linear, PackedLinear, pack
+from serving.engine.linear import PANEL, SQUARED, CompiledLinear, Linear, PackedLinear, pack
 from serving.engine.lora import pack_b
 from serving.engine.ops.blocks import BlockCopy, Slots, copy_blocks
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, plan_lora
@@ -101,6 +103,34 @@ def test_some_outputs_of_a_linear_and_the_squares_of_its_rows_equal_float64(
             found = linear.product(x, columns)
             close(library, found, exact[:, columns], math.sqrt(130))
         assert_close(linear.squares.double(), w.double().square().sum(1), rtol=1e-5, atol=0)
+
+
+class Widened(TorchDispatchMode):
+    """Notes the bytes of the largest float32 tensor that is made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.most = max(self.most, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, Linear])
+def test_the_squares_of_a_large_weight_are_computed_in_pieces(
+    kind: type[PackedLinear] | type[Linear],
+) -> None:
+    w = torch.randn(3001, 4096).to(torch.bfloat16)
+    linear = kind(w, None)
+    with Widened() as widened:
+        squares = linear.squares
+    assert 0 < widened.most <= 4 * SQUARED
+    assert_close(squares.double(), w.double().square().sum(1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 33, 64, 576])
