@@ -4,10 +4,11 @@
         [--plot FILE]
 
 The floor of an operator is the larger of its bytes over the read bandwidth and of its
-multiplications over the rate of a large matrix product, both measured just before by torch or these
-operators, whichever is faster, so it moves with the load of the machine as the operator does. Weights, adapters and caches of all 30 layers are
-walked through, so that each call reads memory and not a cache. The minimum of `--repeats` walks.
-What no rows take part in is copied: blocks of the prefix cache, and a file of an adapter.
+multiplications over the rate of a large matrix product. Both are measured just before, by torch or
+these operators, whichever is faster, so it moves with the load of the machine as the operator does.
+Weights, adapters and caches of all 30 layers are walked through, so that each call reads memory and
+not a cache. The minimum of `--repeats` walks. What no rows take part in is copied: blocks of the
+prefix cache, and a file of an adapter.
 """
 
 import argparse
