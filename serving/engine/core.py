@@ -152,6 +152,15 @@ class EngineCore:
         each: tuple[Chore, ...] = (self.prefixes.pages, self.residency.stacks.large_pages)
         return [chore for chore in each if chore.waiting]
 
+    def pressing(self) -> Chore | None:
+        """Return what may be done between two steps, as every step gains by it.
+
+        Not while a prompt is read or somebody waits for an adapter: those steps are the longest.
+        """
+        busy = self.warming or any(sequence.unread for sequence in self.scheduler.running)
+        chore = self.residency.stacks.large_pages
+        return chore if chore.waiting and not busy else None
+
     def stats(self, base: EngineStats) -> EngineStats:
         """Return `base` with everything that changes filled in."""
         running, counters = self.scheduler.running, self.counters

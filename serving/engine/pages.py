@@ -84,8 +84,8 @@ class LaterPages:
     """Pages of 2 MB for memory that is written bit by bit, as an arena of adapters.
 
     A large page is zeroed when its first number is written, and whoever writes waits for that. So
-    what was written in pages of 4 KB is put together when there is time: madvise(2) with
-    MADV_COLLAPSE, since Linux 6.1. Elsewhere it stays as it is.
+    what was written in pages of 4 KB is put together later, when nothing runs or between two steps:
+    madvise(2) with MADV_COLLAPSE, since Linux 6.1. Elsewhere it stays as it is.
     """
 
     PATIENCE = 1000  # times that the system may be busy with a page
@@ -109,7 +109,7 @@ class LaterPages:
         self._waiting.update(p for p in pages if p in self._whole and p not in self._large)
 
     def work(self) -> None:
-        """Make one of those that wait large. It takes 7 ms, in which whoever reads it waits."""
+        """Make one of those that wait large. It takes 5 to 7 ms; whoever reads it waits."""
         page = self._waiting.pop()
         fault = _advise(page * PAGE, PAGE, COLLAPSE)
         if fault == 0:

@@ -2,11 +2,13 @@
 
 import asyncio
 import ctypes
+import math
 import mmap
 import os
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,9 +16,11 @@ import psutil
 import pytest
 import torch
 
+from serving.engine import engine as engine_module
 from serving.engine import kv_cache
 from serving.engine import pages as pages_module
 from serving.engine.build import assemble, read_model
+from serving.engine.core import Event
 from serving.engine.engine import TorchEngine
 from serving.engine.pages import (
     PAGE,
@@ -329,5 +333,41 @@ def test_pages_are_made_large_while_nothing_runs_and_hold_nobody_up(
         while pages.waiting:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await engine.aclose()
+
+    asyncio.run(main())
+
+
+def test_pages_are_made_large_between_steps_but_not_while_a_prompt_is_read(
+    tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that always has something to do would read its adapters in small pages for ever."""
+    monkeypatch.setattr(engine_module, "TIDYING_SHARE", math.inf)
+
+    async def main() -> None:
+        parts = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS)
+        core, pages = parts.core, PagesThatWait()
+        parts.core.residency.stacks.large_pages = pages  # type: ignore[assignment]  # a stand-in
+        seen: list[tuple[int, int]] = []  # tokens to read, pages left
+        step = core.step
+
+        def watched() -> list[Event]:
+            events = step()
+            seen.append((sum(s.unread for s in core.scheduler.running), pages.left))
+            return events
+
+        core.step = watched
+        engine = TorchEngine(parts, SETTINGS)
+        prompt = "a prompt that is read in several steps, " * 2
+        await asyncio.gather(
+            complete(engine, request("x", tiny_folders.refs["a"], max_tokens=60)),
+            complete(engine, request(prompt, tiny_folders.refs["b"], max_tokens=30)),
+        )
+        done = {bool(unread): 0 for unread, _ in seen}
+        assert done.keys() == {True, False}
+        for (unread, before), (_, after) in pairwise(seen):
+            done[bool(unread)] += before - after
+        await engine.aclose()
+        assert done[False] > 0
+        assert done[True] == 0, "steps after which somebody's prompt was still being read"
 
     asyncio.run(main())
