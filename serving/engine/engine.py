@@ -305,10 +305,11 @@ class TorchEngine:
         self._deliver(events, WRITING_TURNS, self._tidy)
 
     def _tidy(self) -> None:
-        """What the step thread does while tokens are written."""
+        """What the step thread does while tokens are written; who has come since waits for none."""
         self._core.store_read()
         began = time.monotonic()
-        if began >= self._tidy_from and (chore := self._core.pressing()):
+        calm = not self._inbox and began >= self._tidy_from
+        if calm and (chore := self._core.pressing()):
             chore.work()
             ended = time.monotonic()
             self._tidy_from = ended + (ended - began) / TIDYING_SHARE

@@ -20,7 +20,7 @@ from serving.engine import engine as engine_module
 from serving.engine import kv_cache
 from serving.engine import pages as pages_module
 from serving.engine.build import assemble, read_model
-from serving.engine.core import Event
+from serving.engine.core import Event, Ticket, Warm
 from serving.engine.engine import TorchEngine
 from serving.engine.pages import (
     PAGE,
@@ -352,16 +352,21 @@ def test_pages_are_made_large_between_steps_but_not_while_a_prompt_is_read(
 
         def watched() -> list[Event]:
             events = step()
-            seen.append((sum(s.unread for s in core.scheduler.running), pages.left))
+            if core.scheduler.running:  # while nothing runs it happens anyway
+                seen.append((sum(s.unread for s in core.scheduler.running), pages.left))
             return events
 
         core.step = watched
         engine = TorchEngine(parts, SETTINGS)
         prompt = "a prompt that is read in several steps, " * 2
-        await asyncio.gather(
-            complete(engine, request("x", tiny_folders.refs["a"], max_tokens=60)),
-            complete(engine, request(prompt, tiny_folders.refs["b"], max_tokens=30)),
+        await engine.warm(tiny_folders.refs["b"])
+        first = asyncio.create_task(
+            complete(engine, request("x", tiny_folders.refs["a"], max_tokens=120))
         )
+        while not core.counters.generated_tokens:  # noqa: ASYNC110  # it tells nobody
+            await asyncio.sleep(0)
+        await complete(engine, request(prompt, tiny_folders.refs["b"], max_tokens=30))
+        await first
         done = {bool(unread): 0 for unread, _ in seen}
         assert done.keys() == {True, False}
         for (unread, before), (_, after) in pairwise(seen):
@@ -371,3 +376,32 @@ def test_pages_are_made_large_between_steps_but_not_while_a_prompt_is_read(
         assert done[True] == 0, "steps after which somebody's prompt was still being read"
 
     asyncio.run(main())
+
+
+def test_no_page_is_made_large_while_a_message_waits(
+    tiny_base: Path, tiny_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "TIDYING_SHARE", math.inf)
+
+    async def left_after(*, asked: bool) -> int:
+        parts = assemble(read_model(base_of(tiny_base), SETTINGS), tiny_folders, SETTINGS)
+        core, pages = parts.core, PagesThatWait()
+        core.residency.stacks.large_pages = pages  # type: ignore[assignment]  # a stand-in
+        engine = TorchEngine(parts, SETTINGS)
+        store, nobody = core.store_read, Warm(tiny_folders.refs["a"])
+        heard: list[Ticket] = []
+
+        def store_and_ask() -> None:
+            store()
+            if asked:
+                engine._inbox.append((heard.append, nobody))
+
+        core.store_read = store_and_ask
+        await complete(engine, request("x", max_tokens=20))
+        left = pages.left
+        await engine.aclose()
+        assert bool(heard) == asked
+        return left
+
+    assert asyncio.run(left_after(asked=False)) < 1000
+    assert asyncio.run(left_after(asked=True)) == 1000
