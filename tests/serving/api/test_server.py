@@ -120,8 +120,9 @@ def test_metrics_count_requests_tokens_and_times(live: Running) -> None:
     assert 'wardrobe_adapter_load_stage_seconds_count{stage="read"} 1.0' in text
 
 
+@pytest.mark.parametrize("text", ["<|im_end|>" * 2_400, "\u200b" * 24_000])
 def test_a_big_prompt_does_not_stall_the_health_check(
-    live: Running, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+    live: Running, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """Encoding waits here for the answer to a health check: on the loop that would never come."""
     encoding, answered = threading.Event(), threading.Event()
@@ -136,7 +137,7 @@ def test_a_big_prompt_does_not_stall_the_health_check(
     largest = CHAT | {"messages": [{"role": "user", "content": "a" * 3_900_000}]}
     assert live.post(largest).status_code == 400
     assert not encoding.is_set(), "what cannot fit is refused before it is encoded"
-    big = CHAT | {"messages": [{"role": "user", "content": "\u200b" * 24_000}]}
+    big = CHAT | {"messages": [{"role": "user", "content": text}]}
     thread = threading.Thread(target=lambda: live.post(big))
     thread.start()
     try:
@@ -144,6 +145,9 @@ def test_a_big_prompt_does_not_stall_the_health_check(
             assert encoding.wait(30)
             assert client.get("/health/live").status_code == 200
             assert thread.is_alive()
+            answered.set()
+            while thread.is_alive():
+                assert client.get("/health/live").status_code == 200
     finally:
         answered.set()
         thread.join()
