@@ -175,6 +175,27 @@ def test_all_of_it_is_what_peft_computes_with_other_instructions(
         check(title, wardrobe, results[title])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["wardrobe", "untied"])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_all_of_it_is_what_peft_computes_with_the_triton_operators(
+    which: str, device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from tests.serving.engine import kernels
+
+    if device == "cpu" and (kernels.BROKEN or not kernels.INTERPRETED):
+        pytest.skip("Triton does not interpret here")
+    kernels.share_out_to_few(monkeypatch)
+    wardrobe = request.getfixturevalue(which)
+    model = kernels.read_triton(wardrobe.base.path, torch.device(device), 128)
+    results = run_mixed(wardrobe, model, replace(SETTINGS, **FEW))
+    for title in wardrobe.refs:
+        check(title, wardrobe, results[title])
+
+
 @pytest.mark.parametrize("target", IN_BFLOAT16)
 def test_in_bfloat16_all_of_it_is_as_near_to_peft_as_peft_itself(
     wardrobe: Wardrobe, target: Target

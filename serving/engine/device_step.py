@@ -11,6 +11,7 @@ import torch
 from serving.engine.batch import Batch, Chunk
 from serving.engine.ops.triton import attention, lora
 from serving.engine.ops.triton.lora import DECODE_HEIGHT, PROMPT_HEIGHT, LoraTiles
+from serving.engine.ops.triton.vectors import Places
 
 LINE = 4  # numbers: a kernel is compiled once more for tensors that begin between two lines
 
@@ -26,15 +27,21 @@ class DeviceStep:
     ids: torch.Tensor  # int32 [rows]
     positions: torch.Tensor  # int32 [rows]
     slots: torch.Tensor  # int32 [rows] KV slot, -1 for a dead row
+    vectors: torch.Tensor | None = None  # int64, see VectorBook; None: no row wears any
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> "DeviceStep":
+    def of(cls, batch: Batch, vectors: Places | None, device: torch.device) -> "DeviceStep":
         """Bring a batch to the device, as large as it is."""
         shape = StepShape.of(batch)
         numbers = shape.numbers(batch)
         assert numbers is not None, "a batch fits in its own shape"
         step = shape.view(pinned(numbers, device).to(device, non_blocking=True))
+        if vectors is not None:
+            return step.with_vectors(pinned(vectors, device).to(device, non_blocking=True))
         return step if batch.wears else step.without_adapters()
+
+    def with_vectors(self, table: torch.Tensor) -> "DeviceStep":
+        return replace(self, vectors=table)
 
     def without_adapters(self) -> "DeviceStep":
         return replace(self, worn=None)
@@ -105,9 +112,14 @@ def tile_height(rows: int, chunks: int) -> int:
     return PROMPT_HEIGHT if chunks and rows > PROMPT_HEIGHT else DECODE_HEIGHT
 
 
-def pinned(numbers: list[int], device: torch.device) -> torch.Tensor:
-    """Return int32 that can be copied without waiting: torch keeps the memory until it was read."""
-    found = torch.from_numpy(np.array(numbers, dtype=np.int32))  # torch.tensor is slower at lists
+def pinned(numbers: list[int] | Places, device: torch.device) -> torch.Tensor:
+    """Return numbers that are copied without waiting: torch keeps the memory until it was read.
+
+    Those of a list are int32.
+    """
+    # torch.tensor is slower at lists.
+    array = np.array(numbers, dtype=np.int32) if isinstance(numbers, list) else numbers
+    found = torch.from_numpy(array)
     return found.pin_memory() if device.type == "cuda" else found
 
 

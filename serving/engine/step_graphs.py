@@ -15,6 +15,7 @@ import torch
 from serving.engine.batch import Batch
 from serving.engine.device_step import DeviceStep, StepShape, pinned, tile_height
 from serving.engine.ops.triton.attention import QUERIES
+from serving.engine.ops.triton.vectors import Places, no_places
 
 Compute = Callable[[DeviceStep], torch.Tensor]  # → hidden [sampled, size]
 Replay = Callable[[], torch.Tensor]
@@ -51,7 +52,7 @@ def prompt_shapes(running: int, most: int) -> list[StepShape]:
 
 
 class StepGraphs:
-    """For each shape a step with adapters and one without."""
+    """For each shape a step without adapters, one with LoRA, and one with vectors, too."""
 
     def __init__(self, compute: Compute, shapes: Iterable[StepShape], device: torch.device) -> None:
         """Capture them all, the largest first, so that the others fit into its memory."""
@@ -59,7 +60,7 @@ class StepGraphs:
         large_first = sorted(shapes, key=lambda shape: shape.rows, reverse=True)
         self._steps = [_Step(compute, shape, device, pool) for shape in large_first][::-1]
 
-    def run(self, batch: Batch) -> torch.Tensor | None:
+    def run(self, batch: Batch, vectors: Places | None) -> torch.Tensor | None:
         """Return hidden [sampled, size], or None when no captured step has room for the batch.
 
         It is that of the next step as soon as that runs.
@@ -67,29 +68,38 @@ class StepGraphs:
         rows, reads = len(batch.ids), bool(batch.chunks)
         for step in self._steps:
             if step.shape.rows >= rows and bool(step.shape.chunks) is reads:
-                return step.run(batch)
+                return step.run(batch, vectors)
         return None
 
 
 class _Step:
-    """One shape: the buffer that its two graphs read, and the graphs."""
+    """One shape: the buffers that its three graphs read, and the graphs."""
 
     def __init__(
         self, compute: Compute, shape: StepShape, device: torch.device, pool: Pool | None
     ) -> None:
         self.shape = shape
         self.numbers = torch.tensor(shape.numbers(None), dtype=torch.int32, device=device)
-        step = shape.view(self.numbers)
-        self.worn = _capture(lambda: compute(step), pool)
-        bare = step.without_adapters()
+        self.vectors = torch.from_numpy(no_places(shape.rows)).to(device)
+        worn = shape.view(self.numbers)
+        dressed, bare = worn.with_vectors(self.vectors), worn.without_adapters()
+        self.dressed = _capture(lambda: compute(dressed), pool)
+        self.worn = _capture(lambda: compute(worn), pool)
         self.bare = _capture(lambda: compute(bare), pool)
 
-    def run(self, batch: Batch) -> torch.Tensor | None:
+    def run(self, batch: Batch, vectors: Places | None) -> torch.Tensor | None:
         numbers = self.shape.numbers(batch)
         if numbers is None:
             return None
-        self.numbers.copy_(pinned(numbers, self.numbers.device), non_blocking=True)
-        hidden = self.worn() if batch.wears else self.bare()
+        device = self.numbers.device
+        self.numbers.copy_(pinned(numbers, device), non_blocking=True)
+        if vectors is not None:
+            whole = no_places(self.shape.rows)
+            whole[:, : vectors.shape[1]] = vectors
+            self.vectors.copy_(pinned(whole, device), non_blocking=True)
+            hidden = self.dressed()
+        else:
+            hidden = self.worn() if batch.wears else self.bare()
         return hidden[: len(batch.sampled)]
 
 

@@ -142,7 +142,7 @@ def read_vectors(
     """Return everything but A and B, still to be written. Raises Unfit."""
     if base is None:
         raise Unfit(
-            "it is more than LoRA, and these operators wear LoRA only (--operators torch wears it)."
+            "it is more than LoRA, and on a base that transformers computes rows wear nothing else."
         )
     outputs = _Outputs(layout, base)
     for module, own in parts.items():

@@ -39,7 +39,7 @@ class TokenRows:
 HeadProduct = Callable[[torch.Tensor, TokenRows], torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Vectors:
     """The vectors of one adapter; what it does not change is None or not there."""
 

@@ -25,6 +25,7 @@ from serving.engine.ops.triton import attention, lora
 from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
+from serving.engine.ops.triton.vectors import VectorBook, no_places
 from serving.engine.spec import LinearGroup
 
 POINTERS = {
@@ -83,6 +84,7 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     stacks = LoraStacks(LoraLayout(2, groups), 1, dtype, torch.device("cpu"))
     arena, gate_up = lora.Arena(stacks), torch.zeros(4, 2 * 14336, dtype=dtype)
     high = lora.LoraTiles(tiles, lora.PROMPT_HEIGHT)
+    book, table = VectorBook(stacks.arena), torch.from_numpy(no_places(4))
 
     def adapt(height: int) -> None:
         lora.lora(x, lora.LoraTiles(tiles, height), arena, "qkv", 1)
@@ -91,6 +93,10 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: rms_norm(x, weight, 1e-5),
         lambda: add_rms_norm(x, x.clone(), None, weight, 1e-5),
         lambda: add_rms_norm(x, x.clone(), x.clone(), weight, 1e-5),
+        lambda: rms_norm(x, weight, 1e-5, book.norms(table, 0)),
+        lambda: add_rms_norm(x, x.clone(), x.clone(), weight, 1e-5, book.norms(table, 1)),
+        lambda: book.dress(gate_up, gate_up.clone(), table, "gate_up", 1),
+        lambda: book.embed(x, numbers, table),
         lambda: silu_mul(gate_up),
         lambda: silu_mul(gate_up, gate_up.clone()),
         lambda: rotate_and_store(*store),

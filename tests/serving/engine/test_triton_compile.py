@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 KERNELS = {
     *("_norm", "_silu_mul", "_rotate_and_store", "_attend", "_combine", "_attend_chunk"),
-    *("_shrink", "_expand", "_adapted"),
+    *("_shrink", "_expand", "_adapted", "_dress", "_embed"),
 }
 # Bytes of shared memory that a program may take (CUDA C++ Programming Guide, table of technical
 # specifications by compute capability).

@@ -20,10 +20,12 @@ from serving.engine.engine import TorchEngine
 from serving.engine.kv_cache import BLOCK
 from serving.engine.kv_pages import KVPages
 from serving.engine.model_runner import ModelRunner
+from serving.engine.ops.triton.vectors import Places
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Running
 from serving.engine.settings import EngineSettings
 from tests import tiny
+from tests.peft_cases import CASES, make
 from tests.serving.engine.driving import (
     Folders,
     Oracle,
@@ -40,6 +42,11 @@ from tests.serving.engine.kernels import (
     read_triton,
     share_out_to_few,
 )
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
 
 BOUND = 1e-4
 LENGTH = 64
@@ -245,10 +252,50 @@ def place(parts: Parts, ref: AdapterRef) -> None:
         pass
 
 
+SAVED = "`modules_to_save` of embedding, head and norms"
+VECTORS = ("DoRA", "Prompt tuning", "Prefix tuning", SAVED)
+
+
+@pytest.fixture(scope="module")
+def more_than_lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    folder = tmp_path_factory.mktemp("vectors")
+    cases = {case.title: case for case in CASES}
+    made = {title: make(cases[title], base, folder / str(i)) for i, title in enumerate(VECTORS)}
+    return Folders({"all4": tiny.make_adapter(folder / "all4", base, rank=4, seed=1)} | made)
+
+
+@on_every_device
+def test_all_that_an_adapter_can_have_is_worn_beside_lora_and_the_base(
+    base: Path, more_than_lora: Folders, device: torch.device
+) -> None:
+    """`make test-long` has every case of the table in docs/peft.md."""
+    check_against_peft(base, more_than_lora, device)
+
+
+@on_every_device
+def test_a_captured_step_with_vectors_gives_what_the_plain_step_gives(
+    base: Path, more_than_lora: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One slot: what was worn in it before is gone, and nobody beside it wears any of it."""
+    parts = triton_parts(base, more_than_lora, device, replace(SETTINGS, adapter_slots=1))
+    runner = parts.core.runner
+    seen: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for name in ("DoRA", "all4", SAVED, "DoRA"):
+            rows = single_rows(parts, more_than_lora, [None, None, name])
+            seen.append(runner.run(rows)[0].clone())
+            close(seen[-1], plain(runner, rows, monkeypatch))
+    first, lora, saved, again = seen
+    assert torch.equal(first, again)
+    for other in (lora, saved):
+        close(first[0], other[0])
+        assert (first[1] - other[1]).abs().max() > 100 * BOUND
+
+
 def plain(runner: ModelRunner, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Return the logits of a step that is not replayed."""
     with monkeypatch.context() as patch:
-        patch.setattr(step_graphs.StepGraphs, "run", lambda self, batch: None)
+        patch.setattr(step_graphs.StepGraphs, "run", lambda *_: None)
         return runner.run(rows)[0]
 
 
@@ -339,8 +386,10 @@ def test_a_step_without_room_in_any_capture_is_launched_as_it_is(
     parts = triton_parts(base, folders, device)
     ran: list[bool] = []
 
-    def run(graphs: step_graphs.StepGraphs, batch: Batch) -> torch.Tensor | None:
-        hidden = captured(graphs, batch)
+    def run(
+        graphs: step_graphs.StepGraphs, batch: Batch, vectors: Places | None
+    ) -> torch.Tensor | None:
+        hidden = captured(graphs, batch, vectors)
         ran.append(hidden is not None)
         return hidden
 

@@ -7,10 +7,17 @@ import torch
 import triton
 import triton.language as tl
 
+from serving.engine.ops.triton.vectors import RowNorms
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x [rows, size] normalised and scaled by weight [size]; x lies dense."""
-    return _launch(x, None, None, weight, eps)
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, own: RowNorms | None = None
+) -> torch.Tensor:
+    """Return x [rows, size] normalised and scaled by weight [size]; x lies dense.
+
+    A row that has a weight of its `own` is scaled by that.
+    """
+    return _launch(x, None, None, weight, eps, own)
 
 
 def add_rms_norm(
@@ -19,9 +26,10 @@ def add_rms_norm(
     lora: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
+    own: RowNorms | None = None,
 ) -> torch.Tensor:
     """Add delta and lora to x in place, then return what `rms_norm` does; all [rows, size]."""
-    return _launch(x, delta, lora, weight, eps)
+    return _launch(x, delta, lora, weight, eps, own)
 
 
 def _launch(
@@ -30,20 +38,27 @@ def _launch(
     lora: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
+    own: RowNorms | None,
 ) -> torch.Tensor:
     rows, size = x.shape
     out = torch.empty_like(x)
     block = triton.next_power_of_2(size)
-    _norm[(rows,)](x, delta, lora, weight, out, eps, SIZE=size, BLOCK=block)
+    arena, places, number = (own.arena, own.places, own.number) if own else (None, None, 0)
+    _norm[(rows,)](
+        *(x, delta, lora, weight, arena, places, number, out, eps), SIZE=size, BLOCK=block
+    )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _norm(
     x,
     delta,
     lora,
     weight,
+    arena,
+    places,
+    number,
     out,
     eps,
     SIZE: tl.constexpr,
@@ -63,4 +78,10 @@ def _norm(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / SIZE + eps)
     gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if places is not None:
+        own = tl.load(places + tl.program_id(0))
+        if own >= 0:
+            gain = tl.load(arena + own + number * SIZE + columns, mask=inside, other=0.0).to(
+                tl.float32
+            )
     tl.store(out + place, (value * scale * gain).to(out.dtype.element_ty), mask=inside)
