@@ -1,15 +1,17 @@
 """Time of a step on a GPU: batches and prompts that wear adapters, beside the floor and PEFT.
 
-    python -m benchmarks.gpu [--shape 1b 8b] [--parts decode prompts peft] [--table FILE.md]
+    python -m benchmarks.gpu [--shape 1b 8b] [--parts decode vectors prompts peft] [--table FILE.md]
     python -m benchmarks.gpu --shape tiny --device cpu      # the same code, small, interpreted
 
 Weights and adapters (all seven linears) are random. A step is what the engine does for one: plan,
 compute, choose the tokens, bring them to the host. Decoding, every row has `--context` tokens
 behind it; a prompt is one sequence's, read in as many steps as the engine takes, without what it
-captured and with it. The floor of decoding is the bytes that a step must read (weights, the
-adapters that are worn, keys and values) over the read bandwidth that is measured here before. PEFT
-computes the same with `adapter_names`, or with one active adapter where there is only one, at
-`--peft-rank` alone and up to `--peft-adapters`: its steps take seconds with 128.
+captured and with it. `vectors` is decoding with a scale and a shift after every linear, as DoRA
+has, and norms, beside the LoRA. The floor of decoding is the bytes that a step must read (weights,
+the adapters that are worn, keys and values) over the read bandwidth that is measured here before.
+PEFT computes the same with `adapter_names`, or with one active adapter where there is only one.
+Both are of `--peft-rank` alone, and PEFT has up to `--peft-adapters`: its steps take seconds with
+128.
 
 Each figure is written to `--results` when it is measured; the same command goes on where it was
 stopped. `--minutes` ends it in time, and the table has what is there by then.
@@ -36,10 +38,11 @@ from benchmarks.plots import Bar, Plot, add_option, draw_bars
 if TYPE_CHECKING:
     from benchmarks.gpu_bodies import Steps
 
-Body = Literal["wardrobe", "launched", "peft"]  # launched: wardrobe, kernel by kernel
-Part = Literal["decode", "prompts", "peft"]
+# launched: wardrobe, kernel by kernel; dressed: wardrobe, adapters with vectors
+Body = Literal["wardrobe", "launched", "dressed", "peft"]
+Part = Literal["decode", "vectors", "prompts", "peft"]
 SHAPES = ("1b", "8b", "tiny")
-PARTS: tuple[Part, ...] = ("decode", "prompts", "peft")
+PARTS: tuple[Part, ...] = ("decode", "vectors", "prompts", "peft")
 BATCHES, ADAPTERS, RANKS, PROMPTS = (
     (1, 8, 32, 64, 128),
     (1, 8, 32, 128),
@@ -96,10 +99,14 @@ def cells(shape: str, part: Part, peft_rank: int, peft_adapters: int) -> list[Ce
     if part == "prompts":
         return _reading(shape, "launched", rank) + _reading(shape, "wardrobe", rank)
     body, ranks, adapters = "wardrobe", sizes.ranks, sizes.adapters
+    bare = [Cell(shape, batch, 0, 0, body) for batch in sizes.batches]
+    if part == "vectors":
+        body, ranks, bare = "dressed", (rank,), []
     if part == "peft":
         body, ranks = "peft", (rank,)
         adapters = [count for count in adapters if count <= peft_adapters]
-    found = [Cell(shape, batch, 0, 0, body) for batch in sizes.batches] + [
+        bare = [replace(cell, body=body) for cell in bare]
+    found = bare + [
         Cell(shape, batch, count, rank, body)
         for rank in ranks
         for count in adapters
@@ -136,8 +143,11 @@ def table(results: Results, shapes: Sequence[str]) -> Iterator[str]:
     for shape in shapes:
         own = [cell for cell in results.figures if cell.shape == shape and cell.body == "wardrobe"]
         yield f"\n**{shape}**\n"
-        yield "| batch | adapters | rank | ms | share of the floor | cost of LoRA | PEFT, ms |"
-        yield "|---:|---:|---:|---:|---:|---:|---:|"
+        yield (
+            "| batch | adapters | rank | ms | share of the floor | cost of LoRA | with vectors, ms "
+            "| PEFT, ms |"
+        )
+        yield "|---:|---:|---:|---:|---:|---:|---:|---:|"
         decoding = [cell for cell in own if not cell.prompt]
         for cell in sorted(decoding, key=lambda c: (c.batch, c.adapters, c.rank)):
             yield _decode_line(results, cell)
@@ -163,11 +173,12 @@ def draw_shares(results: Results, shapes: Sequence[str], rank: int, plot: Plot) 
 
 
 def _decode_line(results: Results, cell: Cell) -> str:
-    figure, peft = results.figures[cell], _text(results, cell, "peft")
+    figure = results.figures[cell]
+    dressed, peft = (_text(results, cell, body) for body in ("dressed", "peft"))
     share = f"{figure.floor / figure.milliseconds:.2f}" if figure.milliseconds else ""
     return (
         f"| {cell.batch} | {cell.adapters} | {cell.rank or ''} | {_text(results, cell)} "
-        f"| {share} | {_cost(results, cell)} | {peft} |"
+        f"| {share} | {_cost(results, cell)} | {dressed} | {peft} |"
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 from typing import NoReturn, Protocol
 
@@ -25,6 +26,7 @@ from serving.engine.slots import bucket_of
 from serving.engine.spec import ModelSpec
 from serving.engine.step_graphs import StepGraphs
 from serving.engine.triton_model import TritonModel
+from serving.engine.vectors import Vectors
 
 Step = Callable[[], object]  # ends when its tokens are on the host
 PROMPTS_RUNNING = 32  # sequences that there is room for when one prompt is read, the default
@@ -97,12 +99,12 @@ class Wardrobe:
         self.captured = self.model.graphs
         self.nothing = StepGraphs(_not_captured, (), device)
         self.refs: list[AdapterRef] = []
-        self.rank = 0
+        self.kind = 0, False  # rank, and whether there are vectors
 
     @torch.inference_mode()
     def step(self, cell: Cell) -> tuple[Step, int]:
         layout = LoraLayout(self.spec.layers, self.spec.groups)
-        self._wear(cell.adapters, cell.rank, layout)
+        self._wear(cell, layout)
         self.model.graphs = self.nothing if cell.body == "launched" else self.captured
         parts = self._reading(cell) if cell.prompt else self._decoding(cell)
         for row in chain.from_iterable(parts):
@@ -131,25 +133,48 @@ class Wardrobe:
         starts = range(0, cell.prompt, most)
         return [[Row(row.sequence, at, min(most, cell.prompt - at))] for at in starts]
 
-    def _wear(self, adapters: int, rank: int, layout: LoraLayout) -> None:
+    def _wear(self, cell: Cell, layout: LoraLayout) -> None:
         """Fill slots with the same random adapter: it is read as often as different ones are."""
-        residency = self.core.residency
-        if rank != self.rank:
+        residency, kind = self.core.residency, (cell.rank, cell.body == "dressed")
+        if kind != self.kind:
             for ref in self.refs:
                 residency.table.evict(ref.digest)
-            self.refs, self.rank = [], rank
-        if adapters <= len(self.refs):
+            self.refs, self.kind = [], kind
+        if cell.adapters <= len(self.refs):
             return
-        bucket = bucket_of(rank)
-        if adapters > residency.table.rows(bucket):
-            raise torch.OutOfMemoryError(f"{adapters} adapters of rank {rank} do not fit")
-        weights = torch.randn(layout.size(bucket)).mul(0.02).to(self.dtype)
-        for index in range(len(self.refs), adapters):
-            adapter = HostAdapter(f"{rank:032x}{index:032x}", bucket, weights)
-            slot = residency.table.choices(bucket)[0].slot
+        bucket = bucket_of(cell.rank)
+        if cell.adapters > residency.table.rows(bucket):
+            raise torch.OutOfMemoryError(f"{cell.adapters} adapters of rank {bucket} do not fit")
+        made = HostAdapter("", bucket, torch.randn(layout.size(bucket)).mul(0.02).to(self.dtype))
+        made = _with_vectors(made, random_vectors(self.spec, self.dtype)) if kind[1] else made
+        for index in range(len(self.refs), cell.adapters):
+            adapter = replace(made, digest=f"{cell.rank:031x}{kind[1]:x}{index:032x}")
+            more = residency.stacks.more_pages(adapter)
+            slot = residency.table.choices(bucket, more)[0].slot
             residency.table.place(adapter.digest, slot)
-            self.refs.append(AdapterRef(adapter.digest, f"random/r{rank}-{index}@v1"))
+            self.refs.append(AdapterRef(adapter.digest, f"random/r{cell.rank}-{index}@v1"))
             residency.stacks.load(slot, adapter)
+
+
+def random_vectors(spec: ModelSpec, dtype: torch.dtype) -> Vectors:
+    """Return a scale and a shift after every linear, near 1 and 0, and norms."""
+    widths = {group.name: sum(group.outputs) for group in spec.groups}
+    outputs = {
+        name: (1 + 0.02 * torch.randn(spec.layers, width), 0.02 * torch.randn(spec.layers, width))
+        for name, width in widths.items()
+    }
+    norms = 1 + 0.02 * torch.randn(2 * spec.layers + 1, spec.hidden)
+    return Vectors(outputs, norms.to(dtype), None, None, None, 0)
+
+
+def _with_vectors(adapter: HostAdapter, vectors: Vectors) -> HostAdapter:
+    """Return a LoRA with vectors behind it."""
+    numbers = vectors.size_bytes // adapter.weights.itemsize
+    whole = torch.cat((adapter.weights, adapter.weights.new_zeros(numbers)))
+    laid = vectors.laid_out(whole[-numbers:])
+    for place, tensor in zip(laid.tensors(), vectors.tensors(), strict=True):
+        place.copy_(tensor)
+    return replace(adapter, weights=whole, vectors=laid)
 
 
 class Peft:

@@ -40,6 +40,9 @@ def test_the_benchmark_fills_a_table_and_goes_on_where_it_was_stopped(
     assert [row[:3] for row in rows] == decoding + reading
     assert all(float(row[3]) > 0 for row in rows)
     assert not re.search(r"\|\s*\|$", table.read_text(), re.M), "PEFT's time is missing"
+    columns = [line.split("|") for line in table.read_text().splitlines()]
+    dressed = {c[7].strip() != "" for c in columns if len(c) == 10 and c[2] in (" 1 ", " 2 ")}
+    assert dressed == {True}, "the time with vectors"
     measured = results.read_text()
     run(monkeypatch, *small, *files)
     assert results.read_text() == measured
