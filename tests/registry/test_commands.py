@@ -1,7 +1,7 @@
 import json
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from registry import commands
 from registry.adapter import AdapterName
 from registry.base import Bases
 from registry.commands import app, clear_errors
+from registry.follow import wait_for_rollouts
 from registry.store import Registry
 from tests.registry.making import BASE_ID, adapter_tensors
 
@@ -260,14 +262,15 @@ def test_promote_exits_with_1_when_a_server_refuses_the_version(
         assert rollout["state"] == "failed"
 
 
-def test_no_wait_returns_at_once_and_a_silent_server_is_named(
+def test_no_wait_waits_for_nobody_and_a_silent_server_is_named(
     run: Run, adapter: Adapter, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("push", str(adapter()), "acme/support")
     registry.heartbeat("server-1", "http://127.0.0.1:9")
-    started = time.monotonic()
-    run(*PROMOTE, "--no-wait")
-    assert time.monotonic() - started < 1
+    monkeypatch.setattr(commands, "wait_for_rollouts", partial(wait_for_rollouts, seconds=0.1))
+    silent = "http://127.0.0.1:9 has not answered yet"
+    assert silent not in run(*PROMOTE, "--no-wait").stdout
+    assert silent in run(*PROMOTE).stdout
     registry.heartbeat("server-1", "http://127.0.0.1:9")
     printed = run("rollback", "acme/support", "--reason", "none", status=2).stderr
     assert "nothing to roll back to" in printed

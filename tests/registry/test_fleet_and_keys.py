@@ -97,7 +97,7 @@ def test_waiting_names_the_servers_that_said_nothing_in_time(
     report(registry, "warming", alias, "warming")
     started = time.monotonic()
     rollouts, silent = wait_for_rollouts(registry, alias, 0.3)
-    assert 0.3 <= time.monotonic() - started < 2
+    assert time.monotonic() - started >= 0.3
     assert rollouts == []
     assert {server.server_id for server in silent} == {"old", "warming", "quiet"}
 
