@@ -148,9 +148,14 @@ def assemble(model: Forward, fetch: Fetch, settings: EngineSettings) -> Parts:
 
     reader = AdapterReader(layout, dtype, highest, model.base_layers, model.library)
 
+    # What reading computes with the base neither waits for steps nor comes between two of them.
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+
     def read(source: Path | AdapterFiles, ref: AdapterRef) -> HostAdapter:
-        adapter = reader.read(source, ref)
-        return adapter.pinned() if device.type == "cuda" else adapter
+        if beside is None:
+            return reader.read(source, ref)
+        with torch.cuda.stream(beside):
+            return reader.read(source, ref).pinned()
 
     loader = AdapterLoader(
         fetch,

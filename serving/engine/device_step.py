@@ -1,6 +1,7 @@
 """One step as the Triton operators read it: a row of numbers that lies on the device.
 
-All that changes from step to step is in it, so steps of one shape are the same launches.
+All that changes from step to step is in it, and where rows wear vectors in a table beside it. So
+steps of one shape are the same launches.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from serving.engine.batch import Batch, Chunk
 from serving.engine.ops.triton import attention, lora
 from serving.engine.ops.triton.lora import DECODE_HEIGHT, PROMPT_HEIGHT, LoraTiles
-from serving.engine.ops.triton.vectors import Places
+from serving.engine.ops.triton.vectors import RowPlaces, Table, table_of
 
 LINE = 4  # numbers: a kernel is compiled once more for tensors that begin between two lines
 
@@ -30,14 +31,15 @@ class DeviceStep:
     vectors: torch.Tensor | None = None  # int64, see VectorBook; None: no row wears any
 
     @classmethod
-    def of(cls, batch: Batch, vectors: Places | None, device: torch.device) -> "DeviceStep":
+    def of(cls, batch: Batch, vectors: RowPlaces, device: torch.device) -> "DeviceStep":
         """Bring a batch to the device, as large as it is."""
         shape = StepShape.of(batch)
         numbers = shape.numbers(batch)
         assert numbers is not None, "a batch fits in its own shape"
         step = shape.view(pinned(numbers, device).to(device, non_blocking=True))
-        if vectors is not None:
-            return step.with_vectors(pinned(vectors, device).to(device, non_blocking=True))
+        if vectors:
+            table = pinned(table_of(vectors, len(batch.ids)), device)
+            return step.with_vectors(table.to(device, non_blocking=True))
         return step if batch.wears else step.without_adapters()
 
     def with_vectors(self, table: torch.Tensor) -> "DeviceStep":
@@ -112,7 +114,7 @@ def tile_height(rows: int, chunks: int) -> int:
     return PROMPT_HEIGHT if chunks and rows > PROMPT_HEIGHT else DECODE_HEIGHT
 
 
-def pinned(numbers: list[int] | Places, device: torch.device) -> torch.Tensor:
+def pinned(numbers: list[int] | Table, device: torch.device) -> torch.Tensor:
     """Return numbers that are copied without waiting: torch keeps the memory until it was read.
 
     Those of a list are int32.

@@ -64,7 +64,8 @@ class Model:
             dressed=dressed_rows(batch.worn, stacks.vectors),
             rotation=(self.cos[batch.positions], self.sin[batch.positions]),
         )
-        x = self.weights.embedding[batch.ids]
+        # Virtual tokens have ids below 0; `dress_embeddings` writes their rows.
+        x = self.weights.embedding[batch.ids.clamp(min=0)]
         dress_embeddings(x, batch.ids, step.dressed)
         for index, layer in enumerate(self.weights.layers):
             h = self._norm(x, layer.attention_norm, 2 * index, step.dressed)

@@ -15,7 +15,7 @@ import torch
 from serving.engine.batch import Batch
 from serving.engine.device_step import DeviceStep, StepShape, pinned, tile_height
 from serving.engine.ops.triton.attention import QUERIES
-from serving.engine.ops.triton.vectors import Places, no_places
+from serving.engine.ops.triton.vectors import RowPlaces, table_of
 
 Compute = Callable[[DeviceStep], torch.Tensor]  # → hidden [sampled, size]
 Replay = Callable[[], torch.Tensor]
@@ -60,7 +60,7 @@ class StepGraphs:
         large_first = sorted(shapes, key=lambda shape: shape.rows, reverse=True)
         self._steps = [_Step(compute, shape, device, pool) for shape in large_first][::-1]
 
-    def run(self, batch: Batch, vectors: Places | None) -> torch.Tensor | None:
+    def run(self, batch: Batch, vectors: RowPlaces) -> torch.Tensor | None:
         """Return hidden [sampled, size], or None when no captured step has room for the batch.
 
         It is that of the next step as soon as that runs.
@@ -80,23 +80,22 @@ class _Step:
     ) -> None:
         self.shape = shape
         self.numbers = torch.tensor(shape.numbers(None), dtype=torch.int32, device=device)
-        self.vectors = torch.from_numpy(no_places(shape.rows)).to(device)
+        self.vectors = torch.from_numpy(table_of((), shape.rows)).to(device)
         worn = shape.view(self.numbers)
         dressed, bare = worn.with_vectors(self.vectors), worn.without_adapters()
         self.dressed = _capture(lambda: compute(dressed), pool)
         self.worn = _capture(lambda: compute(worn), pool)
         self.bare = _capture(lambda: compute(bare), pool)
 
-    def run(self, batch: Batch, vectors: Places | None) -> torch.Tensor | None:
+    def run(self, batch: Batch, vectors: RowPlaces) -> torch.Tensor | None:
         numbers = self.shape.numbers(batch)
         if numbers is None:
             return None
         device = self.numbers.device
         self.numbers.copy_(pinned(numbers, device), non_blocking=True)
-        if vectors is not None:
-            whole = no_places(self.shape.rows)
-            whole[:, : vectors.shape[1]] = vectors
-            self.vectors.copy_(pinned(whole, device), non_blocking=True)
+        if vectors:
+            table = table_of(vectors, self.shape.rows)
+            self.vectors.copy_(pinned(table, device), non_blocking=True)
             hidden = self.dressed()
         else:
             hidden = self.worn() if batch.wears else self.bare()

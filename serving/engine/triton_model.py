@@ -57,7 +57,7 @@ class TritonModel:
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:  # noqa: ARG002  # the captured one
         self._cache.settle()
         dressed = dressed_rows(batch.worn, stacks.vectors)
-        vectors = self._vectors.places(dressed, len(batch.ids))
+        vectors = self._vectors.places(dressed)
         hidden = self.graphs.run(batch, vectors)
         if hidden is None:
             hidden = self._hidden(DeviceStep.of(batch, vectors, self.device))
@@ -70,7 +70,8 @@ class TritonModel:
         """Return [sampled, hidden], normalised for the head."""
         layers, eps = self.weights.layers, self.spec.eps
         following = (*(layer.attention_norm for layer in layers[1:]), self.weights.norm)
-        x = self.weights.embedding[step.ids]
+        # Virtual tokens have ids below 0; `embed` writes their rows.
+        x = self.weights.embedding[step.ids.clamp(min=0)]
         if step.vectors is not None:
             self._vectors.embed(x, step.ids, step.vectors)
         h = rms_norm(x, layers[0].attention_norm, eps, self._own_norms(0, step))
@@ -121,11 +122,11 @@ class TritonModel:
         return y, added
 
     def _gated(self, index: int, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
-        few = step.worn is None or step.worn.height == DECODE_HEIGHT
-        if step.worn is None or few or step.vectors is not None:
+        tiles = None if step.vectors is not None else step.worn
+        if tiles is None or tiles.height == DECODE_HEIGHT:
             return silu_mul(*self._linear("gate_up", index, x, step))
         gate_up = self.weights.layers[index].linears["gate_up"](x)
-        return adapted_silu_mul(gate_up, x, step.worn, self._arena, "gate_up", index)
+        return adapted_silu_mul(gate_up, x, tiles, self._arena, "gate_up", index)
 
     def _attention(self, index: int, x: torch.Tensor, step: DeviceStep) -> torch.Tensor:
         spec, window = self.spec, self.spec.windows[index]

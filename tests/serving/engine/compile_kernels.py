@@ -25,7 +25,7 @@ from serving.engine.ops.triton import attention, lora
 from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
-from serving.engine.ops.triton.vectors import VectorBook, no_places
+from serving.engine.ops.triton.vectors import VectorBook, table_of
 from serving.engine.spec import LinearGroup
 
 POINTERS = {
@@ -84,10 +84,10 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
     stacks = LoraStacks(LoraLayout(2, groups), 1, dtype, torch.device("cpu"))
     arena, gate_up = lora.Arena(stacks), torch.zeros(4, 2 * 14336, dtype=dtype)
     high = lora.LoraTiles(tiles, lora.PROMPT_HEIGHT)
-    book, table = VectorBook(stacks.arena), torch.from_numpy(no_places(4))
+    book, table = VectorBook(stacks.arena), torch.from_numpy(table_of((), 4))
 
-    def adapt(height: int) -> None:
-        lora.lora(x, lora.LoraTiles(tiles, height), arena, "qkv", 1)
+    def adapt(height: int, group: str) -> None:
+        lora.lora(x, lora.LoraTiles(tiles, height), arena, group, 1)
 
     return [
         lambda: rms_norm(x, weight, 1e-5),
@@ -104,8 +104,9 @@ def launches(dtype: torch.dtype) -> list[Callable[[], object]]:
         lambda: attention.decode_attention(qkv, pages, numbers, numbers, None, out),
         lambda: attention.decode_attention(qkv, pages, many, many, 4096, out),
         lambda: attention.chunk_attention(qkv, pages, tiles, None, out),
-        lambda: adapt(lora.DECODE_HEIGHT),
-        lambda: adapt(lora.PROMPT_HEIGHT),
+        lambda: adapt(lora.DECODE_HEIGHT, "qkv"),
+        lambda: adapt(lora.PROMPT_HEIGHT, "qkv"),
+        lambda: adapt(lora.PROMPT_HEIGHT, "gate_up"),
         lambda: adapted_silu_mul(gate_up, x, high, arena, "gate_up", 1),
     ]
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from registry.adapter import AdapterRef
-from serving.engine import core, step_graphs
+from serving.engine import core, device_step, step_graphs
 from serving.engine.batch import Batch
 from serving.engine.boundary import EngineStats, GenerateRequest
 from serving.engine.build import Parts, assemble, read_model
@@ -20,7 +20,8 @@ from serving.engine.engine import TorchEngine
 from serving.engine.kv_cache import BLOCK
 from serving.engine.kv_pages import KVPages
 from serving.engine.model_runner import ModelRunner
-from serving.engine.ops.triton.vectors import Places
+from serving.engine.ops.triton import lora
+from serving.engine.ops.triton.vectors import RowPlaces
 from serving.engine.sequence import Row
 from serving.engine.sequence import Sequence as Running
 from serving.engine.settings import EngineSettings
@@ -106,10 +107,12 @@ def asked(folders: Folders, names: Sequence[str | None], tokens: int) -> list[Ge
     ]
 
 
-def check_against_peft(base: Path, folders: Folders, device: torch.device) -> None:
+def check_against_peft(
+    base: Path, folders: Folders, device: torch.device, settings: EngineSettings = SETTINGS
+) -> None:
     names = [*folders.refs, None]
     wanted = asked(folders, names, tokens=3)
-    engine = TorchEngine(triton_parts(base, folders, device), SETTINGS)
+    engine = TorchEngine(triton_parts(base, folders, device, settings), settings)
     for name, each, result in zip(names, wanted, run_all(engine, wanted), strict=True):
         folder = folders.folders[folders.refs[name].digest] if name else None
         oracle = Oracle(base, folder)
@@ -265,18 +268,41 @@ def more_than_lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Fold
 
 
 @on_every_device
+@pytest.mark.parametrize("slots", [None, 1], ids=["mixed", "one after the other"])
 def test_all_that_an_adapter_can_have_is_worn_beside_lora_and_the_base(
-    base: Path, more_than_lora: Folders, device: torch.device
+    base: Path, more_than_lora: Folders, device: torch.device, slots: int | None
 ) -> None:
-    """`make test-long` has every case of the table in docs/peft.md."""
-    check_against_peft(base, more_than_lora, device)
+    """`make test-long` has every case of the table in docs/peft.md.
+
+    In one slot each comes to where another one was.
+    """
+    check_against_peft(base, more_than_lora, device, replace(SETTINGS, adapter_slots=slots))
+
+
+@on_every_device
+def test_vectors_of_the_gate_are_worn_where_lora_has_high_tiles(
+    base: Path, more_than_lora: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in steps of more than 64 rows of prompts."""
+
+    def high(_: int, chunks: int) -> int:
+        return lora.PROMPT_HEIGHT if chunks else lora.DECODE_HEIGHT
+
+    monkeypatch.setattr(device_step, "tile_height", high)
+    few = Folders(
+        {
+            name: more_than_lora.folders[more_than_lora.refs[name].digest]
+            for name in ("all4", "DoRA")
+        }
+    )
+    check_against_peft(base, few, device)
 
 
 @on_every_device
 def test_a_captured_step_with_vectors_gives_what_the_plain_step_gives(
     base: Path, more_than_lora: Folders, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One slot: what was worn in it before is gone, and nobody beside it wears any of it."""
+    """Nobody beside it wears any of it, and what comes into the same slot again is the same."""
     parts = triton_parts(base, more_than_lora, device, replace(SETTINGS, adapter_slots=1))
     runner = parts.core.runner
     seen: list[torch.Tensor] = []
@@ -387,7 +413,7 @@ def test_a_step_without_room_in_any_capture_is_launched_as_it_is(
     ran: list[bool] = []
 
     def run(
-        graphs: step_graphs.StepGraphs, batch: Batch, vectors: Places | None
+        graphs: step_graphs.StepGraphs, batch: Batch, vectors: RowPlaces
     ) -> torch.Tensor | None:
         hidden = captured(graphs, batch, vectors)
         ran.append(hidden is not None)

@@ -17,7 +17,7 @@ from serving.engine.linear import PackedLinear
 from serving.engine.sequence import Sequence as Request
 from serving.engine.settings import EngineSettings
 from tests import tiny
-from tests.peft_cases import CASES, make
+from tests.peft_cases import CASES, make, other
 from tests.serving.engine.driving import Folders, Oracle, base_of, complete, request, run_all
 
 SETTINGS = EngineSettings(
@@ -270,6 +270,20 @@ def test_what_a_prompt_begins_with_is_found_again_behind_the_positions(
     other = replace(wanted, adapter=folders.refs["LoRA"])
     oracle = Oracle(base, folders.folders[folders.refs["LoRA"].digest])
     assert tokens(core, [other]) == [oracle.greedy(PROMPT, 6)]
+
+
+@pytest.mark.parametrize("operators", ["auto", "torch"])
+def test_there_may_be_more_virtual_tokens_than_the_vocabulary_has(
+    base: Path, tmp_path: Path, operators: str
+) -> None:
+    [case] = [case for case in CASES if case.title == "Prompt tuning"]
+    long = replace(case, config=other("PromptTuningConfig", num_virtual_tokens=300))
+    folders = Folders({"long": make(long, base, tmp_path / "long")})
+    settings = replace(SETTINGS, operators=operators, max_model_len=400)
+    core = new_core(base, folders, settings)
+    oracle = Oracle(base, folders.folders[folders.refs["long"].digest])
+    wanted = request(PROMPT, folders.refs["long"], max_tokens=5)
+    assert tokens(core, [wanted]) == [oracle.greedy(PROMPT, 5)]
 
 
 def test_penalties_leave_virtual_tokens_out(base: Path, folders: Folders) -> None:

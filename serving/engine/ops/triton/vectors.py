@@ -7,6 +7,7 @@ depends on no adapter, like those of LoRA, and a captured one stays right when a
 # A kernel is called with numbers and options that its signature, for the compiler, does not say.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +25,8 @@ FIELDS = NORMS + 4
 BLOCK = 1024
 LINE = 2  # numbers: a kernel is compiled once more for what begins between two lines
 
-Places = np.ndarray[Any, np.dtype[np.int64]]  # a table of VectorBook
+Table = np.ndarray[Any, np.dtype[np.int64]]  # see VectorBook
+RowPlaces = Sequence[tuple[slice, Sequence[int]]]  # rows, and their fields of a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +51,16 @@ class VectorBook:
         self._floats, self._ids = arena.view(torch.float32), arena.view(torch.int64)
         self._known: WeakKeyDictionary[Vectors, list[int]] = WeakKeyDictionary()
 
-    def places(self, dressed: Dressed, rows: int) -> Places | None:
-        """Return the table of a batch, None when nobody wears vectors."""
-        if not dressed:
-            return None
-        found = no_places(rows)
-        for where, vectors in dressed:
+    def places(self, dressed: Dressed) -> RowPlaces:
+        """Return the fields of rows that wear anything that a table says.
+
+        What is computed outside of the layers, a prefix and changed rows of the head, it does not.
+        """
+        for _, vectors in dressed:
             if vectors not in self._known:
                 self._known[vectors] = self._fields(vectors)
-            found[:, where] = np.array(self._known[vectors])[:, None]
-        return found
+        found = [(rows, self._known[vectors]) for rows, vectors in dressed]
+        return [(rows, fields) for rows, fields in found if max(fields) >= 0]
 
     def dress(
         self, y: torch.Tensor, added: torch.Tensor, table: torch.Tensor, group: str, layer: int
@@ -104,9 +106,12 @@ class VectorBook:
         return (tensor.data_ptr() - self._arena.data_ptr()) // tensor.itemsize
 
 
-def no_places(rows: int) -> Places:
-    """Return the table of rows that wear no vectors. Every field begins with a line."""
-    return np.full((FIELDS, -(-rows // LINE) * LINE), -1, dtype=np.int64)
+def table_of(places: RowPlaces, rows: int) -> Table:
+    """Return the table of so many rows. Every field begins with a line."""
+    table = np.full((FIELDS, -(-rows // LINE) * LINE), -1, dtype=np.int64)
+    for where, fields in places:
+        table[:, where] = np.array(fields)[:, None]
+    return table
 
 
 @triton.jit(do_not_specialize=["layer"])
