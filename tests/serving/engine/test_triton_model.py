@@ -107,12 +107,10 @@ def asked(folders: Folders, names: Sequence[str | None], tokens: int) -> list[Ge
     ]
 
 
-def check_against_peft(
-    base: Path, folders: Folders, device: torch.device, settings: EngineSettings = SETTINGS
-) -> None:
+def check_against_peft(base: Path, folders: Folders, device: torch.device) -> None:
     names = [*folders.refs, None]
     wanted = asked(folders, names, tokens=3)
-    engine = TorchEngine(triton_parts(base, folders, device, settings), settings)
+    engine = TorchEngine(triton_parts(base, folders, device), SETTINGS)
     for name, each, result in zip(names, wanted, run_all(engine, wanted), strict=True):
         folder = folders.folders[folders.refs[name].digest] if name else None
         oracle = Oracle(base, folder)
@@ -268,15 +266,11 @@ def more_than_lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Fold
 
 
 @on_every_device
-@pytest.mark.parametrize("slots", [None, 1], ids=["mixed", "one after the other"])
 def test_all_that_an_adapter_can_have_is_worn_beside_lora_and_the_base(
-    base: Path, more_than_lora: Folders, device: torch.device, slots: int | None
+    base: Path, more_than_lora: Folders, device: torch.device
 ) -> None:
-    """`make test-long` has every case of the table in docs/peft.md.
-
-    In one slot each comes to where another one was.
-    """
-    check_against_peft(base, more_than_lora, device, replace(SETTINGS, adapter_slots=slots))
+    """`make test-long` has every case of the table in docs/peft.md, in few slots."""
+    check_against_peft(base, more_than_lora, device)
 
 
 @on_every_device

@@ -406,12 +406,12 @@ class Dressing:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         whole = random_vectors(dtype)
         few = replace(whole, outputs={"o": whole.outputs["o"]}, norms=None, embedding=None)
-        arena = torch.full((1 << 16,), math.nan, dtype=dtype, device=device)
+        self.arena = torch.full((1 << 16,), math.nan, dtype=dtype, device=device)
         self.dressed = tuple(
-            (rows, self._put(vectors, arena[start:]))
+            (rows, self._put(vectors, self.arena[start:]))
             for rows, vectors, start in ((slice(1, 3), whole, 24), (slice(4, 5), few, 1 << 15))
         )
-        self.book = VectorBook(arena)
+        self.book = VectorBook(self.arena)
         self.table = torch.from_numpy(table_of(self.book.places(self.dressed), 5)).to(device)
 
     @staticmethod
@@ -493,3 +493,16 @@ def test_what_no_table_says_needs_none(device: torch.device, dtype: torch.dtype)
     head = replace(whole, outputs={}, norms=None, embedding=None, head=whole.embedding)
     assert own.book.places([(rows, head)]) == []
     assert [where for where, _ in own.book.places(own.dressed)] == [rows, slice(4, 5)]
+
+
+def test_what_comes_to_where_others_were_is_found_anew(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    own = Dressing(device, dtype)
+    rows, before = own.dressed[0]
+    few = replace(before, norms=None, embedding=None)
+    there = few.laid_out(own.arena[24:][: few.size_bytes // own.arena.itemsize])
+    assert there.tensors()[0].data_ptr() == before.tensors()[0].data_ptr()
+    places, fresh = (book.places([(rows, there)]) for book in (own.book, VectorBook(own.arena)))
+    assert places == fresh
+    assert places != own.book.places([(rows, before)])
