@@ -175,34 +175,58 @@ def test_all_of_it_is_what_peft_computes_with_other_instructions(
         check(title, wardrobe, results[title])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("which", ["wardrobe", "untied"])
-@pytest.mark.parametrize(
+ON_TRITON = pytest.mark.parametrize(
     "device", [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def test_all_of_it_is_what_peft_computes_with_the_triton_operators(
-    which: str, device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+
+def triton_model(
+    wardrobe: Wardrobe, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> Forward:
     pytest.importorskip("triton", reason="the package triton is not installed")
     from tests.serving.engine import kernels
 
     if device == "cpu" and (kernels.BROKEN or not kernels.INTERPRETED):
         pytest.skip("Triton does not interpret here")
     kernels.share_out_to_few(monkeypatch)
+    return kernels.read_triton(wardrobe.base.path, torch.device(device), 128, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)  # the interpreter is slow
+@ON_TRITON
+@pytest.mark.parametrize("which", ["wardrobe", "untied"])
+def test_all_of_it_is_what_peft_computes_with_the_triton_operators(
+    which: str, device: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wardrobe = request.getfixturevalue(which)
-    model = kernels.read_triton(wardrobe.base.path, torch.device(device), 128)
+    model = triton_model(wardrobe, device, torch.float32, monkeypatch)
     results = run_mixed(wardrobe, model, replace(SETTINGS, **FEW))
     for title in wardrobe.refs:
         check(title, wardrobe, results[title])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)  # the interpreter is slow
+@ON_TRITON
+def test_with_the_triton_operators_and_numbers_of_16_bits_it_is_near_to_peft(
+    wardrobe: Wardrobe, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter has no bfloat16; float16 is nearer still."""
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    check_rounded(wardrobe, triton_model(wardrobe, device, dtype, monkeypatch))
 
 
 @pytest.mark.parametrize("target", IN_BFLOAT16)
 def test_in_bfloat16_all_of_it_is_as_near_to_peft_as_peft_itself(
     wardrobe: Wardrobe, target: Target
 ) -> None:
+    check_rounded(wardrobe, read_compiled(wardrobe.base.path, target, torch.bfloat16, 128))
+
+
+def check_rounded(wardrobe: Wardrobe, model: Forward) -> None:
     """PEFT in bfloat16 is some hundredths away from PEFT in float32."""
     base = wardrobe.base.path
-    model = read_compiled(base, target, torch.bfloat16, 128)
     results = run_mixed(wardrobe, model, replace(SETTINGS, **FEW))
     for title, saved in wardrobe.saved.items():
         prompt, result = prompt_of(title), results[title]

@@ -70,9 +70,10 @@ class TritonModel:
         """Return [sampled, hidden], normalised for the head."""
         layers, eps = self.weights.layers, self.spec.eps
         following = (*(layer.attention_norm for layer in layers[1:]), self.weights.norm)
-        # Virtual tokens have ids below 0; `embed` writes their rows.
-        x = self.weights.embedding[step.ids.clamp(min=0)]
-        if step.vectors is not None:
+        if step.vectors is None:
+            x = self.weights.embedding[step.ids]
+        else:  # ids of virtual tokens are below 0
+            x = self.weights.embedding[step.ids.clamp(min=0)]
             self._vectors.embed(x, step.ids, step.vectors)
         h = rms_norm(x, layers[0].attention_norm, eps, self._own_norms(0, step))
         for index, (layer, norm) in enumerate(zip(layers, following, strict=True)):

@@ -46,11 +46,13 @@ def share_out_to_few(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(lora.SHARES, height, replace(shares, walkers=2, rank_programs=1))
 
 
-def read_triton(base: Path, device: torch.device, length: int) -> TritonModel:
+def read_triton(
+    base: Path, device: torch.device, length: int, dtype: torch.dtype = torch.float32
+) -> TritonModel:
     """Read a base for the Triton operators, also where the engine would not take them."""
     spec = ModelSpec.read(base)
     with torch.inference_mode():
-        weights = read_weights(base, spec, torch.float32, device, Linear)
+        weights = read_weights(base, spec, dtype, device, Linear)
         return TritonModel(spec, weights, length)
 
 
