@@ -26,6 +26,7 @@ from serving.engine.slots import bucket_of
 from serving.engine.spec import ModelSpec
 from serving.engine.step_graphs import StepGraphs
 from serving.engine.triton_model import TritonModel
+from serving.engine.vector_file import FileVectors
 from serving.engine.vectors import Vectors
 
 Step = Callable[[], object]  # ends when its tokens are on the host
@@ -144,16 +145,17 @@ class Wardrobe:
             return
         bucket = bucket_of(cell.rank)
         if cell.adapters > residency.table.rows(bucket):
-            raise torch.OutOfMemoryError(f"{cell.adapters} adapters of rank {bucket} do not fit")
+            raise torch.OutOfMemoryError(f"{cell.adapters} adapters of rank {cell.rank} do not fit")
         made = HostAdapter("", bucket, torch.randn(layout.size(bucket)).mul(0.02).to(self.dtype))
         made = _with_vectors(made, random_vectors(self.spec, self.dtype)) if kind[1] else made
         for index in range(len(self.refs), cell.adapters):
             adapter = replace(made, digest=f"{cell.rank:031x}{kind[1]:x}{index:032x}")
-            more = residency.stacks.more_pages(adapter)
-            slot = residency.table.choices(bucket, more)[0].slot
-            residency.table.place(adapter.digest, slot)
+            place = residency.table.choices(bucket, residency.stacks.more_pages(adapter))[0]
+            if place.leaving:
+                raise torch.OutOfMemoryError(f"{cell.adapters} adapters with vectors do not fit")
+            residency.table.place(adapter.digest, place.slot)
             self.refs.append(AdapterRef(adapter.digest, f"random/r{cell.rank}-{index}@v1"))
-            residency.stacks.load(slot, adapter)
+            residency.stacks.load(place.slot, adapter)
 
 
 def random_vectors(spec: ModelSpec, dtype: torch.dtype) -> Vectors:
@@ -171,9 +173,7 @@ def _with_vectors(adapter: HostAdapter, vectors: Vectors) -> HostAdapter:
     """Return a LoRA with vectors behind it."""
     numbers = vectors.size_bytes // adapter.weights.itemsize
     whole = torch.cat((adapter.weights, adapter.weights.new_zeros(numbers)))
-    laid = vectors.laid_out(whole[-numbers:])
-    for place, tensor in zip(laid.tensors(), vectors.tensors(), strict=True):
-        place.copy_(tensor)
+    laid = FileVectors(vectors, None, None).write(whole[-numbers:])
     return replace(adapter, weights=whole, vectors=laid)
 
 

@@ -1,6 +1,7 @@
 """Where the Triton kernels can run here: in Triton's interpreter, or on a GPU."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from torch.testing import assert_close
 
 from serving.engine.kv_cache import BLOCK, blocks_of
 from serving.engine.kv_pages import LayerPages
@@ -34,6 +36,20 @@ on_every_device = pytest.mark.parametrize(
     [
         pytest.param(torch.device("cpu"), marks=interpreting, id="interpreter"),
         pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="cuda"),
+    ],
+)
+
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
+TOLERANCE = {  # relative, absolute
+    torch.float32: (1e-5, 2e-6),
+    torch.float16: (2e-3, 1e-3),
+    torch.bfloat16: (1.6e-2, 4e-3),
+}
+in_two_formats = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="float32"),
+        pytest.param(HALF, marks=pytest.mark.long if INTERPRETED else (), id="half"),
     ],
 )
 
@@ -85,3 +101,13 @@ def new_nan(x: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
     """Stand for Tensor.new_empty: what nobody wrote is NaN."""
     new = torch.empty(shape, **({"dtype": x.dtype, "device": x.device} | options))
     return new.fill_(float("nan")) if new.is_floating_point() else new
+
+
+def close(actual: torch.Tensor, exact: torch.Tensor, scale: float = 1.0) -> None:
+    """Compare with float64; `scale` is the size of the numbers that were added up."""
+    relative, absolute = TOLERANCE[actual.dtype]
+    assert_close(actual.double(), exact.double(), rtol=relative, atol=absolute * scale)
+
+
+def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)

@@ -298,18 +298,33 @@ def test_a_captured_step_with_vectors_gives_what_the_plain_step_gives(
 ) -> None:
     """Nobody beside it wears any of it, and what comes into the same slot again is the same."""
     parts = triton_parts(base, more_than_lora, device, replace(SETTINGS, adapter_slots=1))
-    runner = parts.core.runner
-    seen: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for name in ("DoRA", "all4", SAVED, "DoRA"):
-            rows = single_rows(parts, more_than_lora, [None, None, name])
-            seen.append(runner.run(rows)[0].clone())
-            close(seen[-1], plain(runner, rows, monkeypatch))
-    first, lora, saved, again = seen
+    first, lora, saved, again = in_turn(
+        parts,
+        more_than_lora,
+        [[None, None, name] for name in ("DoRA", "all4", SAVED, "DoRA")],
+        monkeypatch,
+    )
     assert torch.equal(first, again)
     for other in (lora, saved):
         close(first[0], other[0])
         assert (first[1] - other[1]).abs().max() > 100 * BOUND
+
+
+def in_turn(
+    parts: Parts,
+    folders: Folders,
+    steps: Sequence[Sequence[str | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[torch.Tensor]:
+    """Return the logits of captured steps, by what their rows wear; held to plain ones."""
+    runner = parts.core.runner
+    seen: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for names in steps:
+            rows = single_rows(parts, folders, names)
+            seen.append(runner.run(rows)[0].clone())
+            close(seen[-1], plain(runner, rows, monkeypatch))
+    return seen
 
 
 def plain(runner: ModelRunner, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -430,19 +445,13 @@ def test_a_swap_of_adapters_captures_nothing_again(
 ) -> None:
     """One slot is worn by three adapters in turn, of two ranks, and by the first one again."""
     parts = triton_parts(base, folders, device, replace(SETTINGS, adapter_slots=1))
-    runner = parts.core.runner
 
     def capture(*_: object) -> None:
         raise AssertionError("captured again")
 
     monkeypatch.setattr(step_graphs, "_capture", capture)
-    seen: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for name in ("all4", "other4", "attention24", "all4"):
-            rows = single_rows(parts, folders, [name])
-            seen.append(runner.run(rows)[0].clone())
-            close(seen[-1], plain(runner, rows, monkeypatch))
-    first, second, third, again = seen
+    names = ("all4", "other4", "attention24", "all4")
+    first, second, third, again = in_turn(parts, folders, [[name] for name in names], monkeypatch)
     assert torch.equal(first, again)
     for other in (second, third):
         assert (first - other).abs().max() > 100 * BOUND

@@ -6,12 +6,10 @@ float32 and float16.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -25,38 +23,19 @@ from serving.engine.ops.triton import attention, lora
 from serving.engine.ops.triton.activation import adapted_silu_mul, silu_mul
 from serving.engine.ops.triton.norm import add_rms_norm, rms_norm
 from serving.engine.ops.triton.rope import rotate_and_store
-from serving.engine.ops.triton.vectors import VectorBook, table_of
 from serving.engine.slots import Slot
 from serving.engine.spec import LinearGroup
-from serving.engine.vectors import (
-    TokenRows,
-    Vectors,
-    dress_embeddings,
-    dress_norm,
-    dress_outputs,
-)
 from tests.serving.engine.kernels import (
-    INTERPRETED,
+    close,
     in_pages,
+    in_two_formats,
     new_nan,
+    numbers,
     of_pages,
     on_every_device,
     share_out_to_few,
 )
 
-HALF = torch.float16 if INTERPRETED else torch.bfloat16
-TOLERANCE = {  # relative, absolute
-    torch.float32: (1e-5, 2e-6),
-    torch.float16: (2e-3, 1e-3),
-    torch.bfloat16: (1.6e-2, 4e-3),
-}
-in_two_formats = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float32, id="float32"),
-        pytest.param(HALF, marks=pytest.mark.long if INTERPRETED else (), id="half"),
-    ],
-)
 pytestmark = [
     on_every_device,
     in_two_formats,
@@ -71,12 +50,6 @@ def _same_numbers() -> Iterator[None]:
     # The interpreter computes with numpy, which warns of infinities that a GPU computes with.
     with torch.inference_mode(), np.errstate(all="ignore"):
         yield
-
-
-def close(actual: torch.Tensor, exact: torch.Tensor, scale: float = 1.0) -> None:
-    """Compare with float64; `scale` is the size of the numbers that were added up."""
-    relative, absolute = TOLERANCE[actual.dtype]
-    assert_close(actual.double(), exact.double(), rtol=relative, atol=absolute * scale)
 
 
 def test_rms_norm_equals_float64_and_adds_what_it_is_given(
@@ -214,10 +187,6 @@ def test_a_chunk_of_a_prompt_sees_what_came_before_each_token(
             close(out[row], reference(qkv[row, :heads], *own, position, window))
     assert not out[74:77].any()
     assert (out[[0, 77]] == 9.0).all()
-
-
-def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 class Wardrobe:
@@ -379,130 +348,3 @@ def test_a_row_that_is_not_finite_stays_alone(
     for healthy, poisoned in zip(outputs(x), outputs(sick), strict=True):
         assert torch.equal(healthy[others], poisoned[others])
         assert not poisoned[2].isfinite().all()
-
-
-LAYERS, HIDDEN = 3, 20
-WIDTHS = {"qkv": 1030, "o": HIDDEN, "gate_up": 64, "down": HIDDEN}
-
-
-def random_vectors(dtype: torch.dtype) -> Vectors:
-    """Return vectors with everything but a prefix."""
-    outputs = {
-        name: (torch.randn(LAYERS, width), torch.randn(LAYERS, width))
-        for name, width in WIDTHS.items()
-    }
-    norms = torch.rand(2 * LAYERS + 1, HIDDEN).to(dtype)
-    ids = torch.tensor([-2, -1, 3, 4, 90])
-    tokens = TokenRows(ids, torch.randn(len(ids), HIDDEN).to(dtype))
-    return Vectors(outputs, norms, tokens, None, None, 2)
-
-
-class Dressing:
-    """Five rows: the second and third wear one adapter's vectors, the last one another's.
-
-    The other one has a scale of `o` only. What in the arena is nobody's is NaN.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        whole = random_vectors(dtype)
-        few = replace(whole, outputs={"o": whole.outputs["o"]}, norms=None, embedding=None)
-        self.arena = torch.full((1 << 16,), math.nan, dtype=dtype, device=device)
-        self.dressed = tuple(
-            (rows, self._put(vectors, self.arena[start:]))
-            for rows, vectors, start in ((slice(1, 3), whole, 24), (slice(4, 5), few, 1 << 15))
-        )
-        self.book = VectorBook(self.arena)
-        self.table = torch.from_numpy(table_of(self.book.places(self.dressed), 5)).to(device)
-
-    @staticmethod
-    def _put(vectors: Vectors, memory: torch.Tensor) -> Vectors:
-        there = vectors.laid_out(memory[: vectors.size_bytes // memory.itemsize])
-        for place, tensor in zip(there.tensors(), vectors.tensors(), strict=True):
-            place.copy_(tensor)
-        return there
-
-
-@pytest.mark.parametrize("group", WIDTHS)
-def test_scales_and_shifts_of_each_row_equal_float64(
-    device: torch.device, dtype: torch.dtype, group: str
-) -> None:
-    own = Dressing(device, dtype)
-    y, added = torch.randn(2, 5, WIDTHS[group], device=device).to(dtype)
-    exact = y.double() + added.double()
-    bare = exact.clone()
-    dress_outputs(exact, group, 1, own.dressed)
-    own.book.dress(y, added, own.table, group, 1)
-    worn = [1, 2, 4] if group == "o" else [1, 2]
-    close(y[worn], exact[worn], 4.0)
-    close(y.double().add(added.double()).to(dtype), exact, 4.0)
-    with pytest.raises(AssertionError):
-        close(y[worn], bare[worn], 4.0)
-
-
-def test_norms_of_each_row_equal_float64(device: torch.device, dtype: torch.dtype) -> None:
-    own = Dressing(device, dtype)
-    x, delta, lora = torch.randn(3, 5, HIDDEN, device=device).to(dtype)
-    weight = torch.rand(HIDDEN, device=device).to(dtype)
-
-    def exact_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return torch_rms_norm(x.double(), weight.double(), eps)
-
-    for number in (0, 2 * LAYERS):
-        exact = exact_norm(x, weight, 1e-5)
-        dress_norm(exact, x, exact_norm, 1e-5, number, own.dressed)
-        close(rms_norm(x, weight, 1e-5, own.book.norms(own.table, number)), exact)
-        with pytest.raises(AssertionError):
-            close(rms_norm(x, weight, 1e-5), exact)
-    added = add_rms_norm(x, delta, lora, weight, 1e-5, own.book.norms(own.table, 3))
-    exact = exact_norm(x, weight, 1e-5)
-    dress_norm(exact, x, exact_norm, 1e-5, 3, own.dressed)
-    close(added, exact)
-
-
-@pytest.mark.parametrize("ids", [(3, 4, 90, 3, 3), (3, -2, -1, 4, 4), (4, 91, 5, -1, 90)])
-def test_tokens_of_each_row_are_found_or_the_bases(
-    device: torch.device, dtype: torch.dtype, ids: Sequence[int]
-) -> None:
-    own = Dressing(device, dtype)
-    x = torch.randn(5, HIDDEN, device=device).to(dtype)
-    exact = x.clone()
-    dress_embeddings(exact, torch.tensor(ids, device=device), own.dressed)
-    own.book.embed(x, numbers(ids, device), own.table)
-    assert torch.equal(x, exact)
-
-
-def test_rows_behind_a_batch_wear_nothing(device: torch.device, dtype: torch.dtype) -> None:
-    """As dead rows of a captured step."""
-    own = Dressing(device, dtype)
-    table = torch.from_numpy(table_of((), 5)).to(device)
-    # Else each kernel would be compiled once more when rows are odd, in the middle of serving.
-    assert all(field.data_ptr() % 16 == 0 for field in table)
-    x, added = torch.randn(2, 5, HIDDEN, device=device).to(dtype)
-    before, weight = x.clone(), torch.rand(HIDDEN, device=device).to(dtype)
-    own.book.embed(x, numbers([-1, -2, 3, 0, 0], device), table)
-    own.book.dress(x, added, table, "o", 1)
-    assert torch.equal(x, before)
-    assert torch.equal(
-        rms_norm(x, weight, 1e-5, own.book.norms(table, 0)), rms_norm(x, weight, 1e-5)
-    )
-
-
-def test_what_no_table_says_needs_none(device: torch.device, dtype: torch.dtype) -> None:
-    own = Dressing(device, dtype)
-    rows, whole = own.dressed[0]
-    head = replace(whole, outputs={}, norms=None, embedding=None, head=whole.embedding)
-    assert own.book.places([(rows, head)]) == []
-    assert [where for where, _ in own.book.places(own.dressed)] == [rows, slice(4, 5)]
-
-
-def test_what_comes_to_where_others_were_is_found_anew(
-    device: torch.device, dtype: torch.dtype
-) -> None:
-    own = Dressing(device, dtype)
-    rows, before = own.dressed[0]
-    few = replace(before, norms=None, embedding=None)
-    there = few.laid_out(own.arena[24:][: few.size_bytes // own.arena.itemsize])
-    assert there.tensors()[0].data_ptr() == before.tensors()[0].data_ptr()
-    places, fresh = (book.places([(rows, there)]) for book in (own.book, VectorBook(own.arena)))
-    assert places == fresh
-    assert places != own.book.places([(rows, before)])
