@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from benchmarks import gpu
+from serving.engine.lora import LoraLayout
 from tests import tiny
 from tests.serving.engine.kernels import interpreting, share_out_to_few
 
@@ -46,6 +47,22 @@ def test_the_benchmark_fills_a_table_and_goes_on_where_it_was_stopped(
     measured = results.read_text()
     run(monkeypatch, *small, *files)
     assert results.read_text() == measured
+
+
+@interpreting
+def test_adapters_that_fit_without_vectors_only_are_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from benchmarks import gpu_bodies
+
+    share_out_to_few(monkeypatch)
+    spec, dtype = gpu_bodies.SPECS["tiny"], torch.float32
+    two = 2 * LoraLayout(spec.layers, spec.groups).size(8) * dtype.itemsize
+    monkeypatch.setattr(gpu_bodies, "_adapter_memory", lambda *_: two)
+    steps = gpu_bodies.Wardrobe("tiny", 8, 72, 2, torch.device("cpu"))
+    steps.step(gpu.Cell("tiny", 2, 2, 4, "wardrobe"))
+    with pytest.raises(torch.OutOfMemoryError, match="with vectors"):
+        steps.step(gpu.Cell("tiny", 2, 2, 4, "dressed"))
 
 
 def test_a_machine_without_a_gpu_is_told_so(
