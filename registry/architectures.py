@@ -23,6 +23,13 @@ THROUGH_TRANSFORMERS = (
 )
 # These store the weight of a linear as [in, out] (transformers' Conv1D). A and B are as always.
 TRANSPOSED = ("gpt2",)
+# The embedding where it is no `model.embed_tokens`.
+EMBEDDINGS = {
+    "gpt2": "transformer.wte",
+    "gpt_bigcode": "transformer.wte",
+    "gpt_neox": "gpt_neox.embed_in",
+    "opt": "model.decoder.embed_tokens",
+}
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:
@@ -44,6 +51,11 @@ def unsupported_architecture(config: dict[str, Any]) -> str | None:
 
 def module_of(name: str, kind: str) -> str:
     """Return the module that a tensor `*.weight` belongs to, as PEFT names it."""
-    module = name.removesuffix(".weight")
+    return name_in_peft(name.removesuffix(".weight"), kind)
+
+
+def name_in_peft(name: str, kind: str) -> str:
+    """Return the name of a base's tensor, or of a module, as PEFT has it."""
     # The first checkpoints of GPT-2 were saved without the head around the decoder.
-    return f"transformer.{module}" if kind == "gpt2" and module.startswith("h.") else module
+    bare = kind == "gpt2" and not name.startswith(("transformer.", "lm_head"))
+    return f"transformer.{name}" if bare else name

@@ -7,10 +7,11 @@ an embedding or a head of its own, as large as the base's.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
-from registry.architectures import LLAMA_FAMILY, read_base_config
+from registry.architectures import EMBEDDINGS, LLAMA_FAMILY, name_in_peft, read_base_config
 from registry.base import BaseModel
 from registry.errors import Problem
 from registry.tensors import Tensor, read_chunks, read_folder
@@ -25,7 +26,7 @@ ENDINGS = {
     "B_bias": r"lora_B\.bias",
     "magnitude": r"lora_magnitude_vector",
     # peft wraps the modules that it adapts, and only those
-    "bias": r"(?:base_layer\.)?bias",
+    "bias": r"(?:(?:base_layer|ln_tuning_layers)\.)?bias",
     "scale": r"ia3_l",
     "shift": r"beft_bias",
     "weight": r"(?:ln_tuning_layers\.)?weight",
@@ -34,7 +35,7 @@ ENDINGS = {
 PROMPT = "prompt_embeddings"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 MATRICES = (EMBEDDING, HEAD)  # which may be trained in full; a tied base has one for both
-NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")  # of the Llama family
 MAX_VIRTUAL = 1024  # positions before a prompt
 
 _NAME = re.compile(
@@ -55,6 +56,41 @@ def sort_parts(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     return parts
 
 
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What of a base model parts are checked against."""
+
+    id: str
+    kind: str  # model_type
+    hidden: int
+    linears: Mapping[str, tuple[int, int]]  # module → (out, in)
+    tensors: Mapping[str, tuple[int, ...]]  # name, as PEFT has it, → shape
+
+    @classmethod
+    def of(cls, model: BaseModel) -> "_Base":
+        config = read_base_config(model.path)
+        kind = config.get("model_type", "")
+        tensors = {
+            name_in_peft(name, kind): tensor.shape
+            for name, tensor in read_folder(model.path).items()
+        }
+        hidden = config.get("hidden_size", config.get("n_embd", 0))
+        return cls(model.id, kind, hidden, model.linears, tensors)
+
+    def shape(self, module: str) -> tuple[int, ...] | None:
+        return self.tensors.get(f"{module}.weight")
+
+    @property
+    def embedding(self) -> tuple[int, ...]:
+        return self.tensors[f"{EMBEDDINGS.get(self.kind, EMBEDDING)}.weight"]
+
+    def is_norm(self, module: str) -> bool:
+        """Tell whether rows can have a norm of their own there."""
+        if self.kind in LLAMA_FAMILY and module.rpartition(".")[2] not in NORMS:
+            return False
+        return self.shape(module) == (self.hidden,)
+
+
 def check_parts(
     parts: Parts[Tensor], tokens: Mapping[str, tuple[int, ...]], kind: str, model: BaseModel
 ) -> list[Problem]:
@@ -71,47 +107,35 @@ def check_parts(
     }
     if not vectors:
         return []
-    base = read_folder(model.path)
-    kind_of_base = read_base_config(model.path).get("model_type")
+    base = _Base.of(model)
     problems: list[Problem] = []
     for (module, part), tensor in sorted(vectors.items()):
-        last = module.rpartition(".")[2]
-        if kind_of_base not in LLAMA_FAMILY:
-            text = (
-                f"{tensor.name}: bases of {', '.join(LLAMA_FAMILY)} wear it, on one of "
-                f"{kind_of_base!r} only LoRA is served."
-            )
-            problems.append(("part_unsupported", text))
-        elif part in ("B_bias", "magnitude", "bias", "scale", "shift"):
-            problems += _check_outputs(module, part, tensor, base, model)
+        if part in ("B_bias", "magnitude", "bias", "scale", "shift"):
+            problems += _check_outputs(module, part, tensor, base)
         elif part == "weight":
             problems += _check_weight(module, tensor, base)
         elif part == "tokens":
-            ids = tokens.get(last) if module in MATRICES else None
-            problems += _check_tokens(tensor, ids, base)
+            problems += _check_tokens(module, tensor, tokens, base)
         else:
-            problems += _check_prompt(tensor, kind, model, base)
+            problems += _check_prompt(tensor, kind, base)
     return problems + _check_twice(parts, model)
 
 
-def _check_outputs(
-    module: str,
-    part: str,
-    tensor: Tensor,
-    base: Mapping[str, Tensor],
-    model: BaseModel,
-) -> list[Problem]:
-    if module not in model.linears:
-        return [("module_not_in_base", f"{module} is no linear layer of {model.id}.")]
-    out, into = model.linears[module]
-    if module.rpartition(".")[2] == "lm_head":
+def _check_outputs(module: str, part: str, tensor: Tensor, base: _Base) -> list[Problem]:
+    is_norm = part == "bias" and base.is_norm(module)
+    if module.rpartition(".")[2] == HEAD:
         text = f"{tensor.name}: vectors of the output head are not servable."
         return [("part_unsupported", text)]
-    if part == "bias" and f"{module}.bias" not in base:
-        text = f"{tensor.name}: {model.id} has no bias there."
+    if module not in base.linears and not is_norm:
+        return [("module_not_in_base", f"{module} is no linear layer of {base.id}.")]
+    if part == "bias" and f"{module}.bias" not in base.tensors:
+        text = f"{tensor.name}: {base.id} has no bias there."
         return [("module_not_in_base", text)]
+    if is_norm:
+        return _check_shape(tensor, (base.hidden,))
+    out, into = base.linears[module]
     if part == "scale" and tensor.shape == (1, into):
-        if module.endswith(".mlp.down_proj"):
+        if _is_down(module, base):
             return []
         text = f"{tensor.name}: scaled inputs are served for mlp.down_proj only."
         return [("part_unsupported", text)]
@@ -119,22 +143,33 @@ def _check_outputs(
     return _check_shape(tensor, wanted)
 
 
-def _check_weight(module: str, tensor: Tensor, base: Mapping[str, Tensor]) -> list[Problem]:
+def _is_down(module: str, base: _Base) -> bool:
+    """Tell whether what a linear reads is a product of what two others give."""
+    mlp, _, last = module.rpartition(".")
+    gated = {f"{mlp}.gate_proj", f"{mlp}.up_proj"} <= base.linears.keys()
+    return gated and last == "down_proj" and mlp.endswith(".mlp")
+
+
+def _check_weight(module: str, tensor: Tensor, base: _Base) -> list[Problem]:
     if module in MATRICES:
-        return _check_matrix(tensor, base[f"{EMBEDDING}.weight"].shape)
-    found = base.get(f"{module}.weight")
+        return _check_matrix(module, tensor, base)
+    found = base.shape(module)
     if found is None:
         return [("module_not_in_base", f"{tensor.name}: the base has no {module}.")]
-    if module.rpartition(".")[2] not in NORMS:
-        reason = (
-            "norms of whole layers, the embedding and the head are served as trained in full, "
-            "other matrices are not; train LoRA on linear layers"
-        )
-        return [("part_unsupported", f"{tensor.name}: {reason}.")]
-    return _check_shape(tensor, found.shape)
+    if not base.is_norm(module):
+        served = "norms of whole layers"
+        if base.kind not in EMBEDDINGS:
+            served += ", the embedding and the head"
+        reason = f"{served} are served as trained in full, other matrices are not"
+        text = f"{tensor.name}: {reason}; train LoRA on linear layers."
+        return [("part_unsupported", text)]
+    return _check_shape(tensor, found)
 
 
-def _check_matrix(tensor: Tensor, wanted: tuple[int, ...]) -> list[Problem]:
+def _check_matrix(module: str, tensor: Tensor, base: _Base) -> list[Problem]:
+    if problems := _check_place(module, tensor, base):
+        return problems
+    wanted = base.embedding
     if len(tensor.shape) == 2 and tensor.shape[0] != wanted[0]:
         text = (
             f"{tensor.name} has {tensor.shape[0]} rows, and the base {wanted[0]} tokens: a resized "
@@ -143,6 +178,17 @@ def _check_matrix(tensor: Tensor, wanted: tuple[int, ...]) -> list[Problem]:
         )
         return [("shape_mismatch", text)]
     return _check_shape(tensor, wanted)
+
+
+def _check_place(module: str, tensor: Tensor, base: _Base) -> list[Problem]:
+    """Tell why rows cannot have an embedding or a head of their own."""
+    if base.kind in EMBEDDINGS:
+        reason = f"an embedding or a head of its own is not served on bases of {base.kind!r}"
+    elif module == HEAD and f"{HEAD}.bias" in base.tensors:
+        reason = "a head with a bias is not servable as trained"
+    else:
+        return []
+    return [("part_unsupported", f"{tensor.name}: {reason}; train LoRA on linear layers.")]
 
 
 def is_tied(model: BaseModel) -> bool:
@@ -179,9 +225,12 @@ def _check_twice(parts: Parts[Tensor], model: BaseModel) -> list[Problem]:
 
 
 def _check_tokens(
-    tensor: Tensor, ids: tuple[int, ...] | None, base: Mapping[str, Tensor]
+    module: str, tensor: Tensor, tokens: Mapping[str, tuple[int, ...]], base: _Base
 ) -> list[Problem]:
-    vocab, hidden = base["model.embed_tokens.weight"].shape
+    vocab, hidden = base.embedding
+    ids = tokens.get(module.rpartition(".")[2]) if module in MATRICES else None
+    if problems := _check_place(module, tensor, base):
+        return problems
     if ids is None:
         return [("unknown_key", f"{tensor.name}: the config names no tokens for it.")]
     if len(set(ids)) != len(ids) or not all(0 <= each < vocab for each in ids):
@@ -190,13 +239,14 @@ def _check_tokens(
     return _check_shape(tensor, (len(ids), hidden))
 
 
-def _check_prompt(
-    tensor: Tensor, kind: str, model: BaseModel, base: Mapping[str, Tensor]
-) -> list[Problem]:
-    width = base["model.embed_tokens.weight"].shape[1]
+def _check_prompt(tensor: Tensor, kind: str, base: _Base) -> list[Problem]:
+    width = base.embedding[1]
     if kind in ("PREFIX_TUNING", "CARTRIDGE"):
         cached = (".k_proj", ".v_proj")
-        width = sum(out for module, (out, _) in model.linears.items() if module.endswith(cached))
+        width = sum(out for module, (out, _) in base.linears.items() if module.endswith(cached))
+        if not width:
+            text = f"{tensor.name}: keys and values of {base.kind!r} come from no k_proj and v_proj"
+            return [("part_unsupported", f"{text}, and such a prefix is not servable there.")]
     if len(tensor.shape) == 2 and not 0 < tensor.shape[0] <= MAX_VIRTUAL:
         text = f"{tensor.name} has {tensor.shape[0]} positions, the limit is {MAX_VIRTUAL}."
         return [("too_large", text)]

@@ -246,8 +246,8 @@ def _allowed(config: AnyConfig, parts: Parts[Tensor]) -> Parts[Tensor]:
 
 
 def _is_said(config: AnyConfig, module: str, part: str) -> bool:
-    if part == "weight" and isinstance(config, AdapterConfig):
-        return config.saves(module)
+    if isinstance(config, AdapterConfig) and part in ("weight", "bias"):
+        return config.saves(module) or (part == "bias" and part in config.parts)
     return part in config.parts
 
 

@@ -48,10 +48,10 @@ _PROMPT: dict[str, Check] = {
     "num_transformer_submodules": one_of(1),
     "modules_to_save": one_of(None),
 }
-# peft type → the part its tensors are, and the fields of its configuration
-_TYPES: dict[str, tuple[str, Mapping[str, Check]]] = {
+# peft type → the parts its tensors are, and the fields of its configuration
+_TYPES: dict[str, tuple[Collection[str], Mapping[str, Check]]] = {
     "IA3": (
-        "scale",
+        ("scale",),
         _TARGETS
         | {
             "feedforward_modules": _some_names,
@@ -59,14 +59,14 @@ _TYPES: dict[str, tuple[str, Mapping[str, Check]]] = {
             "init_ia3_weights": inert,
         },
     ),
-    "BEFT": ("shift", _TARGETS),
-    "LN_TUNING": ("weight", _TARGETS),
+    "BEFT": (("shift",), _TARGETS),
+    "LN_TUNING": (("weight", "bias"), _TARGETS),
     "TRAINABLE_TOKENS": (
-        "tokens",
+        ("tokens",),
         {"target_modules": short_text, "token_indices": token_ids, "init_weights": inert},
     ),
     "PROMPT_TUNING": (
-        "prompt",
+        ("prompt",),
         _PROMPT
         | dict.fromkeys(
             ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs"), inert
@@ -74,7 +74,7 @@ _TYPES: dict[str, tuple[str, Mapping[str, Check]]] = {
         | {"tokenizer_name_or_path": inert},
     ),
     "P_TUNING": (
-        "prompt",
+        ("prompt",),
         _PROMPT
         | dict.fromkeys(
             (
@@ -85,11 +85,11 @@ _TYPES: dict[str, tuple[str, Mapping[str, Check]]] = {
         ),
     ),
     "PREFIX_TUNING": (
-        "prompt",
+        ("prompt",),
         _PROMPT
         | dict.fromkeys(("encoder_hidden_size", "init_weights", "prefix_projection"), inert),
     ),
-    "CARTRIDGE": ("prompt", _PROMPT | {"num_frozen_tokens": inert}),
+    "CARTRIDGE": (("prompt",), _PROMPT | {"num_frozen_tokens": inert}),
 }
 VECTOR_TYPES = tuple(_TYPES)
 _KEPT = (*_SIZES, "num_transformer_submodules", "token_indices")
@@ -131,7 +131,7 @@ class VectorConfig:
 
     @property
     def parts(self) -> Collection[str]:
-        return (_TYPES[self.peft_type][0],)
+        return _TYPES[self.peft_type][0]
 
     @property
     def tokens(self) -> Mapping[str, tuple[int, ...]]:

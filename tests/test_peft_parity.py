@@ -27,7 +27,7 @@ from serving.engine.model_runner import Forward
 from serving.engine.ops.native.target import Target, runnable_targets
 from serving.engine.settings import EngineSettings, OperatorsName
 from tests import tiny
-from tests.peft_cases import BASE_ID, CASES, END, START, Case, make, table
+from tests.peft_cases import BASE_ID, CASES, END, NAMES, START, Case, cases_of, make, table
 from tests.serving.engine.builds import read_compiled
 from tests.serving.engine.driving import Oracle, Result, request, run_all
 
@@ -250,10 +250,62 @@ def test_the_rest_of_the_llama_family_wears_all_of_it_as_peft_does(
     tmp_path: Path, arch: str, config: dict[str, Any], operators: OperatorsName
 ) -> None:
     wardrobe = Wardrobe(tmp_path, arch, **config)
-    settings = replace(SETTINGS, operators=operators, **FEW)
+    check_all(wardrobe, replace(SETTINGS, operators=operators, **FEW))
+
+
+SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+SCALED = {  # at four places
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "operators"),
+    [
+        ("gemma3_text", SLIDING, "auto"),  # scales its embedding, has four norms a layer
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("gemma3_text", SLIDING | {"tie_word_embeddings": False}, "torch"),
+                ("gemma2", SLIDING | {"final_logit_softcapping": 5.0}, "auto"),
+                ("granite", SCALED, "auto"),
+                ("smollm3", {"no_rope_layers": [1, 0], "attention_bias": True}, "torch"),
+            )
+        ),
+    ],
+)
+def test_bases_that_transformers_computes_wear_all_of_it_as_peft_does(
+    tmp_path: Path, arch: str, config: dict[str, Any], operators: OperatorsName
+) -> None:
+    wardrobe = Wardrobe(tmp_path, arch, **config)
+    check_all(wardrobe, replace(SETTINGS, operators=operators, **FEW))
+
+
+@pytest.mark.parametrize("operators", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=[] if arch in ("gpt2", "phi3") else [pytest.mark.long])
+        for arch in NAMES
+    ],
+)
+def test_bases_of_other_names_wear_what_they_can_as_peft_does(
+    tmp_path: Path, arch: str, operators: OperatorsName
+) -> None:
+    wardrobe = Wardrobe(tmp_path, arch, cases_of(arch))
+    check_all(wardrobe, replace(SETTINGS, operators=operators, **FEW))
+
+
+def check_all(wardrobe: Wardrobe, settings: EngineSettings) -> None:
+    """Hold the base's own rows to it, too: an adapter changes the modules that they go through."""
     results = run_mixed(wardrobe, read_model(wardrobe.base, settings), settings)
+    bare = Oracle(wardrobe.base.path)
     for title in wardrobe.refs:
         check(title, wardrobe, results[title])
+        assert bare.largest_error(prompt_of(f"base {title}"), results[f"base {title}"]) < BOUND
 
 
 def the_bases(_: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,7 @@ class AdapterReader:
             tensors = _see(data, plan.parts) if self._sees(plan) else {}
             found = None
             if plan.vectors:
+                assert self.base is not None
                 found = read_vectors(plan.config, tensors, self.layout, self.base, self.dtype)
             memory, size = self._memory(plan, found), self.layout.size(plan.bucket)
             if self.library is None:

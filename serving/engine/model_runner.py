@@ -40,8 +40,8 @@ class Forward(Protocol):
         ...
 
     @property
-    def base_layers(self) -> BaseLayers | None:
-        """What vectors of an adapter are relative to; None: rows wear LoRA only."""
+    def base_layers(self) -> BaseLayers:
+        """What vectors of an adapter are relative to."""
         ...
 
     def kv_cache(self, slots: int, blocks: int) -> KVCache:

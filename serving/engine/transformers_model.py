@@ -16,7 +16,17 @@ from serving.engine.ops.attention import AttentionPlan, Window, attend, plan_att
 from serving.engine.ops.lora import LoraPlan, Run, apply_lora, merge_runs, plan_lora
 from serving.engine.ops.native.library import Library
 from serving.engine.spec import DecoderSpec, LinearGroup, eos_ids, exact_context, read_config
-from serving.engine.transformers_network import Network
+from serving.engine.transformers_network import Network, Norm
+from serving.engine.vector_file import BaseLayers
+from serving.engine.vectors import (
+    Dressed,
+    TokenRows,
+    dress_embeddings,
+    dress_logits,
+    dress_outputs,
+    dressed_rows,
+    sampled_of,
+)
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -93,7 +103,6 @@ class TransformersModel:
         self.spec, self.network, self.library = spec, network, library
         self.dtype, self.device = network.dtype, network.device
         self.length = length  # tokens of one sequence
-        self.base_layers = None
         # Torch's attention alone bends scores; a panel of keys is of pairs of numbers.
         self._packed_keys = library is not None and not spec.softcap and spec.head_dim % 2 == 0
         bodies = library or Operators()
@@ -107,6 +116,14 @@ class TransformersModel:
             *(self.dtype, self.device, self._copy_blocks, self._packed_keys),
         )
 
+    @property
+    def base_layers(self) -> BaseLayers:
+        own, spec = self.network, self.spec
+        return BaseLayers(
+            *(own.products, own.norms, own.embedding, own.head),
+            *(spec.kv_heads, spec.head_dim, own.tied),
+        )
+
     def forward(self, batch: Batch, cache: KVCache, stacks: LoraStacks) -> torch.Tensor:
         plan, lora = None, None
         if not self._packed_keys:
@@ -114,9 +131,9 @@ class TransformersModel:
             plan = plan_attention(batch, windows, cache.length, self.dtype, self.device)
         if self.library is None:
             lora = plan_lora(batch.worn, self.device)
-        runs = merge_runs(batch.worn)
+        runs, dressed = merge_runs(batch.worn), dressed_rows(batch.worn, stacks.vectors)
         batch = batch.to(self.device)
-        step = _Step(batch, cache, stacks, self.library, plan, lora, runs)
+        step = _Step(batch, cache, stacks, self.library, plan, lora, runs, dressed)
         return self.network.logits(batch.ids, batch.positions, batch.sampled, step)
 
 
@@ -131,6 +148,7 @@ class _Step:
     plan: AttentionPlan | None  # of torch's attention; None: the operators attend
     lora: LoraPlan | None  # of torch's LoRA
     runs: list[Run]
+    dressed: Dressed
 
     def attend(
         self, layer: int, heads: Heads, scale: float, window: Window, softcap: float | None
@@ -148,12 +166,35 @@ class _Step:
         return self.library.attention(q, keys, values, slots, positions, window)
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        if len(x) != len(self.batch.ids):
-            raise RuntimeError(f"{group} reads {len(x)} rows of a step of {len(self.batch.ids)}.")
+        self._check_rows(group, x)
         if self.library is not None and self.runs:
             self.library.lora(y, x, self.stacks.whole(group), y.shape[1:], layer, self.runs)
         elif self.lora is not None:
             apply_lora(y, x, self.stacks.weights(group, layer), self.lora)
+        dress_outputs(y, group, layer, self.dressed)
+
+    def embed(self, x: torch.Tensor, scale: torch.Tensor | None) -> None:
+        dress_embeddings(x, self.batch.ids, self.dressed, scale)
+
+    def normalise(self, norm: Norm, x: torch.Tensor, h: torch.Tensor) -> None:
+        self._check_rows("a norm", x)
+        for rows, vectors in self.dressed:
+            if vectors.norms is not None:
+                h[rows] = norm(x[rows], vectors.norms)
+
+    def predict(self, h: torch.Tensor, logits: torch.Tensor) -> None:
+        dressed = sampled_of(self.dressed, self.batch.sampled)
+        dress_logits(logits, h, dressed, self._head_product)
+
+    def _check_rows(self, name: str, x: torch.Tensor) -> None:
+        """Raise RuntimeError where a module reads other rows than those of the step."""
+        if len(x) != len(self.batch.ids):
+            raise RuntimeError(f"{name} reads {len(x)} rows of a step of {len(self.batch.ids)}.")
+
+    def _head_product(self, h: torch.Tensor, head: TokenRows) -> torch.Tensor:
+        if self.library is None:
+            return h @ head.rows.t()
+        return self.library.linear(h, head.rows, None, len(head.ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,4 +217,13 @@ class _Measurement:
         return q * scale  # of the right shape; nobody reads it
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        pass
+
+    def embed(self, x: torch.Tensor, scale: torch.Tensor | None) -> None:
+        pass
+
+    def normalise(self, norm: Norm, x: torch.Tensor, h: torch.Tensor) -> None:
+        pass
+
+    def predict(self, h: torch.Tensor, logits: torch.Tensor) -> None:
         pass

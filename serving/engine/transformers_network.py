@@ -1,26 +1,25 @@
-"""A network of transformers, opened at two places: its attention and the linears of its layers.
+"""A network of transformers, opened at its attention and wherever an adapter changes something.
 
 All rows of a step are one packed sequence, [1, tokens]. Embedding, norms, activations and rotary
 positions work row by row in transformers' own modules. Attention does not, so a registered function
-hands the heads to whoever runs the step; and each linear of a layer is packed, and lets the step
-add what the adapter of each row adds.
+hands the heads to whoever runs the step. Each linear of a layer is packed; it, the norms, the
+embedding and the head let the step change what they give, for the rows whose adapter does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from serving.engine.boundary import EngineUnavailable
 from serving.engine.ops.attention import Window
 from serving.engine.spec import LinearGroup
-
-Product = Callable[[torch.Tensor], torch.Tensor]  # rows [tokens, in] to [tokens, out]
-MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Product]  # of a weight and a bias
+from serving.engine.vector_file import Frozen
 
 ATTENTION = "wardrobe"  # what config._attn_implementation says
 # Arguments of an attention function that say nothing new about a packed batch.
@@ -29,8 +28,12 @@ _SILENT = frozenset(
 )
 
 
+MakeProduct = Callable[[torch.Tensor, torch.Tensor | None], Frozen]  # of a weight and a bias
+Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of rows, with other parameters
+
+
 class Inside(Protocol):
-    """What runs at the two places."""
+    """What runs at these places. But for attention, it changes what a module gave, in place."""
 
     def attend(
         self,
@@ -44,7 +47,19 @@ class Inside(Protocol):
         ...
 
     def adapt(self, group: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add what adapters add to y = linear(x), in place; x [tokens, in], y [tokens, out]."""
+        """Change y = linear(x); x [tokens, in], y [tokens, out]."""
+        ...
+
+    def embed(self, x: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Change x [tokens, hidden], rows of the embedding times `scale`."""
+        ...
+
+    def normalise(self, norm: Norm, x: torch.Tensor, h: torch.Tensor) -> None:
+        """Change h = norm(x), both [tokens, hidden]; `norm` takes rows and all norms in order."""
+        ...
+
+    def predict(self, h: torch.Tensor, logits: torch.Tensor) -> None:
+        """Change logits [sampled, vocab] = head(h)."""
         ...
 
 
@@ -54,16 +69,26 @@ class Network:
     def __init__(self, model: PreTrainedModel, make: MakeProduct) -> None:
         self.dtype, self.device = model.dtype, model.device
         self._model = model
-        self._running = _Running()
+        self._running = running = _Running()
         self.prefix, layers = _find_layers(model)
         self.linears = _common_linears(layers)
+        self.norms: dict[tuple[str, str], torch.Tensor] = {}  # see `BaseLayers.norms`
+        for name, norm in [*_find_norms(model)]:
+            model.set_submodule(name, _Norm(norm, running, len(self.norms)))
+            self.norms |= {(name, part): own.data for part, own in norm.named_parameters()}
+        self.products: list[dict[str, Frozen]] = [{} for _ in layers]
         for index, layer in enumerate(layers):
             for name in (group.name for group in self.linears):
                 product = _freeze(layer.get_submodule(name), make)
-                layer.set_submodule(name, _Opened(product, self._running, name, index))
+                layer.set_submodule(name, _Linear(product, running, name, index))
+                self.products[index][name] = product
+        embedding = cast("nn.Embedding", model.get_input_embeddings())
         head = cast("nn.Module", model.get_output_embeddings())
-        [place] = [name for name, module in model.named_modules() if module is head]
-        model.set_submodule(place, _Frozen(_freeze(head, make)))
+        self.embedding = embedding.weight.data
+        self.tied = cast("torch.Tensor", head.weight).data_ptr() == self.embedding.data_ptr()
+        self.head = _freeze(head, make)
+        _replace(model, embedding, _Embedding(embedding, running))
+        _replace(model, head, _Head(self.head, running))
 
     @classmethod
     def read(
@@ -93,7 +118,7 @@ class Network:
         self, ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, inside: Inside
     ) -> torch.Tensor:
         """Return the logits [sampled, vocab] of rows [tokens]."""
-        self._running.inside = inside  # for the linears; attention gets it as an argument
+        self._running.inside = inside  # for the modules; attention gets it as an argument
         out = self._model(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -105,37 +130,74 @@ class Network:
 
 
 class _Running:
-    """What runs inside now: transformers hands a linear nothing but its input."""
+    """What runs inside now: transformers hands a module nothing but its input."""
 
     inside: Inside
 
 
-class _Frozen(nn.Module):
-    """A linear that no adapter changes."""
-
-    def __init__(self, product: Product) -> None:
-        super().__init__()
-        self.product = product
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.rows(x.reshape(-1, x.shape[-1]))
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
-
-
-class _Opened(_Frozen):
+class _Linear(nn.Module):
     """A linear of a layer."""
 
-    def __init__(self, product: Product, running: _Running, group: str, layer: int) -> None:
-        super().__init__(product)
-        self.running, self.group, self.layer = running, group, layer
+    def __init__(self, product: Frozen, running: _Running, group: str, layer: int) -> None:
+        super().__init__()
+        self.product, self.running, self.group, self.layer = product, running, group, layer
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(x)
-        self.running.inside.adapt(self.group, self.layer, x, y)
-        return y
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = _rows(x)
+        y = self.product(rows)
+        self.running.inside.adapt(self.group, self.layer, rows, y)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Head(nn.Module):
+    """The linear behind the last layer."""
+
+    def __init__(self, product: Frozen, running: _Running) -> None:
+        super().__init__()
+        self.product, self.running = product, running
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        rows = _rows(h)
+        logits = self.product(rows)
+        self.running.inside.predict(rows, logits)
+        return logits.view(*h.shape[:-1], logits.shape[-1])
+
+
+class _Embedding(nn.Module):
+    """The embedding; virtual tokens have ids below 0, and the step writes their rows."""
+
+    def __init__(self, embedding: nn.Embedding, running: _Running) -> None:
+        super().__init__()
+        self.embedding, self.running = embedding, running
+        scale: torch.Tensor | None = getattr(embedding, "embed_scale", None)
+        self.scale = None if scale is None else scale.to(embedding.weight)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids.clamp(min=0))
+        self.running.inside.embed(x.view(-1, x.shape[-1]), self.scale)
+        return x
+
+
+class _Norm(nn.Module):
+    """A norm, whose parameters are those from number `first` on of all norms."""
+
+    def __init__(self, norm: nn.Module, running: _Running, first: int) -> None:
+        super().__init__()
+        self.norm, self.running = norm, running
+        self.places = {name: first + i for i, (name, _) in enumerate(norm.named_parameters())}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        self.running.inside.normalise(self.with_others, _rows(x), h.view(-1, h.shape[-1]))
+        return h
+
+    def with_others(self, x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        own = {name: norms[place] for name, place in self.places.items()}
+        return functional_call(self.norm, own, (x,))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _attention(
@@ -181,6 +243,21 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise EngineUnavailable(f"{type(model).__name__} has no list of {count} layers.")
 
 
+def _find_norms(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what has a weight, and perhaps a bias, of the size that a row has between layers."""
+    hidden = (cast("int", model.config.hidden_size),)
+    for name, module in model.named_modules():
+        own: Mapping[str, nn.Parameter] = dict(module.named_parameters())
+        whole = all(parameter.shape == hidden for parameter in own.values())
+        if whole and {"weight"} <= own.keys() <= {"weight", "bias"}:
+            yield name, module
+
+
+def _replace(model: PreTrainedModel, module: nn.Module, by: nn.Module) -> None:
+    [place] = [name for name, found in model.named_modules() if found is module]
+    model.set_submodule(place, by)
+
+
 def _common_linears(layers: nn.ModuleList) -> tuple[LinearGroup, ...]:
     """Return the linears that all layers have, in the same shape."""
     each = [
@@ -204,7 +281,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (into, out) if isinstance(module, Conv1D) else (out, into)
 
 
-def _freeze(module: nn.Module, make: MakeProduct) -> Product:
+def _freeze(module: nn.Module, make: MakeProduct) -> Frozen:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
     assert bias is None or isinstance(bias, torch.Tensor)

@@ -7,7 +7,7 @@ piece by piece, from where the file is to where they are worn.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from registry.lora import AdapterConfig
 from registry.parts import EMBEDDING, HEAD, MATRICES, Parts
 from registry.tensors import Tensor
 from registry.vectors import AnyConfig
-from serving.engine.linear import PANEL, pack
+from serving.engine.linear import PANEL, CompiledLinear, Linear, pack
 from serving.engine.lora import LoraLayout, Unfit
 from serving.engine.spec import ModelSpec
 from serving.engine.vectors import TokenRows, Vectors
@@ -27,33 +27,16 @@ IDS = torch.int64
 ROWS = {"tokens": 2, "weight": 1, "prompt": 2}
 PIECE = 1 << 18  # numbers that are compared, converted or checked at once
 
-
-class Frozen(Protocol):
-    """A frozen linear; see linear.py."""
-
-    @property
-    def weight(self) -> torch.Tensor: ...
-
-    @property
-    def bias(self) -> torch.Tensor | None: ...
-
-    @property
-    def squares(self) -> torch.Tensor: ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def pieces(self, count: int) -> Iterator[torch.Tensor]: ...
-
-    def product(self, x: torch.Tensor, columns: slice) -> torch.Tensor: ...
+Frozen = Linear | CompiledLinear
 
 
 @dataclass(frozen=True, slots=True)
 class BaseLayers:
     """What of a base the vectors of an adapter replace or are relative to."""
 
-    layers: Sequence[LayerWeights[Frozen]]
-    norm: torch.Tensor
+    linears: Sequence[Mapping[str, Frozen]]  # of each layer, by the name of their group
+    # module and parameter → [hidden]; an adapter's norms are in this order
+    norms: Mapping[tuple[str, str], torch.Tensor]
     embedding: torch.Tensor | None  # None where only the head has it
     head: Frozen
     kv_heads: int
@@ -69,7 +52,14 @@ class BaseLayers:
         embedding: torch.Tensor | None,
         head: Any,
     ) -> "BaseLayers":
-        return cls(layers, norm, embedding, head, spec.kv_heads, spec.head_dim, spec.tied)
+        """Return those of the engine's own forward pass."""
+        norms: dict[tuple[str, str], torch.Tensor] = {}
+        for number, layer in enumerate(layers):
+            norms[f"{spec.prefix}{number}.input_layernorm", "weight"] = layer.attention_norm
+            norms[f"{spec.prefix}{number}.post_attention_layernorm", "weight"] = layer.mlp_norm
+        norms["model.norm", "weight"] = norm
+        linears = [layer.linears for layer in layers]
+        return cls(linears, norms, embedding, head, spec.kv_heads, spec.head_dim, spec.tied)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,17 +126,14 @@ def read_vectors(
     config: AnyConfig,
     parts: Parts[torch.Tensor],
     layout: LoraLayout,
-    base: BaseLayers | None,
+    base: BaseLayers,
     dtype: torch.dtype,
 ) -> FileVectors:
     """Return everything but A and B, still to be written. Raises Unfit."""
-    if base is None:
-        raise Unfit(
-            "it is more than LoRA, and on a base that transformers computes rows wear nothing else."
-        )
     outputs = _Outputs(layout, base)
     for module, own in parts.items():
-        outputs.add(module, own, config)
+        if (module, "weight") not in base.norms:
+            outputs.add(module, own, config)
     rows = _rows(parts, config, layout, base, dtype)
     prompt = parts.get("", {}).get("prompt")
     prefix = None
@@ -157,7 +144,7 @@ def read_vectors(
         embedding = FileRows(virtual_ids(len(prompt)), prompt, torch.arange(len(prompt)))
     outline = Vectors(
         outputs.tables(),
-        _norms(parts, layout, base),
+        _norms(parts, base),
         embedding and embedding.outline(dtype),
         head and head.outline(dtype),
         prefix,
@@ -203,7 +190,7 @@ class _Outputs:
             # The input of down is the product of what gate and up give: scaling up scales it.
             module = module.replace("down_proj", "up_proj")
         group, part, layer = self.layout.place(module)
-        linear = self.base.layers[layer].linears[group.name]
+        linear = self.base.linears[layer][group.name]
         columns = slice(sum(group.outputs[:part]), sum(group.outputs[: part + 1]))
         scales, shifts = self._table(group.name, sum(group.outputs))
         if scale is not None:
@@ -247,25 +234,23 @@ def _lengths(
     return (squares + (b * (2 * across.mT + own)).sum(1)).clamp_(min=0).sqrt_()
 
 
-def _norms(parts: Parts[torch.Tensor], layout: LoraLayout, base: BaseLayers) -> torch.Tensor | None:
-    own = {
-        module: found["weight"]
+def _norms(parts: Parts[torch.Tensor], base: BaseLayers) -> torch.Tensor | None:
+    strange = [
+        module
         for module, found in parts.items()
-        if "weight" in found and module not in MATRICES
+        if "weight" in found and module not in MATRICES and (module, "weight") not in base.norms
+    ]
+    if strange:
+        raise Unfit(f"{min(strange)} is no norm of this base that an adapter can have.")
+    own = {
+        (module, part): parts[module][part]
+        for module, part in base.norms
+        if part in parts.get(module, {})
     }
     if not own:
         return None
-    table = {name: norm.to("cpu") for name, norm in _named_norms(layout, base)}
-    if strange := sorted(own.keys() - table.keys()):
-        raise Unfit(f"{strange[0]} is no norm of this base that an adapter can have.")
-    return torch.stack([own.get(name, norm).to(norm.dtype) for name, norm in table.items()])
-
-
-def _named_norms(layout: LoraLayout, base: BaseLayers) -> Iterator[tuple[str, torch.Tensor]]:
-    for number, layer in enumerate(base.layers):
-        yield f"{layout.prefix}{number}.input_layernorm", layer.attention_norm
-        yield f"{layout.prefix}{number}.post_attention_layernorm", layer.mlp_norm
-    yield "model.norm", base.norm
+    table = ((place, norm.to("cpu")) for place, norm in base.norms.items())
+    return torch.stack([own.get(place, norm).to(norm.dtype) for place, norm in table])
 
 
 def _rows(

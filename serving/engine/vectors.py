@@ -45,7 +45,7 @@ class Vectors:
 
     # group → scale and shift, float32 [layers, outputs]: y = scale · y + shift, after LoRA
     outputs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    norms: torch.Tensor | None  # [2 · layers + 1, hidden]: attention and MLP by turns, the last one
+    norms: torch.Tensor | None  # [norms, hidden], in the order of `BaseLayers.norms`
     embedding: TokenRows | None
     head: TokenRows | None
     # keys and values of the positions before the prompt, [layers, kv_heads, virtual, dim]
@@ -103,12 +103,20 @@ def dressed_rows(worn: Worn, vectors: Mapping[Slot, Vectors]) -> Dressed:
     )
 
 
-def dress_embeddings(x: torch.Tensor, ids: torch.Tensor, dressed: Dressed) -> None:
-    """Put the rows of changed and virtual tokens into x [rows, hidden]."""
+def dress_embeddings(
+    x: torch.Tensor, ids: torch.Tensor, dressed: Dressed, scale: torch.Tensor | None = None
+) -> None:
+    """Put the rows of changed and virtual tokens into x [rows, hidden].
+
+    Some bases scale what they read from the embedding; virtual tokens are not read from it.
+    """
     for rows, vectors in dressed:
         if vectors.embedding is not None:
             here, place = vectors.embedding.find(ids[rows])
-            x[rows][here] = vectors.embedding.rows[place]
+            own = vectors.embedding.rows[place]
+            if scale is not None:
+                own = torch.where(ids[rows][here, None] < 0, own, own * scale)
+            x[rows][here] = own
 
 
 def dress_outputs(y: torch.Tensor, group: str, layer: int, dressed: Dressed) -> None:

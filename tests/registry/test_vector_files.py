@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from registry.base import Bases
 from registry.errors import Refused
 from registry.validate import validate
 from tests import tiny
-from tests.peft_cases import BASE_ID, CASES, make
+from tests.peft_cases import BASE_ID, CASES, Case, lora, make, other
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYER = "base_model.model.model.layers.0"
@@ -102,7 +103,7 @@ HEAD_DELTA = f"{HEAD}.token_adapter.trainable_tokens_delta"
         (SAVED, lambda t, _: t.pop(f"{HEAD}.weight"), "tensor_missing"),
         (SAVED, put(f"{HEAD}.modules_to_save.weight", 258, 64), "unknown_key"),
         (SAVED, put(f"model.{HEAD}.weight", 258, 64), "unknown_key"),
-        (SAVED, put(f"{HEAD}.bias", 258), "unknown_key"),
+        (SAVED, put(f"{HEAD}.bias", 258), "part_unsupported"),
         (SAVED, field("modules_to_save", ["embed_tokens", "norm"]), "unknown_key"),
         (SAVED, tokens_too(DELTA, {"embed_tokens": [1]}), "config_invalid"),
         (SAVED, tokens_too(HEAD_DELTA, {"lm_head": [1]}), "config_invalid"),
@@ -141,13 +142,36 @@ def test_a_vector_that_does_not_fit_is_refused(
     assert code in {found for found, _ in refusal.value.problems}
 
 
-@pytest.mark.parametrize("title", [DORA, PROMPT, NORMS, SAVED])
-def test_a_base_that_transformers_computes_wears_lora_only(title: str, tmp_path: Path) -> None:
+DOWN = ["down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "words"),
+    [
+        ("phi3", other("PrefixTuningConfig", num_virtual_tokens=2), "come from no k_proj and v"),
+        (
+            "phi3",
+            other("IA3Config", target_modules=DOWN, feedforward_modules=DOWN),
+            "scaled inputs are served for",
+        ),
+        ("phi", lora(target_modules=["fc1"], modules_to_save=["lm_head"]), "a head with a bias"),
+        ("phi", lora(target_modules=["fc1"], bias="all"), "vectors of the output head are not"),
+        ("gpt2", lora(target_modules=["c_fc"], modules_to_save=["lm_head"]), "bases of 'gpt2'"),
+        ("gpt2", lora(target_modules=["c_fc"], modules_to_save=["wte"]), "other matrices are not"),
+        ("opt", lora(target_modules=["fc1"], trainable_token_indices=[1]), "bases of 'opt'"),
+        ("gpt_neox", lora(target_modules=["dense"], modules_to_save=["embed_in"]), "other matr"),
+        (
+            "qwen3_moe",
+            lora(target_modules=["q_proj"], modules_to_save=["q_norm"]),
+            "other matrices are not",
+        ),
+    ],
+)
+def test_what_a_base_that_transformers_computes_cannot_wear_is_refused_with_the_reason(
+    arch: str, config: Callable[[], PeftConfig], words: str, tmp_path: Path
+) -> None:
     bases = Bases(tmp_path / "bases")
-    tiny.register(tiny.make_base(tmp_path / "tiny", arch="phi3"), bases, BASE_ID)
-    [case] = [case for case in CASES if case.title == title]
-    folder = tmp_path / "adapter"
-    make(case, bases.get(BASE_ID).path, folder)
-    with pytest.raises(Refused) as refusal:
+    tiny.register(tiny.make_base(tmp_path / "tiny", arch=arch), bases, BASE_ID)
+    folder = make(Case("", "refused", "", config), bases.get(BASE_ID).path, tmp_path / "adapter")
+    with pytest.raises(Refused, match=words):
         validate(folder, bases, base=BASE_ID)
-    assert "part_unsupported" in {code for code, _ in refusal.value.problems}

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from serving.engine.adapter_file import AdapterReader
 from serving.engine.boundary import AdapterLoadFailed, GenerateRequest, RequestRefused, TokenDelta
 from serving.engine.build import assemble, read_model
 from serving.engine.core import EngineCore
@@ -209,17 +208,6 @@ def test_a_matrix_of_another_base_is_refused_before_it_is_converted(
     core = assemble(read_model(base_of(other), SETTINGS), folders, SETTINGS).core
     with pytest.raises(AdapterLoadFailed, match="embed_tokens: its shape is"):
         core.residency.loader.load(folders.refs[WHOLE]).result(10)
-
-
-def test_where_rows_wear_lora_only_it_is_refused_with_the_reason(
-    base: Path, folders: Folders
-) -> None:
-    """The gate has refused it; a base that was replaced under the engine looks like this."""
-    layout = new_core(base, folders).residency.stacks.layout
-    reader = AdapterReader(layout, torch.float32, 8, None, None)
-    ref = folders.refs["DoRA"]
-    with pytest.raises(AdapterLoadFailed, match="a base that transformers computes"):
-        reader.read(folders.folders[ref.digest], ref)
 
 
 @pytest.mark.parametrize("title", [*TITLES, WHOLE])
