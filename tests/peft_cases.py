@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from registry.architectures import EMBEDDINGS
 from registry.config import REFUSED_TYPES
 from tests import tiny
 
@@ -379,26 +380,40 @@ REFUSED = [
 ]
 
 
-# Linears, and norms, of architectures that transformers computes and that name them otherwise.
+# Linears and norms of architectures that name them otherwise than Llama does.
 NAMES: dict[str, tuple[list[str], list[str]]] = {
+    "cohere": (SOME, ["input_layernorm", "model.norm"]),
+    "cohere2": (SOME, ["input_layernorm", "model.norm"]),
+    "exaone4": (SOME, ["post_feedforward_layernorm", "model.norm"]),
+    "glm": (["q_proj", "gate_up_proj"], ["post_attention_layernorm", "model.norm"]),
+    "glm4": (["q_proj", "gate_up_proj"], ["post_self_attn_layernorm", "model.norm"]),
     "gpt2": (["c_attn", "c_proj", "c_fc"], ["ln_1", "ln_f"]),
+    "gpt_bigcode": (["c_attn", "c_fc"], ["ln_2", "ln_f"]),
     "gpt_neox": (["query_key_value", "dense_h_to_4h"], ["input_layernorm", "final_layer_norm"]),
+    "mixtral": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
+    "olmo": (SOME, []),
+    "olmo2": (SOME, ["post_feedforward_layernorm", "model.norm"]),
+    "olmo3": (SOME, ["post_attention_layernorm", "model.norm"]),
+    "olmoe": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
     "opt": (["q_proj", "v_proj", "out_proj", "fc1"], ["self_attn_layer_norm", "final_layer_norm"]),
     "phi": (["q_proj", "dense", "fc1"], ["input_layernorm", "final_layernorm"]),
     "phi3": (["qkv_proj", "gate_up_proj", "down_proj"], ["input_layernorm", "model.norm"]),
+    "qwen2_moe": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
+    "qwen3_moe": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
     "starcoder2": (["q_proj", "c_proj", "c_fc"], ["post_attention_layernorm", "model.norm"]),
 }
+LIKE_LLAMA = (SOME, ["input_layernorm", "post_attention_layernorm", "model.norm"])
 
 
 def cases_of(arch: str) -> list[Case]:
-    """Return what can be worn on an architecture of other names."""
-    linears, norms = NAMES[arch]
+    """Return one of each thing that can be worn on an architecture that transformers computes."""
+    linears, norms = NAMES.get(arch, LIKE_LLAMA)
     options: dict[str, Any] = {"target_modules": linears, "fan_in_fan_out": arch == "gpt2"}
     tuned: dict[str, Callable[[], PeftConfig]] = {
         "Prompt tuning": other("PromptTuningConfig", num_virtual_tokens=5),
         "P-tuning": other("PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=16),
     }
-    if arch in ("phi", "starcoder2"):
+    if arch not in ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "phi3"):  # opt: see `tiny.make_base`
         tuned["Prefix tuning"] = other("PrefixTuningConfig", num_virtual_tokens=6)
     if arch != "gpt2":  # PEFT says fan_in_fan_out there, which is refused for IA3
         tuned["IA3"] = other("IA3Config", target_modules=linears[:2], feedforward_modules=[])
@@ -406,19 +421,20 @@ def cases_of(arch: str) -> list[Case]:
         "LoRA": lora(**options),
         "DoRA": lora(use_dora=True, **options),
         "`lora_bias`": lora(lora_bias=True, **options),
-        "`modules_to_save` of norms": lora(modules_to_save=norms, **options),
-        "LN tuning": other("LNTuningConfig", target_modules=norms),
     }
+    if norms:
+        found["`modules_to_save` of norms"] = lora(modules_to_save=norms, **options)
+        found["LN tuning"] = other("LNTuningConfig", target_modules=norms)
     if arch != "phi":  # its head has one, too, which is refused
         found['`bias="all"`'] = lora(bias="all", **options)
-    if arch in ("phi3", "starcoder2"):
+    if arch not in ("phi", *EMBEDDINGS):
         saved, some = ["embed_tokens", "lm_head"], [3, 200, *range(40, 130)]
         found["`modules_to_save` of embedding and head"] = lora(modules_to_save=saved, **options)
         tuned["`trainable_token_indices`"] = lora(trainable_token_indices=some, **options)
-    quiet = [Case(title, "worn", "", config) for title, config in found.items()]
     return [
-        *quiet,
-        *(Case(title, "worn", "", config, noise=0.3) for title, config in tuned.items()),
+        Case(title, "worn", "", config, noise=noise)
+        for cases, noise in ((found, 0.1), (tuned, 0.3))
+        for title, config in cases.items()
     ]
 
 

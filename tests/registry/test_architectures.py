@@ -9,6 +9,7 @@ from registry.architectures import (
     LLAMA_FAMILY,
     THROUGH_TRANSFORMERS,
     module_of,
+    name_in_peft,
     unsupported_architecture,
 )
 from registry.base import linear_shapes
@@ -47,6 +48,10 @@ def test_linears_of_gpt2_are_read_the_other_way_round_and_named_as_peft_does(
     }
     assert linear_shapes(found, "llama")["h.0.attn.c_attn"] == (8, 24)
     assert module_of("h.0.x.weight", "llama") == "h.0.x"
+    names = ("wte.weight", "h.0.ln_1.bias", "lm_head.weight", "transformer.ln_f.weight")
+    assert [name_in_peft(name, "gpt2") for name in names] == [
+        *("transformer.wte.weight", "transformer.h.0.ln_1.bias", *names[2:]),
+    ]
 
 
 def test_the_page_of_the_engine_names_every_architecture_that_is_served() -> None:
