@@ -305,6 +305,17 @@ def test_every_base_that_transformers_computes_wears_what_it_can_as_peft_does(
     check_all(wardrobe, replace(SETTINGS, operators=operators, **FEW))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("operators", ["auto", "torch"])
+@pytest.mark.parametrize("arch", ["gemma3_text", "gpt2", "phi"])
+def test_in_bfloat16_bases_that_transformers_computes_are_as_near_to_peft_as_peft_itself(
+    tmp_path: Path, arch: str, operators: OperatorsName
+) -> None:
+    wardrobe = Wardrobe(tmp_path, arch, cases_of(arch))
+    settings = replace(SETTINGS, operators=operators, dtype="bfloat16")
+    check_rounded(wardrobe, read_model(wardrobe.base, settings))
+
+
 def check_all(wardrobe: Wardrobe, settings: EngineSettings) -> None:
     """Hold the base's own rows to it, too: an adapter changes the modules that they go through."""
     results = run_mixed(wardrobe, read_model(wardrobe.base, settings), settings)
