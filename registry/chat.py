@@ -8,6 +8,10 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 
+class Control(str):
+    """A piece of a message that is no user's: a control token in it is one."""
+
+
 class ChatEncoder:
     """A base's tokenizer and chat template. It may be used by several threads at once."""
 
@@ -32,15 +36,20 @@ class ChatEncoder:
 
         Text inside a message that looks like a control token is encoded as plain text, so that
         nobody can end their own turn and speak as the system. Added tokens that are not special
-        (`<think>`) open no turn: they stay the tokens that the base was trained on.
+        (`<think>`) open no turn: they stay the tokens that the base was trained on. A text may come
+        in pieces, as a tuple, of which some are `Control`.
         Raises jinja2.TemplateError when the template does not take the messages.
         """
         nonce = secrets.token_hex(8)  # nobody can write a mark that they cannot guess
         literals: list[str] = []
 
         def plain(value: Any) -> Any:
+            if isinstance(value, Control):
+                return str(value)
             if isinstance(value, str):
                 return self._special.sub(mark, value)
+            if isinstance(value, tuple):
+                return "".join(map(plain, cast("tuple[str, ...]", value)))
             if isinstance(value, list):
                 return [plain(each) for each in cast("list[Any]", value)]
             if isinstance(value, dict):

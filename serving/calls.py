@@ -1,14 +1,18 @@
 """Calls of tools in what a model writes, found while it is written.
 
-A family of models writes a call as a JSON object with the tool's name and its arguments, or as the
-name and then an object of arguments. Where they stand differs. Every character is read a bounded
-number of times, whatever the model writes.
+A family of models writes a call as a JSON object with the tool's name and its arguments, as the
+name and then an object of arguments, or with each argument between tags (`call_tags`). Where they
+stand differs. Every character is read a bounded number of times, whatever the model writes.
 """
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from serving.call_tags import FUNCTION, TaggedCall, overlap
+from serving.parameters import Schema
 
 _SPACE = " \t\r\n"
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
@@ -22,13 +26,17 @@ _PORTION = 512  # characters: what is left of a portion is copied at each call i
 class CallFormat:
     """How a family of models writes calls."""
 
-    name: Literal["hermes", "mistral", "mistral_args", "llama"]
+    name: Literal["hermes", "mistral", "mistral_args", "llama", "granite", "cohere", "tags", "seed"]
     opening: str  # what stands before calls
-    closing: str  # what stands after each call; empty: nothing
-    arguments: str  # the key of the arguments; the tool's name is under `name`
+    closing: str  # what stands after each call, or after a list of them; empty: nothing
+    arguments: str = "arguments"  # the key of the arguments
+    tool: str = "name"  # the key of the tool's name
     bare: bool = False  # an answer that begins with an object is a call without `opening`, too
     listed: bool = False  # the objects are in a JSON list
+    numbered: str = ""  # the key of a number that each object begins with
     marks: tuple[str, ...] = ()  # between the tool's name, which is in no object, and its arguments
+    tagged: bool = False  # each argument is between tags, and no object there
+    padding: str = ""  # what stands before and after the value of such an argument
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -36,11 +44,19 @@ class CallFormat:
         return (self.opening, *self.marks, self.closing)
 
 
-HERMES = CallFormat("hermes", "<tool_call>", "</tool_call>", "arguments")
-MISTRAL = CallFormat("mistral", "[TOOL_CALLS]", "", "arguments", listed=True)
-MISTRAL_ARGS = CallFormat("mistral_args", "[TOOL_CALLS]", "", "arguments", marks=(_CALL_ID, _ARGS))
+HERMES = CallFormat("hermes", "<tool_call>", "</tool_call>")
+MISTRAL = CallFormat("mistral", "[TOOL_CALLS]", "", listed=True)
+MISTRAL_ARGS = CallFormat("mistral_args", "[TOOL_CALLS]", "", marks=(_CALL_ID, _ARGS))
 LLAMA = CallFormat("llama", "<|python_tag|>", "", "parameters", bare=True)
-FORMATS = (HERMES, MISTRAL, MISTRAL_ARGS, LLAMA)
+GRANITE = CallFormat("granite", "<|tool_call|>", "", listed=True)
+COHERE = CallFormat(
+    *("cohere", "<|START_ACTION|>", "<|END_ACTION|>", "parameters", "tool_name"),
+    listed=True,
+    numbered="tool_call_id",
+)
+TAGS = CallFormat("tags", "<tool_call>", "</tool_call>", tagged=True, padding="\n")
+SEED = CallFormat("seed", "<seed:tool_call>", "</seed:tool_call>", tagged=True)
+FORMATS = (HERMES, MISTRAL, MISTRAL_ARGS, LLAMA, GRANITE, COHERE, TAGS, SEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +77,9 @@ class CallParser:
     What looks like a call and is none, because it is not JSON or names no tool, is text.
     """
 
-    def __init__(self, form: CallFormat, tools: frozenset[str]) -> None:
-        self._form, self._tools = form, tools
+    def __init__(self, form: CallFormat, tools: Mapping[str, Schema]) -> None:
+        """`tools`: the schema of each tool's arguments, by its name."""
+        self._form, self._tools = form, dict(tools)
         self.calls = 0
         self._text = ""  # not read yet
         # Lists of pieces: a model that writes spaces for ever costs no more than one that does not.
@@ -71,7 +88,7 @@ class CallParser:
         self._among_calls = False
         self._called = False  # since the last opening
         self._at_start = True
-        self._object: _CallObject | None = None
+        self._object: _CallObject | TaggedCall | None = None
         self._events: list[Event] = []
 
     def push(self, text: str) -> list[Event]:
@@ -118,7 +135,7 @@ class CallParser:
             self._held, self._text = [found], after
             self._among_calls, self._called = True, False
             return True
-        kept = _overlap(self._text, self._form.opening)
+        kept = overlap(self._text, self._form.opening)
         self._say(self._text[: len(self._text) - kept])
         self._text = self._text[len(self._text) - kept :]
         return False
@@ -127,14 +144,21 @@ class CallParser:
         """Read from one call to the next, or to the end of the calls."""
         form = self._form
         self._skip(_SPACE + ("[," if form.listed else ";" * form.bare))
-        text, end = self._text, "]" if form.listed else form.closing
-        if not text or (text != end and end.startswith(text)):
+        text = self._text
+        if form.listed and self._called and text.startswith("]"):
+            self._held, self._text = [], text[1:]
+            self._among_calls = bool(form.closing)
+            return True
+        begins = FUNCTION if form.tagged else "{"
+        if not text or any(
+            text != mark and mark.startswith(text) for mark in (begins, form.closing)
+        ):
             return False
-        if not self._called if form.marks else text[0] == "{":
+        if not self._called if form.marks else text.startswith(begins):
             self._begin_object()
             return True
-        if end and text.startswith(end) and self._called:
-            self._held, self._text = [], text[len(end) :]
+        if form.closing and text.startswith(form.closing) and self._called:
+            self._held, self._text = [], text[len(form.closing) :]
         self._release()
         self._among_calls = False
         return True
@@ -146,10 +170,13 @@ class CallParser:
 
     def _begin_object(self) -> None:
         self._at_start = False
-        made = _NamedCall if self._form.marks else _CallObject
-        self._object = made(self._form.arguments)
+        if self._form.tagged:
+            self._object = TaggedCall(self._form.padding, self._tools)
+        else:
+            made = _NamedCall if self._form.marks else _CallObject
+            self._object = made(self._form)
 
-    def _read_object(self, found: "_CallObject") -> bool:
+    def _read_object(self, found: "_CallObject | TaggedCall") -> bool:
         read = found.read(self._text)
         self._held.append(self._text[:read])
         self._text = self._text[read:]
@@ -167,7 +194,7 @@ class CallParser:
         self._object = None
         return True
 
-    def _begin_call(self, found: "_CallObject", name: str) -> None:
+    def _begin_call(self, found: "_CallObject | TaggedCall", name: str) -> None:
         # Behind an opening a call of something unknown is still one; a bare object may be data.
         if not self._among_calls and name not in self._tools:
             found.over = True
@@ -193,8 +220,9 @@ class CallParser:
 class _CallObject:
     """One JSON object, read character by character: the tool's name, and the arguments as text."""
 
-    def __init__(self, arguments: str) -> None:
-        self._argument_keys = (arguments, "arguments", "parameters")
+    def __init__(self, form: CallFormat) -> None:
+        self._name_key = form.tool
+        self._argument_keys = (form.arguments, "arguments", "parameters")
         self.name: str | None = None
         self.begun = False  # it is known to be a call
         self.over = False  # at its end, or not what it should be
@@ -268,7 +296,7 @@ class _CallObject:
 
     def _end_value(self) -> None:
         text = "".join(self._piece)
-        if self._key == "name":
+        if self._key == self._name_key:
             self.name = _string(text)
             self.over = self.over or self.name is None
         elif self._key in self._argument_keys and text:
@@ -281,8 +309,8 @@ class _CallObject:
 class _NamedCall(_CallObject):
     """The tool's name, and maybe an id, before the arguments: `name[CALL_ID]id[ARGS]{…}`."""
 
-    def __init__(self, arguments: str) -> None:
-        super().__init__(arguments)
+    def __init__(self, form: CallFormat) -> None:
+        super().__init__(form)
         self._head = ""
 
     def read(self, text: str) -> int:
@@ -314,9 +342,3 @@ def _string(text: str) -> str | None:
     except ValueError:
         return None
     return value if isinstance(value, str) else None
-
-
-def _overlap(text: str, opening: str) -> int:
-    """Return the length of the longest end of `text` that `opening` begins with."""
-    longest = min(len(text), len(opening) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(opening[:n])), 0)

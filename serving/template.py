@@ -1,7 +1,8 @@
 """What a base's chat template does with tools: it is asked, not guessed.
 
 The template renders calls, and the format that reads them back is its own. Some templates teach
-calls to the model and write none themselves (SmolLM3): calls of the history go into their text.
+calls to the model and write none themselves (SmolLM 3, Granite 3): calls of the history go into
+their text.
 """
 
 import json
@@ -11,14 +12,15 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from registry.chat import ChatEncoder
-from serving.calls import FORMATS, HERMES, CallDelta, CallFormat, CallParser
+from registry.chat import ChatEncoder, Control
+from serving.calls import FORMATS, GRANITE, HERMES, CallDelta, CallFormat, CallParser
 from serving.tools import Tool
 
 _TOOL = Tool("probe_tool", {"type": "object", "properties": {"key": {"type": "string"}}})
 _ARGUMENTS = {"key": "value"}
 _QUESTION = {"role": "user", "content": "?"}
 _RESULT = "probe result"
+_TAUGHT = (HERMES, GRANITE)  # formats of templates that write no calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +37,32 @@ def ask_template(chat: ChatEncoder) -> ToolTemplate | None:
     one, two = (_render(chat, tool_calls=[_call(n) for n in range(count)]) for count in (1, 2))
     if form := next((form for form in FORMATS if _reads(form, one, 1)), None):
         return ToolTemplate(form, _reads(form, two, 2))
-    if _TOOL.name in one or not _teaches(HERMES, chat):
+    form = next((form for form in _TAUGHT if _teaches(form, chat)), None)
+    if _TOOL.name in one or form is None:
         return None
-    two = _render(chat, content=calls_in_text([(_TOOL.name, _ARGUMENTS)] * 2))
-    return ToolTemplate(HERMES, several=True, in_text=True) if _reads(HERMES, two, 2) else None
+    two = _render(chat, content="".join(calls_in_text(form, [(_TOOL.name, _ARGUMENTS)] * 2)))
+    return ToolTemplate(form, several=True, in_text=True) if _reads(form, two, 2) else None
 
 
-def calls_in_text(calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Write calls of (name, arguments) as a model that learned the Hermes format does."""
+def calls_in_text(form: CallFormat, calls: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, ...]:
+    """Write calls of (name, arguments) as a model does that learned the format."""
     objects = [
-        json.dumps({"name": name, HERMES.arguments: arguments}, ensure_ascii=False)
+        json.dumps({"name": name, form.arguments: arguments}, ensure_ascii=False)
         for name, arguments in calls
     ]
-    return "\n".join(f"{HERMES.opening}\n{each}\n{HERMES.closing}" for each in objects)
+    opening, closing = Control(form.opening), Control(form.closing)
+    if form.listed:
+        return (opening, f"[{', '.join(objects)}]")
+    return tuple(
+        piece
+        for number, each in enumerate(objects)
+        for piece in ("\n" * bool(number), opening, f"\n{each}\n", closing)
+    )
 
 
 def _reads(form: CallFormat, told: str, count: int) -> bool:
     """Tell whether the format reads as many calls as the template was given."""
-    parser = CallParser(form, frozenset({_TOOL.name}))
+    parser = CallParser(form, {_TOOL.name: _TOOL.parameters})
     events = [*parser.push(told), *parser.finish()]
     written = [""] * parser.calls
     for event in events:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from registry.chat import ChatEncoder
 from registry.errors import WardrobeError
+from serving.calls import CallFormat
 from serving.detokenizer import Detokenizer
 from serving.template import ToolTemplate, ask_template, calls_in_text
 from serving.tools import Tool
@@ -59,15 +60,15 @@ class ChatMessage:
     calls: tuple[ToolCall, ...] = ()  # of the role assistant
     call_id: str = ""  # of the role tool: which call this answers
 
-    def rendered(self, in_text: bool) -> dict[str, Any]:
+    def rendered(self, in_text: CallFormat | None) -> dict[str, Any]:
         """The message as chat templates read it: a key that says nothing is not there.
 
-        `in_text`: of a template that writes no calls.
+        `in_text`: the format of calls of a template that writes none.
         """
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.calls and in_text:
-            written = calls_in_text([(call.name, call.arguments) for call in self.calls])
-            message["content"] = f"{self.content}\n{written}" if self.content else written
+            calls = calls_in_text(in_text, [(call.name, call.arguments) for call in self.calls])
+            message["content"] = (self.content, "\n", *calls) if self.content else calls
         elif self.calls:
             message["tool_calls"] = [
                 {
@@ -179,8 +180,8 @@ class Tokens:
             raise TemplateRefused(
                 "This base model has no chat template. Use /v1/completions with a raw prompt."
             )
-        called = any(message.calls for message in messages)
-        in_text = called and self.tool_template is not None and self.tool_template.in_text
+        template = self.tool_template if any(message.calls for message in messages) else None
+        in_text = template.form if template and template.in_text else None
         try:
             return self._chat.ids_of(
                 [message.rendered(in_text) for message in messages],

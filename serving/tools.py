@@ -8,6 +8,7 @@ from typing import Any
 from serving.calls import CallFormat
 from serving.engine.boundary import Grammar
 from serving.engine.grammar import JSON_SPACE
+from serving.tagged_grammar import SHARED_RULES, tagged_rules
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -39,7 +40,8 @@ def call_grammar(
     """Return the grammar of an output that calls these tools; None where everything is allowed.
 
     `must`: there is a call, and nothing else. `many`: there may be several. `special_id` gives
-    the id of a text that is a control token of the base.
+    the id of a text that is a control token of the base. Raises GrammarRefused for a schema that
+    the format cannot be held to.
     """
     if not must and many and not any(tool.strict for tool in tools):
         return None
@@ -62,8 +64,10 @@ def _rules(
         return
     gap = "" if form.marks else '"\\n"'  # between a call and the next
     if form.listed:
-        objects = 'object (", " object)*' if many else "object"
-        yield f'body: " "? "[" {objects} "]"'
+        objects = 'object ("," GAP? object)*' if many else "object"
+        closing = symbol(form.closing) if form.closing else ""
+        yield f'body: GAP? "[" GAP? {objects} GAP? "]" {closing}'
+        yield r"GAP: /[ \n]{1,8}/"
     elif form.marks:
         call_id, arguments = map(symbol, form.marks)
         yield "body: object"
@@ -84,11 +88,27 @@ def _rules(
 
 def _calls(form: CallFormat, tools: Sequence[Tool], must: bool) -> Iterator[str]:
     yield "object: " + " | ".join(f"tool_{number}" for number in range(len(tools)))
+    if form.numbered:
+        yield "NUMBER: /[0-9]{1,4}/"
+    if form.tagged:
+        yield from SHARED_RULES
     for number, tool in enumerate(tools):
-        name = json.dumps(tool.name)
-        head = json.dumps(f'{{"name": {name}, "{form.arguments}": ')
-        schema = tool.parameters if must or tool.strict else ANY_OBJECT
+        rule, schema = f"tool_{number}", tool.parameters if must or tool.strict else ANY_OBJECT
+        if form.tagged:
+            yield from tagged_rules(rule, tool.name, schema, form.padding)
+            continue
+        before, after = _around(form, json.dumps(tool.name))
+        yield f"{rule}: {before} arguments_{number} {after}"
         held = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **ANY_OBJECT, **schema}
-        around = (f"{name} between", "") if form.marks else (head, '"}"')
-        yield f"tool_{number}: {around[0]} arguments_{number} {around[1]}"
         yield f"arguments_{number}: %json {json.dumps(held)}"
+
+
+def _around(form: CallFormat, name: str) -> tuple[str, str]:
+    """Return what stands before and after the arguments of a call; `name` is in quotes."""
+    if form.marks:
+        return f"{name} between", ""
+    head = f'"{form.tool}": {name}, "{form.arguments}": '
+    if form.numbered:
+        begin, then = json.dumps(f'{{"{form.numbered}": "'), json.dumps(f'", {head}')
+        return f"{begin} NUMBER {then}", '"}"'
+    return json.dumps(f"{{{head}"), '"}"'

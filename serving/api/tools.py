@@ -7,7 +7,7 @@ from serving.api.output import TextFormat, json_object
 from serving.api.request_error import RequestError
 from serving.api.schemas import ChatRequest
 from serving.calls import CallFormat, CallParser
-from serving.engine.boundary import Grammar
+from serving.engine.boundary import Grammar, GrammarRefused
 from serving.tokens import Tokens, ToolCall
 from serving.tools import Tool, call_grammar
 
@@ -21,7 +21,7 @@ class Toolbox:
     grammar: Grammar | None  # None: the model decides what it writes
 
     def parser(self) -> CallParser:
-        return CallParser(self.form, frozenset(tool.name for tool in self.tools))
+        return CallParser(self.form, {tool.name: tool.parameters for tool in self.tools})
 
 
 def toolbox_of(fields: ChatRequest, tokens: Tokens) -> Toolbox | None:
@@ -48,15 +48,17 @@ def toolbox_of(fields: ChatRequest, tokens: Tokens) -> Toolbox | None:
             param="response_format",
         )
     must = fields.tool_choice != "auto"
-    grammar = call_grammar(
-        template.form,
-        chosen,
-        must=must,
-        many=fields.parallel_tool_calls
-        and not isinstance(fields.tool_choice, NamedTool)
-        and (template.several or not must),
-        special_id=tokens.special_id,
-    )
+    many = fields.parallel_tool_calls and not isinstance(fields.tool_choice, NamedTool)
+    try:
+        grammar = call_grammar(
+            template.form,
+            chosen,
+            must=must,
+            many=many and (template.several or not must),
+            special_id=tokens.special_id,
+        )
+    except GrammarRefused as error:
+        raise RequestError(str(error), param="tools", code="grammar_refused") from error
     return Toolbox(template.form, chosen, grammar)
 
 

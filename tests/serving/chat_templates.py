@@ -56,7 +56,71 @@ def _smollm3(tools: str) -> str:
     )
 
 
+def _granite(tools: str) -> str:
+    """Granite 3 tells the model how to call; of messages it writes the text alone."""
+    return (
+        "<|start_of_role|>system<|end_of_role|>You are Granite.{% if " + tools + " %} Respond only "
+        "with <|tool_call|> followed by a JSON list of tools used.{% endif %}<|end_of_text|>\n"
+        "{% if " + tools + " %}<|start_of_role|>available_tools<|end_of_role|>"
+        "{{ " + tools + " | tojson(indent=4) }}<|end_of_text|>\n{% endif %}{% for m in messages %}"
+        "<|start_of_role|>{{ m['role'] }}<|end_of_role|>{{ m['content'] }}<|end_of_text|>\n"
+        "{% if loop.last and add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>"
+        "{% endif %}{% endfor %}"
+    )
+
+
+# Command R7B, A: calls and results are numbered from the beginning of the conversation.
+_COHERE = """\
+{% set count = namespace(calls=0, results=0) -%}
+<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble
+{% if tools %}## Available Tools
+[
+{% for tool in tools %}
+    {"name": "{{ tool['function']['name'] }}", "description": \
+"{{ tool['function']['description'] }}", "parameters": \
+{{ tool['function']['parameters'] | tojson }}, "responses": null}{% if not loop.last %},{% endif %}
+
+{% endfor %}
+]{% endif %}<|END_OF_TURN_TOKEN|>
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>
+    {%- elif m.role == 'assistant' %}
+<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% if m.tool_calls %}<|START_THINKING|>\
+{{ m.reasoning_content }}<|END_THINKING|><|START_ACTION|>[
+    {% for c in m.tool_calls %}
+    {"tool_call_id": "{{ count.calls }}", "tool_name": "{{ c['function']['name'] }}", \
+"parameters": {{ c['function']['arguments'] | tojson }}}{% if not loop.last %},{% endif %}
+
+    {% set count.calls = count.calls + 1 %}
+    {% endfor %}
+]<|END_ACTION|><|END_OF_TURN_TOKEN|>{% else %}<|START_RESPONSE|>{{ m.content }}\
+<|END_RESPONSE|><|END_OF_TURN_TOKEN|>{% endif %}
+    {%- elif m.role == 'tool' %}
+<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[
+    {"tool_call_id": "{{ count.results }}", "results": {"0": {{ m.content | tojson }}}}
+]<|END_TOOL_RESULT|><|END_OF_TURN_TOKEN|>
+    {%- set count.results = count.results + 1 %}
+    {%- endif %}
+{%- endfor %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"""
+# Seed-OSS: arguments between tags; lists and objects as Python prints them.
+_SEED = (
+    "{% if tools %}<seed:bos>system\n{% for item in tools %}Function:\ndef "
+    "{{ item.function.name }}(): {{ item.function.description }}\n{% endfor %}<seed:eos>"
+    "{% endif %}{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls is defined %}"
+    "<seed:bos>assistant{% for c in m.tool_calls %}\n<seed:tool_call>\n"
+    "<function={{ c.function.name }}>\n{% for key, value in c.function.arguments | items %}"
+    "<parameter={{ key }}>{{ value if value is string else value | string }}</parameter>\n"
+    "{% endfor %}</function>\n</seed:tool_call>{% endfor %}<seed:eos>{% else %}"
+    "<seed:bos>{{ m.role }}\n{{ m.content }}<seed:eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<seed:bos>assistant\n{% endif %}"
+)
+
+
 BY_HAND = {
+    "granite": _granite("tools"),
+    "cohere": _COHERE,
+    "seed": _SEED,
     "mistral": _mistral(_MISTRAL_LIST, _MISTRAL_LIST_RESULT),
     "mistral_args": _mistral(_MISTRAL_ARGS, "{{ m.content }}"),
     "mistral_call_id": _mistral(

@@ -9,23 +9,44 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.calls import (
+    COHERE,
     FORMATS,
+    GRANITE,
     HERMES,
     LLAMA,
     MISTRAL,
     MISTRAL_ARGS,
+    SEED,
+    TAGS,
     CallFormat,
     CallParser,
     Event,
 )
 
-TOOLS = frozenset({"f", "g"})
+TOOLS = {
+    "f": {
+        "properties": {
+            "s": {"type": "string"},
+            "i": {"type": "integer"},
+            "n": {"type": ["number", "null"]},
+            "m": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "e": {"$ref": "#/$defs/Level"},
+            "o": {"type": "object"},
+            "any": {},
+        },
+        "$defs": {"Level": {"enum": ["1", "2"]}},
+    },
+    "g": {},
+}
 # What outputs of all formats are made of, whole and in parts.
 BITS = [
     *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>"),
     *('{"name": "f"', '"arguments"', '"parameters"', ": ", ", ", "{", "}", "[", "]", ";", "f"),
     *(" ", "\n", " " * 300, "f" * 60, '"', "\\", "<tool_", "call>", "[TOOL", "x" * 600, "é"),
     *('{"name": "f", "arguments": {"a": 1}}', "f[ARGS]{", '"name": "g"', "[CALL_ID]abc[ARGS]"),
+    *("<|tool_call|>", "<|START_ACTION|>", "<|END_ACTION|>", '{"tool_name": "g"}', "],"),
+    *("<seed:tool_call>", "</seed:tool_call>", "<function=f>", "<parameter=s>", "<parameter=i>"),
+    *("</parameter>", "</function>", "</par", "<func", "<parameter=", "7", "True", "None"),
 ]
 Found = tuple[str, list[tuple[str, str]]]
 
@@ -120,6 +141,73 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             "",
             [("unknown", "{}")],
         ),
+        (
+            GRANITE,
+            f'so <|tool_call|>[{CALL}, {{"name": "g", "arguments": {{}}}}] ok',
+            "so ok",
+            [("f", ARGUMENTS), ("g", "{}")],
+        ),
+        (
+            COHERE,
+            'I will.<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", '
+            '"parameters": {"name": "x]"}},\n    {"tool_name": "g"}\n]<|END_ACTION|>',
+            "I will.",
+            [("f", '{"name": "x]"}'), ("g", "{}")],
+        ),
+        (COHERE, '<|START_ACTION|>[{"tool_name": "g"}]', "", [("g", "{}")]),
+        (COHERE, '<|START_ACTION|>[{"tool_name": "g"}] <|END', " <|END", [("g", "{}")]),
+        (
+            TAGS,
+            'so\n<tool_call>\n<function=f>\n<parameter=s>\n 7 "é\n\n</parameter>\n'
+            "<parameter=i>\n7\n"
+            "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=g>\n</function>\n"
+            "</tool_call>",
+            "so",
+            [("f", '{"s": " 7 \\"é\\n", "i": 7}'), ("g", "{}")],
+        ),
+        (
+            TAGS,
+            "<tool_call><function=f><parameter=n>None</parameter><parameter=m>null</parameter>"
+            "<parameter=e>1</parameter><parameter=o>{'a': [True, \"x\"]}</parameter>"
+            '<parameter=any>"q"</parameter><parameter=x y>[1, 2]</parameter></function>'
+            "</tool_call>",
+            "",
+            [
+                (
+                    "f",
+                    '{"n": null, "m": null, "e": "1", "o": {"a": [true, "x"]}, '
+                    '"any": "\\"q\\"", "x y": [1, 2]}',
+                )
+            ],
+        ),
+        (
+            TAGS,
+            "<tool_call><function=f><parameter=i>NaN</parameter><parameter=n>many</parameter>"
+            "<parameter=m>12</parameter><parameter=s></parameter>",
+            "",
+            [("f", '{"i": "NaN", "n": "many", "m": "12", "s": ""')],
+        ),
+        (
+            TAGS,
+            "<tool_call><function=unknown><parameter=s>\n</par</parameter>\n</function>"
+            "</tool_call> ok",
+            " ok",
+            [("unknown", '{"s": "</par"}')],
+        ),
+        (
+            TAGS,
+            "<tool_call>\n<function=g>\noops</function>\n</tool_call>",
+            "oops</function>\n</tool_call>",
+            [("g", "{}")],
+        ),
+        (TAGS, "<tool_call><function=f><parameter=s>\nhalf a ", "", [("f", '{"s": "half a ')]),
+        (
+            SEED,
+            "<seed:tool_call>\n<function=f>\n<parameter=s>\n7\n</parameter>\n<parameter=o>{'a': 1}"
+            "</parameter>\n</function>\n</seed:tool_call>",
+            "",
+            [("f", '{"s": "\\n7\\n", "o": {"a": 1}}')],
+        ),
     ],
 )
 def test_calls_are_found_however_the_text_is_cut(
@@ -162,6 +250,20 @@ def test_calls_are_found_however_the_text_is_cut(
         (MISTRAL_ARGS, "[TOOL_CALLS]f[ARG"),
         (MISTRAL_ARGS, "[TOOL_CALLS]f[ARGS]"),
         (MISTRAL_ARGS, "f[ARGS]{}"),
+        (GRANITE, "<|tool_call|> [1, 2]"),
+        (GRANITE, '<tool_call>[{"name": "f", "arguments": {}}]'),
+        (COHERE, "<|START_ACTION|>[]<|END_ACTION|>"),
+        (COHERE, '<|START_ACTION|>[{"name": "f", "parameters": {}}]'),
+        (COHERE, '[{"tool_name": "f", "parameters": {}}]'),
+        (TAGS, '<tool_call>{"name": "f", "arguments": {}}</tool_call>'),
+        (TAGS, "<tool_call>\n<function=f"),
+        (TAGS, "<tool_call>\n<function=f g>"),
+        (TAGS, "<tool_call>\n<function=>"),
+        (TAGS, f"<tool_call>\n<function={'f' * 400}>"),
+        (TAGS, "<tool_call>\n<parameter=s>\nx\n</parameter>"),
+        (TAGS, "<tool_call></function></tool_call>"),
+        (TAGS, "<function=f>\n</function>"),
+        (SEED, "<tool_call>\n<function=f>\n</function>\n</tool_call>"),
         (LLAMA, '{"name": "nobody", "parameters": {"a": 1}}'),
         (LLAMA, '{"answer": {"name": "f", "parameters": {}}} and more'),
         (LLAMA, '  \n hello {"name": "f", "parameters": {}}'),
@@ -247,6 +349,9 @@ def looked_at(form: CallFormat, pieces: Sequence[str]) -> int:
         *("{", '{"a":', " ", "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>{", '"', "\\", "}"),
         *("[TOOL_CALLS]f", "[TOOL_CALLS][ARGS", "[ARGS]", "[TOOL_CALLS]f[ARGS]{}"),
         *('<tool_call>{"name":"f"}</tool_call>', '{"name":"f"};', '[TOOL_CALLS][{"name":"f"},'),
+        *("<tool_call><function=f>", "<parameter=s>", "<parameter=i>7", "</parameter", "<function"),
+        *("<tool_call><function=f><parameter=i>7</parameter></function></tool_call>",),
+        *('<|START_ACTION|>[{"tool_name":"g"}]', "<|START_ACTION|>", "]", "<|END_ACTION|>"),
     ],
 )
 def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) -> None:

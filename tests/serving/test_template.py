@@ -4,7 +4,17 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from registry.chat import ChatEncoder
-from serving.calls import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, CallFormat
+from serving.calls import (
+    COHERE,
+    GRANITE,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_ARGS,
+    SEED,
+    TAGS,
+    CallFormat,
+)
 from serving.template import ask_template
 from serving.tokens import ChatMessage, ToolCall
 from tests import tiny
@@ -30,11 +40,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
         ("mistral_call_id", MISTRAL_ARGS, True),
         ("smollm3", HERMES, True),
         ("smollm3_tools", HERMES, True),
+        ("granite", GRANITE, True),
+        ("cohere", COHERE, True),
+        ("qwen3_5_think", TAGS, True),
+        ("qwen3_5_nothink", TAGS, True),
+        ("qwen3_6", TAGS, True),
+        ("seed", SEED, True),
         ("llama3", None, False),  # no tools
         ("phi3", None, False),
         ("gemma3", None, False),
-        ("qwen3_5_think", None, False),  # tools, in another form
-        ("glm4moe", None, False),
+        ("glm4moe", None, False),  # tools, in another form
         ("gptoss", None, False),
     ],
 )
@@ -45,7 +60,7 @@ def test_a_template_tells_its_own_form(
     found = ask_template(ChatEncoder(tokenizer))
     assert (found.form if found else None) == form
     assert (found.several if found else False) == several
-    assert (found is not None and found.in_text) == name.startswith("smollm3")
+    assert (found is not None and found.in_text) == name.startswith(("smollm3", "granite"))
 
 
 @pytest.mark.parametrize(
@@ -67,12 +82,40 @@ def test_a_template_that_writes_no_calls_has_tools_only_where_it_teaches_and_kee
     assert ask_template(ChatEncoder(tokenizer)) is None
 
 
-def test_calls_that_a_template_does_not_write_follow_the_text_of_their_message() -> None:
-    calls = (ToolCall("a", "f", {"x": "é"}), ToolCall("b", "g", {}))
-    written = (
+CALLS = (ToolCall("a", "f", {"x": "é"}), ToolCall("b", "g", {}))
+IN_TEXT = {
+    "hermes": (
         '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>\n'
         '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
-    )
-    for said, content in (("so", f"so\n{written}"), ("", written)):
-        message = ChatMessage("assistant", said, calls).rendered(in_text=True)
-        assert message == {"role": "assistant", "content": content}
+    ),
+    "granite": (
+        '<|tool_call|>[{"name": "f", "arguments": {"x": "é"}}, {"name": "g", "arguments": {}}]'
+    ),
+}
+
+
+@pytest.mark.parametrize("form", [HERMES, GRANITE], ids=lambda form: form.name)
+@pytest.mark.parametrize("said", ["so", ""])
+def test_calls_that_a_template_does_not_write_follow_the_text_of_their_message(
+    form: CallFormat, said: str
+) -> None:
+    message = ChatMessage("assistant", said, CALLS).rendered(in_text=form)
+    content = "".join(message.pop("content"))
+    assert message == {"role": "assistant"}
+    assert content == (f"{said}\n" if said else "") + IN_TEXT[form.name]
+
+
+def test_only_the_marks_of_such_calls_are_control_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Granite's mark is one: a user who writes it, in a text or an argument, calls nothing."""
+    tokenizer.chat_template = chat_template("granite")
+    tokenizer.add_special_tokens({"additional_special_tokens": [GRANITE.opening]})
+    mark = tokenizer.convert_tokens_to_ids(GRANITE.opening)
+    assert isinstance(mark, int)
+    calls = (ToolCall("a", "f", {"x": GRANITE.opening}),)
+    message = ChatMessage("assistant", f"so {GRANITE.opening}", calls).rendered(in_text=GRANITE)
+    ids = ChatEncoder(tokenizer).ids_of([{"role": "user", "content": "?"}, message])
+    assert ids.count(mark) == 1
+    before = str(tokenizer.decode(ids[: ids.index(mark)]))
+    assert before.endswith(f"so {GRANITE.opening}\n"), "the one behind the text"

@@ -1,12 +1,16 @@
 """The grammars of calls: what a base may write, token by token, in each family's format."""
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
-from serving.calls import FORMATS, HERMES, LLAMA, MISTRAL_ARGS, CallFormat
+from serving.calls import FORMATS, HERMES, LLAMA, MISTRAL_ARGS, SEED, TAGS, CallFormat, CallParser
+from serving.engine.boundary import GrammarRefused
 from serving.engine.grammar import GrammarCompiler
 from serving.tools import Tool, call_grammar
 from tests import tiny
@@ -23,7 +27,11 @@ CITY = Tool(
 )
 ANY = Tool("any", {"type": "object"})
 RIGHT, WRONG = '{"name": "Oslo"}', '{"name": "Bonn"}'
-MARKS = [*("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")]
+MARKS = [
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>"),
+    *("<|tool_call|>", "<|START_ACTION|>", "<|END_ACTION|>"),
+    *("<seed:tool_call>", "</seed:tool_call>"),
+]
 
 
 @pytest.fixture(scope="module", params=["control tokens", "plain text"])
@@ -91,10 +99,30 @@ def call(form: CallFormat, *written: tuple[str, str]) -> str:
     """Write calls of (name, arguments) as the family does."""
     if form is MISTRAL_ARGS:
         return "".join(f"[TOOL_CALLS]{name}[ARGS]{said}" for name, said in written)
-    objects = [f'{{"name": "{name}", "{form.arguments}": {said}}}' for name, said in written]
+    if form.tagged:
+        blocks = [tagged(form, name, json.loads(said)) for name, said in written]
+        return "\n".join(f"{form.opening}\n{each}\n{form.closing}" for each in blocks)
+    objects = [f'{{"{form.tool}": "{name}", "{form.arguments}": {said}}}' for name, said in written]
+    if form.numbered:
+        objects = [
+            each.replace("{", f'{{"{form.numbered}": "{number}", ', 1)
+            for number, each in enumerate(objects)
+        ]
     if form is HERMES:
         return "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects)
-    return "; ".join(objects) if form is LLAMA else f"[TOOL_CALLS] [{', '.join(objects)}]"
+    if form is LLAMA:
+        return "; ".join(objects)
+    return f"{form.opening} [{', '.join(objects)}]{form.closing}"
+
+
+def tagged(form: CallFormat, name: str, arguments: dict[str, Any]) -> str:
+    """Write a call with its arguments between tags: a string as it is, all else as JSON."""
+    lines = [
+        f"<parameter={key}>{form.padding}"
+        f"{value if isinstance(value, str) else json.dumps(value)}{form.padding}</parameter>\n"
+        for key, value in arguments.items()
+    ]
+    return f"<function={name}>\n{''.join(lines)}</function>"
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
@@ -150,7 +178,9 @@ def test_arguments_are_an_object_where_their_schema_does_not_say_so(judge: Judge
     for form in FORMATS:
         for must in (True, False):
             assert judge.takes(form, call(form, ("city", RIGHT)), untyped, must=must, many=False)
-            assert not judge.takes(form, call(form, ("city", "7")), untyped, must=must, many=False)
+            if not form.tagged:  # between tags they cannot be anything else
+                text = call(form, ("city", "7"))
+                assert not judge.takes(form, text, untyped, must=must, many=False)
 
 
 def test_what_looks_like_a_control_token_in_a_tool_s_schema_stays_what_it_is(judge: Judge) -> None:
@@ -174,3 +204,117 @@ def test_a_tool_that_is_not_strict_takes_any_object_where_the_model_decides(judg
         text = call(form, ("city", WRONG))
         assert judge.takes(form, text, loose, must=False, many=False)
         assert not judge.takes(form, text, loose, must=True, many=False)
+
+
+MEETING: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "é": {"type": "string", "description": "Any text."},
+        "day": {"$ref": "#/$defs/Day"},
+        "code": {"type": "string", "pattern": r"^[A-Z]{2}/\"\d<$", "maxLength": 6},
+        "has": {"type": "string", "pattern": "b+", "minLength": 3},
+        "hours": {"type": "array", "items": {"$ref": "#/$defs/Hour"}, "maxItems": 2},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+        "level": {"enum": ["low", 3, None, True]},
+        "free": {},
+    },
+    "required": ["day", "extra"],
+    "$defs": {
+        "Day": {"type": "string", "enum": ["Mon", "é\nTue"]},
+        "Hour": {"type": "integer", "maximum": 23},
+    },
+}
+DAY = {"day": "Mon", "extra": "x"}
+
+
+@pytest.mark.parametrize("form", [TAGS, SEED], ids=lambda form: form.name)
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        (DAY, True),
+        ({}, False),
+        ({"day": "Mon"}, False),
+        ({"extra": "x", "day": "Mon"}, False),  # in another order
+        ({"é": 'a\nb <b> "7" </par\n', **DAY}, True),
+        ({**DAY, "day": "é\nTue"}, True),
+        ({**DAY, "day": "Sun"}, False),
+        ({"day": "Mon", "code": 'AB/"7<', "extra": "x"}, True),
+        ({"day": "Mon", "code": 'AB/"77<', "extra": "x"}, False),
+        ({"day": "Mon", "code": "AB", "extra": "x"}, False),
+        ({"day": "Mon", "has": "abb", "extra": "x"}, True),
+        ({"day": "Mon", "has": "aaa", "extra": "x"}, False),
+        ({"day": "Mon", "has": "b", "extra": "x"}, False),
+        ({"day": "Mon", "hours": [1, 23], "extra": "x"}, True),
+        ({"day": "Mon", "hours": [24], "extra": "x"}, False),
+        ({"day": "Mon", "hours": [1, 2, 3], "extra": "x"}, False),
+        ({"day": "Mon", "note": None, "level": 3, "free": [1], "extra": "x"}, True),
+        ({"day": "Mon", "note": "null and more", "level": None, "extra": "x"}, True),
+        ({"day": "Mon", "level": True, "extra": "x"}, True),
+        ({"day": "Mon", "level": "high", "extra": "x"}, False),
+        ({"day": "Mon", "other": 1, "extra": "x"}, False),
+    ],
+)
+def test_arguments_between_tags_follow_their_schema_and_are_read_back(
+    judge: Judge, form: CallFormat, arguments: dict[str, Any], right: bool
+) -> None:
+    tool = Tool("meet", MEETING)
+    text = call(form, ("meet", json.dumps(arguments)))
+    assert judge.takes(form, text, [tool], must=True, many=False) == right
+    if not right:
+        return
+    jsonschema.validate(arguments, MEETING)
+    parser = CallParser(form, {"meet": MEETING})
+    events = [*parser.push(text), *parser.finish()]
+    assert not any(isinstance(event, str) for event in events)
+    written = "".join(event.arguments for event in events if not isinstance(event, str))
+    assert json.loads(written) == arguments
+
+
+def test_a_tool_that_says_nothing_of_its_arguments_takes_any_between_tags(judge: Judge) -> None:
+    text = call(TAGS, ("any", '{"x y": "a", "b": {"c": 1}}'))
+    assert judge.takes(TAGS, text, [ANY], must=True, many=False)
+    closed = Tool("any", {"type": "object", "additionalProperties": False})
+    assert not judge.takes(TAGS, text, [closed], must=True, many=False)
+    assert judge.takes(TAGS, call(TAGS, ("any", "{}")), [closed], must=True, many=False)
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"anyOf": [{"required": ["a"]}]}, "'anyOf'"),
+        ({"properties": {"a": {"type": ["string", "integer"]}}}, "'a'"),
+        ({"properties": {"a": {"anyOf": [{"type": "string", "pattern": "x"}, {}]}}}, "'a'"),
+        ({"properties": {"a": {"anyOf": [{"type": "string", "pattern": "x"}]}}}, "'a'"),
+        ({"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "'not'"),
+        ({"properties": {"a": {"not": {}}}}, "'not'"),
+        ({"properties": {"a": {"type": "string", "pattern": "^a|b$"}}}, "pattern"),
+        ({"properties": {"a": {"type": "string", "pattern": 7}}}, "pattern"),
+        ({"properties": {"a": {"enum": ["</parameter>"]}}}, "</parameter>"),
+        ({"properties": {"a>": {}}}, "tag"),
+        ({"properties": {"": {}}}, "tag"),
+        ({"properties": [1]}, "properties"),
+        ({"required": "a"}, "required"),
+        ({"properties": {str(n): {} for n in range(257)}}, "257"),
+    ],
+)
+def test_what_cannot_be_held_between_tags_is_refused(schema: dict[str, Any], says: str) -> None:
+    with pytest.raises(GrammarRefused) as refused:
+        call_grammar(TAGS, [Tool("t", schema)], must=True, many=True, special_id=lambda text: None)
+    assert says in str(refused.value)
+    free = call_grammar(
+        TAGS, [Tool("t", schema)], must=False, many=False, special_id=lambda text: None
+    )
+    assert free is not None, "what the model may write as it likes needs no schema"
+
+
+def test_a_pattern_cannot_leave_its_expression(judge: Judge) -> None:
+    """Neither the grammar around it nor a control token can be written into it."""
+    for pattern in ('x/\nstart: "y"', "x\\\\/ | /y", 'x"<[300]>"', "a)(b"):
+        schema = {"properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+        tool = Tool("t", schema)
+        try:
+            assert not judge.takes(TAGS, "y", [tool], must=True, many=False)
+            wrong = call(TAGS, ("t", '{"a": "nothing of it"}'))
+            assert not judge.takes(TAGS, wrong, [tool], must=True, many=False)
+        except GrammarRefused:
+            continue

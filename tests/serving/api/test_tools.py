@@ -37,8 +37,22 @@ SPOKEN = {
     "mistral_args": '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}',
     "llama": '{"name": "weather", "parameters": {"city": "Oslo"}}',
     "smollm3": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+    "granite": '<|tool_call|>[{"name": "weather", "arguments": {"city": "Oslo"}}]',
+    "cohere": (
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", '
+        '"parameters": {"city": "Oslo"}}\n]<|END_ACTION|>'
+    ),
+    "tags": (
+        "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n"
+        "</tool_call>"
+    ),
+    "seed": (
+        "<seed:tool_call>\n<function=weather>\n<parameter=city>Oslo</parameter>\n</function>\n"
+        "</seed:tool_call>"
+    ),
 }
-TEMPLATES = {"hermes": "qwen2_5", "llama": "llama3_2"}  # the others have the family's name
+TEMPLATES = {"hermes": "qwen2_5", "llama": "llama3_2", "tags": "qwen3_5_nothink"}
+# The others have the family's name.
 
 
 @pytest.fixture(scope="module", params=sorted(SPOKEN))
