@@ -32,9 +32,12 @@ class TaggedCall:
         self._given = False  # there were arguments
 
     def read(self, text: str) -> int:
-        """Read up to the call's end, or to what needs more text; return how many characters."""
-        at = 0
-        while not self.over:
+        """Read up to the tool's name, the call's end, or what needs more text.
+
+        Return how many characters that were.
+        """
+        at, named = 0, self.name is not None
+        while not self.over and (self.name is not None) == named:
             after = self._read_tag(text, at) if self._key is None else self._read_value(text, at)
             if after == at:
                 break
@@ -62,7 +65,9 @@ class TaggedCall:
             self._begin_value(found[2])
         else:
             self.over = True
-        if self.over and self.name is not None:
+        if self.over and self.name is None:
+            return at + 1  # this one begins no call
+        if self.over:
             self._arguments.append("}" if self._given else "{}")
         return found.end() if found else at
 

@@ -129,13 +129,20 @@ class CallParser:
                 return True
             self._release()
         self._at_start = False
-        before, found, after = self._text.partition(self._form.opening)
+        opening = self._form.opening
+        before, found, after = self._text.partition(opening)
+        if self._form.tagged and FUNCTION in before:
+            # Qwen 3 Coder forgets the opening now and then: a call, where there is such a tool.
+            self._say(before[: before.index(FUNCTION)])
+            self._text = self._text[before.index(FUNCTION) :]
+            self._begin_object()
+            return True
         if found:
             self._say(before)
             self._held, self._text = [found], after
             self._among_calls, self._called = True, False
             return True
-        kept = overlap(self._text, self._form.opening)
+        kept = max(overlap(self._text, mark) for mark in (opening, FUNCTION * self._form.tagged))
         self._say(self._text[: len(self._text) - kept])
         self._text = self._text[len(self._text) - kept :]
         return False
@@ -187,7 +194,7 @@ class CallParser:
             if arguments := found.take():
                 self._events.append(CallDelta(self.calls - 1, "", arguments))
         if not found.over:
-            return False
+            return read > 0 and self._text != ""
         if not found.begun:
             self._release()
         self._among_calls = found.begun
@@ -234,7 +241,8 @@ class _CallObject:
         self._given = False  # there were arguments
 
     def read(self, text: str) -> int:
-        """Read up to the object's end; return how many characters that were."""
+        """Read up to the tool's name or the object's end; return how many characters that were."""
+        named = self.name is not None
         for index, character in enumerate(text):
             if self._in_string:
                 self._read_string(character)
@@ -255,7 +263,7 @@ class _CallObject:
                 self._end_key() if character == ":" else self._end_value()
             elif character not in _SPACE:
                 self._keep(character)
-            if self.over:
+            if self.over or (self.name is not None) != named:
                 return index + 1
         return len(text)
 
@@ -296,7 +304,7 @@ class _CallObject:
 
     def _end_value(self) -> None:
         text = "".join(self._piece)
-        if self._key == self._name_key:
+        if self._key == self._name_key and self.name is None:  # a second one changes nothing
             self.name = _string(text)
             self.over = self.over or self.name is None
         elif self._key in self._argument_keys and text:
@@ -326,8 +334,8 @@ class _NamedCall(_CallObject):
         if len(self._head) > _MAX_HEAD:
             self.over = True
         elif rest.startswith("{") and (found := _HEAD.fullmatch(self._head)):
-            self._outside = 1
-            super().read(f'{{"name": "{found[1]}", "{self._argument_keys[0]}": ')
+            self._outside, self.name = 1, found[1]
+            super().read(f'{{"{self._argument_keys[0]}": ')
         elif rest and not _CALL_ID.startswith(rest) and not _ARGS.startswith(rest):
             self.over = True
         return read

@@ -62,6 +62,8 @@ def calls_in_text(form: CallFormat, calls: Sequence[tuple[str, dict[str, Any]]])
 
 def _reads(form: CallFormat, told: str, count: int) -> bool:
     """Tell whether the format reads as many calls as the template was given."""
+    if form.opening not in told and not form.bare:
+        return False
     parser = CallParser(form, {_TOOL.name: _TOOL.parameters})
     events = [*parser.push(told), *parser.finish()]
     written = [""] * parser.calls

@@ -135,6 +135,8 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             "",
             [("f", '{"a": 1}'), ("g", "{}")],
         ),
+        (LLAMA, '{"name": "f", oops: "g", "parameters": {}}', "", [("f", "{}")]),
+        (LLAMA, '{"name": "f", "name": "g", "parameters": {}}', "", [("f", "{}")]),
         (
             LLAMA,
             '<|python_tag|>{"name": "unknown", "parameters": {}}',
@@ -202,6 +204,13 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
         ),
         (TAGS, "<tool_call><function=f><parameter=s>\nhalf a ", "", [("f", '{"s": "half a ')]),
         (
+            TAGS,
+            "so\n<function=nobody><parameter=s>a</parameter><function=f>\n<parameter=i>\n7\n"
+            "</parameter>\n</function>\n</tool_call>",
+            "so\n<function=nobody><parameter=s>a</parameter>",
+            [("f", '{"i": 7}')],
+        ),
+        (
             SEED,
             "<seed:tool_call>\n<function=f>\n<parameter=s>\n7\n</parameter>\n<parameter=o>{'a': 1}"
             "</parameter>\n</function>\n</seed:tool_call>",
@@ -262,8 +271,9 @@ def test_calls_are_found_however_the_text_is_cut(
         (TAGS, f"<tool_call>\n<function={'f' * 400}>"),
         (TAGS, "<tool_call>\n<parameter=s>\nx\n</parameter>"),
         (TAGS, "<tool_call></function></tool_call>"),
-        (TAGS, "<function=f>\n</function>"),
-        (SEED, "<tool_call>\n<function=f>\n</function>\n</tool_call>"),
+        (TAGS, "<function=nobody>\n</function>"),
+        (TAGS, "see <function=f"),
+        (SEED, "<tool_call>\n<function=nobody>\n</function>\n</tool_call>"),
         (LLAMA, '{"name": "nobody", "parameters": {"a": 1}}'),
         (LLAMA, '{"answer": {"name": "f", "parameters": {}}} and more'),
         (LLAMA, '  \n hello {"name": "f", "parameters": {}}'),
