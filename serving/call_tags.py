@@ -2,8 +2,9 @@
 
 import json
 import re
+from collections.abc import Callable
 
-from serving.parameters import STRING, Schema, as_json, parameter, types_of
+from serving.parameters import STRING, Arguments, as_json
 
 FUNCTION, PARAMETER, END = "<function=", "<parameter=", "</function>"
 END_OF_VALUE = "</parameter>"
@@ -17,19 +18,19 @@ _TAG = re.compile(
 class TaggedCall:
     """`<function=name>`, `<parameter=key>value</parameter>` for each argument, `</function>`."""
 
-    def __init__(self, padding: str, tools: dict[str, Schema]) -> None:
-        """`padding`: what stands before and after each value."""
-        self._padding, self._tools = padding, tools
+    def __init__(self, padding: str, arguments_of: Callable[[str], Arguments]) -> None:
+        """`padding`: what stands before and after each value; `arguments_of`: by a tool's name."""
+        self._padding, self._arguments_of = padding, arguments_of
         self.name: str | None = None
         self.begun = False  # it is known to be a call
         self.over = False  # at its end, or not what it should be
-        self._schema: Schema = {}  # of all arguments
+        self._schema = Arguments({})
         self._key: str | None = None  # of the argument that is read now
+        self._known: set[str] = set()  # keys that were given: of two values the first one counts
         self._types = STRING
         self._fresh = False  # nothing of its value was read
         self._value: list[str] = []  # of what is no string, in pieces
         self._arguments: list[str] = []  # not taken yet
-        self._given = False  # there were arguments
 
     def read(self, text: str) -> int:
         """Read up to the tool's name, the call's end, or what needs more text.
@@ -50,6 +51,12 @@ class TaggedCall:
         self._arguments = []
         return taken
 
+    def cut(self, rest: str) -> None:
+        """Take what was held back of a value: the output ends within it."""
+        if self._key is not None:
+            self._keep(rest)
+            self._say("".join(self._value))
+
     def _read_tag(self, text: str, at: int) -> int:
         while at < len(text) and text[at] in _SPACE:
             at += 1
@@ -59,8 +66,8 @@ class TaggedCall:
         elif (found[1] is None) == (self.name is None):  # a second name, or none before all else
             self.over, found = True, None
         elif found[1] is not None:
-            self.name = found[1]
-            self._schema = self._tools.get(found[1], {})
+            self.name = str(found[1])
+            self._schema = self._arguments_of(self.name)
         elif found[2] is not None:
             self._begin_value(found[2])
         else:
@@ -68,16 +75,14 @@ class TaggedCall:
         if self.over and self.name is None:
             return at + 1  # this one begins no call
         if self.over:
-            self._arguments.append("}" if self._given else "{}")
+            self._arguments.append("}" if self._known else "{}")
         return found.end() if found else at
 
     def _begin_value(self, key: str) -> None:
         self._key, self._fresh = key, True
-        self._types = types_of(parameter(self._schema, key), self._schema)
-        self._arguments.append(f"{', ' if self._given else '{'}{json.dumps(key)}: ")
-        self._given = True
-        if self._types == STRING:
-            self._arguments.append('"')
+        self._types = self._schema.types(key)
+        self._say(f"{', ' if self._known else '{'}{json.dumps(key)}: ")
+        self._say('"' if self._types == STRING else "")
 
     def _read_value(self, text: str, at: int) -> int:
         if self._fresh:
@@ -98,14 +103,18 @@ class TaggedCall:
     def _keep(self, value: str) -> None:
         """Strings are handed on as they come; what all else is shows at its end."""
         if self._types == STRING:
-            self._arguments.append(json.dumps(value, ensure_ascii=False)[1:-1])
+            self._say(json.dumps(value, ensure_ascii=False)[1:-1])
         else:
             self._value.append(value)
 
     def _end_value(self) -> None:
-        whole = '"' if self._types == STRING else as_json("".join(self._value), self._types)
-        self._arguments.append(whole)
+        self._say('"' if self._types == STRING else as_json("".join(self._value), self._types))
+        self._known.add(str(self._key))
         self._key, self._value = None, []
+
+    def _say(self, text: str) -> None:
+        if self._key not in self._known:
+            self._arguments.append(text)
 
 
 def _may_become_tag(text: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serving.call_tags import FUNCTION, TaggedCall, overlap
-from serving.parameters import Schema
+from serving.parameters import Arguments, Schema
 
 _SPACE = " \t\r\n"
 _CALL_ID, _ARGS = "[CALL_ID]", "[ARGS]"
@@ -80,6 +80,7 @@ class CallParser:
     def __init__(self, form: CallFormat, tools: Mapping[str, Schema]) -> None:
         """`tools`: the schema of each tool's arguments, by its name."""
         self._form, self._tools = form, dict(tools)
+        self._arguments: dict[str, Arguments] = {}  # of tools that were called
         self.calls = 0
         self._text = ""  # not read yet
         # Lists of pieces: a model that writes spaces for ever costs no more than one that does not.
@@ -87,6 +88,7 @@ class CallParser:
         self._spaces: list[str] = []  # read; dropped where a call follows, or the end after one
         self._among_calls = False
         self._called = False  # since the last opening
+        self._at_end = False  # of a list of calls, which a mark still closes
         self._at_start = True
         self._object: _CallObject | TaggedCall | None = None
         self._events: list[Event] = []
@@ -104,7 +106,11 @@ class CallParser:
         if self._object is None or not self._object.begun:
             self._release()
             self._say(self._text)
-            self._text = ""
+        elif isinstance(self._object, TaggedCall):
+            self._object.cut(self._text)
+            if arguments := self._object.take():
+                self._events.append(CallDelta(self.calls - 1, "", arguments))
+        self._text = ""
         if not self.calls and (spaces := "".join(self._spaces)):
             self._events.append(spaces)
         return self._take()
@@ -140,7 +146,7 @@ class CallParser:
         if found:
             self._say(before)
             self._held, self._text = [found], after
-            self._among_calls, self._called = True, False
+            self._among_calls, self._called, self._at_end = True, False, False
             return True
         kept = max(overlap(self._text, mark) for mark in (opening, FUNCTION * self._form.tagged))
         self._say(self._text[: len(self._text) - kept])
@@ -150,18 +156,19 @@ class CallParser:
     def _read_between(self) -> bool:
         """Read from one call to the next, or to the end of the calls."""
         form = self._form
-        self._skip(_SPACE + ("[," if form.listed else ";" * form.bare))
+        between = "[," if form.listed else ";" * form.bare
+        self._skip(_SPACE + ("" if self._at_end else between))
         text = self._text
-        if form.listed and self._called and text.startswith("]"):
+        if form.listed and self._called and not self._at_end and text.startswith("]"):
             self._held, self._text = [], text[1:]
-            self._among_calls = bool(form.closing)
+            self._among_calls = self._at_end = bool(form.closing)
             return True
-        begins = FUNCTION if form.tagged else "{"
+        begins = FUNCTION if form.tagged else form.closing if self._at_end else "{"
         if not text or any(
             text != mark and mark.startswith(text) for mark in (begins, form.closing)
         ):
             return False
-        if not self._called if form.marks else text.startswith(begins):
+        if not self._at_end and (not self._called if form.marks else text.startswith(begins)):
             self._begin_object()
             return True
         if form.closing and text.startswith(form.closing) and self._called:
@@ -178,10 +185,15 @@ class CallParser:
     def _begin_object(self) -> None:
         self._at_start = False
         if self._form.tagged:
-            self._object = TaggedCall(self._form.padding, self._tools)
+            self._object = TaggedCall(self._form.padding, self._arguments_of)
         else:
             made = _NamedCall if self._form.marks else _CallObject
             self._object = made(self._form)
+
+    def _arguments_of(self, tool: str) -> Arguments:
+        if tool not in self._arguments:
+            self._arguments[tool] = Arguments(self._tools.get(tool, {}))
+        return self._arguments[tool]
 
     def _read_object(self, found: "_CallObject | TaggedCall") -> bool:
         read = found.read(self._text)
@@ -347,6 +359,7 @@ def _string(text: str) -> str | None:
         return None  # unread: lists in lists without end are too deep for a parser
     try:
         value: Any = json.loads(text)
+        value.encode()  # half of a character cannot be sent to anybody
     except ValueError:
         return None
-    return value if isinstance(value, str) else None
+    return value

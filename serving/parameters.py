@@ -12,7 +12,9 @@ from typing import Any, NoReturn, cast
 Schema = Mapping[str, Any]
 
 STRING = frozenset({"string"})
+UNKNOWN: frozenset[str] = frozenset()
 _MAX_REFERENCES = 8  # one behind the other
+_MAX_LOOKED_AT = 4096  # choices and values of one argument
 _MAX_LITERAL = 65_536  # characters
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 # `bool` is an `int` in Python: it comes first.
@@ -22,44 +24,59 @@ _KINDS: tuple[tuple[type, str], ...] = (
 )
 
 
-def parameter(tool: Schema, key: str) -> Schema:
-    """Return the schema of one argument, given that of all; empty where it may be anything."""
-    properties = tool.get("properties")
-    found = properties.get(key) if isinstance(properties, Mapping) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  # JSON
-    if found is None:
-        found = tool.get("additionalProperties")
-    return resolved(found, tool)
+class Arguments:
+    """The schemas of a tool's arguments. What they do not say, or too deep, may be anything."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._root = schema
+        self._own = follow(schema, schema) or {}
+        self._types: dict[str, frozenset[str]] = {}
+
+    def types(self, key: str) -> frozenset[str]:
+        """Return the names of the JSON types that an argument may have, or UNKNOWN."""
+        if key not in self._types:
+            properties = self._own.get("properties")
+            found = cast("Schema", properties).get(key) if isinstance(properties, Mapping) else None
+            found = self._own.get("additionalProperties") if found is None else found
+            self._types[key] = types_of(found, self._root)
+        return self._types[key]
 
 
-def resolved(schema: Any, tool: Schema) -> Schema:
-    """Follow references into the tool's own definitions; what leads nowhere may be anything."""
+def follow(schema: Any, root: Schema) -> Schema | None:
+    """Return what a schema refers to, or itself; None where that leads nowhere."""
     for _ in range(_MAX_REFERENCES):
         if not isinstance(schema, Mapping):
-            return {}
+            return None
         own = cast("Schema", schema)
-        reference = own.get("$ref")
-        if not isinstance(reference, str):
+        if isinstance(reference := own.get("$ref"), str):
+            schema = _at(reference, root)
+        elif isinstance(parts := own.get("allOf"), list) and len(cast("list[Any]", parts)) == 1:
+            schema = parts[0]
+        else:
             return own
-        schema = _at(reference, tool)
-    return {}
+    return None
 
 
-def types_of(schema: Schema, tool: Schema) -> frozenset[str]:
-    """Return the names of the JSON types that it allows; none: that is not known."""
-    if "const" in schema:
-        return frozenset({kind_of(schema["const"])})
-    if isinstance(values := schema.get("enum"), list):
-        return frozenset(map(kind_of, cast("list[Any]", values)))
-    named = schema.get("type")
-    if isinstance(named, str):
-        return frozenset({named})
-    if isinstance(named, list):
-        return frozenset(each for each in cast("list[Any]", named) if isinstance(each, str))
-    choices = schema.get("anyOf", schema.get("oneOf"))
-    if not isinstance(choices, list):
-        return frozenset()
-    each = [types_of(resolved(choice, tool), tool) for choice in cast("list[Any]", choices)]
-    return frozenset().union(*each) if all(each) else frozenset()
+def types_of(schema: Any, root: Schema) -> frozenset[str]:
+    """Return the names of the JSON types that a schema allows, or UNKNOWN."""
+    waiting, found = [schema], set[str]()
+    for looked_at in range(_MAX_LOOKED_AT):
+        if not waiting:
+            return frozenset(found)
+        own = follow(waiting.pop(), root) or {}
+        named, values = own.get("type"), [own["const"]] if "const" in own else own.get("enum")
+        choices = own.get("anyOf", own.get("oneOf"))
+        if isinstance(named, str):
+            found.add(named)
+        elif isinstance(named, list):
+            found.update(filter(_is_text, cast("list[Any]", named)))
+        elif isinstance(values, list) and len(values) < _MAX_LOOKED_AT - looked_at:
+            found.update(map(kind_of, values))
+        elif isinstance(choices, list) and choices:
+            waiting += cast("list[Any]", choices)[:_MAX_LOOKED_AT]
+        else:
+            break
+    return UNKNOWN
 
 
 def kind_of(value: Any) -> str:
@@ -81,10 +98,14 @@ def as_json(text: str, types: frozenset[str]) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _at(reference: str, tool: Schema) -> Any:
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _at(reference: str, root: Schema) -> Any:
     """Return what a reference inside the schema (`#/$defs/name`) points at."""
-    root, *path = reference.split("/")
-    found: Any = tool if root == "#" else None
+    start, *path = reference.split("/")
+    found: Any = root if start == "#" else None
     for step in path:
         key = step.replace("~1", "/").replace("~0", "~")  # RFC 6901
         found = cast("Schema", found).get(key) if isinstance(found, Mapping) else None
@@ -95,16 +116,19 @@ def _read(text: str) -> tuple[str, str] | None:
     """Return the JSON text of a value and its type; None where it is none."""
     text = _WORDS.get(text, text)
     try:
-        return text, kind_of(json.loads(text, parse_constant=_refuse))
+        # Python turns no integer of 5,000 digits into one, and which it is does not matter.
+        value = json.loads(text, parse_int=len, parse_constant=_refuse)
+        return text, kind_of(value)
     except (ValueError, RecursionError):
         pass
     if not text.startswith(("[", "{")) or len(text) > _MAX_LITERAL:
         return None
     try:
-        value = ast.literal_eval(text)
-        return json.dumps(value, ensure_ascii=False, allow_nan=False), kind_of(value)
+        written = json.dumps(ast.literal_eval(text), allow_nan=False)
+        value = json.loads(written)  # where keys that Python tells apart are one
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
+    return json.dumps(value), kind_of(value)
 
 
 def _refuse(constant: str) -> NoReturn:

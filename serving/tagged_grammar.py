@@ -1,7 +1,8 @@
 """The grammar of a call whose arguments stand between tags, held to the schema of its tool.
 
 Every argument is a rule of its own, in the order of the schema. A string is written as it is, so a
-schema is refused that mixes strings with values whose texts could be those of a string.
+schema is refused that mixes strings with values whose texts could be those of a string, and one
+that says what is not understood here: nothing is left out in silence.
 """
 
 import json
@@ -11,10 +12,11 @@ from typing import Any, NoReturn
 
 from serving.call_tags import END, END_OF_VALUE, FUNCTION, PARAMETER
 from serving.engine.boundary import GrammarRefused
-from serving.engine.grammar import JSON_SPACE
-from serving.parameters import STRING, Schema, parameter, resolved, types_of
+from serving.engine.grammar import JSON_SPACE, MAX_SOURCE_CHARACTERS
+from serving.parameters import STRING, Schema, as_json, follow, kind_of, types_of
 
 _MAX_PARAMETERS = 256  # of a tool
+_SHOWN = 64  # characters of a name or value in a message
 # What says nothing of which values are valid. In JSON Schema `format` is such a note, too.
 _NOTES = frozenset(
     (
@@ -22,13 +24,12 @@ _NOTES = frozenset(
         *("writeOnly", "contentMediaType", "contentEncoding", "$comment", "$schema", "$id"),
     )
 )
-_DEFINITIONS = frozenset({"$defs", "definitions"})
-_OF_OBJECTS = frozenset({"type", "properties", "required", "additionalProperties"}) | _DEFINITIONS
-_OF_STRINGS = frozenset({"type", "pattern", "minLength", "maxLength"})
-_OF_CHOICES = frozenset({"type", "anyOf", "oneOf"})
+_DEFINITIONS = ("$defs", "definitions")
+_OF_OBJECTS = frozenset(("type", "properties", "required", "additionalProperties", *_DEFINITIONS))
+_OF_STRINGS = frozenset(("pattern", "minLength", "maxLength"))
+_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 # Types beside which a string may be any text: what reads as a word of theirs is valid as well.
-_WORDS = frozenset({"null", "boolean"})
-
+_WORDS = frozenset(("null", "boolean"))
 _HARMLESS = {'"': r"\x22", "<": r"\x3c", "\n": r"\n", "/": r"\/"}
 
 # Rules that all calls share. Text goes on to the first end of a value.
@@ -44,70 +45,213 @@ def tagged_rules(rule: str, name: str, schema: Schema, padding: str) -> Iterator
 
     Raises GrammarRefused for what cannot be held.
     """
-    definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
-    tool = {**definitions, **resolved(schema, schema)}
-    _only(tool, _OF_OBJECTS, f"the arguments of {name!r}")
-    needed = _given(tool, "required", list, f"the arguments of {name!r}")
-    properties = _given(tool, "properties", dict, f"the arguments of {name!r}")
-    keys: dict[str, None] = dict.fromkeys(map(str, [*properties, *needed]))
-    if len(keys) > _MAX_PARAMETERS:
-        _refuse(f"{name!r} has {len(keys)} parameters; it may have {_MAX_PARAMETERS}")
+    if len(json.dumps(schema)) > MAX_SOURCE_CHARACTERS:
+        _refuse(f"that of {name!r} has more than {MAX_SOURCE_CHARACTERS} characters")
     parts: list[str] = []
-    for number, key in enumerate(keys):
-        part, what = f"{rule}_{number}", f"parameter {key!r} of {name!r}"
+    properties, needed, more = _split(schema, f"{name!r}")
+    for number, (key, own) in enumerate(properties.items()):
+        part, what = f"{rule}_{number}", f"{key[:_SHOWN]!r} of {name!r}"
         if not re.fullmatch(r"[^<>\n]{1,256}", key):
             _refuse(f"the name of {what} cannot stand in a tag")
+        value, *others = _Value(part, schema, padding, what).rules(own)
         parts.append(part if key in needed else f"{part}?")
-        own = parameter(tool, key)
-        value, *more = _value(part, {**definitions, **own}, types_of(own, tool), what, padding)
-        opening = json.dumps(f"{PARAMETER}{key}>{padding}")
-        yield f'{part}: {opening} {value} "\\n"'
-        yield from more
-    if "properties" not in tool and tool.get("additionalProperties") is not False:
+        yield f'{part}: {json.dumps(f"{PARAMETER}{key}>{padding}")} {value} "\\n"'
+        yield from others
+    if more:
         parts.append(f"{rule}_any*")
         yield f'{rule}_any: "{PARAMETER}" KEY ">" free "\\n"'
-    yield f'{rule}: "{FUNCTION}{name}>\\n" {" ".join(parts)} "{END}"'
+    yield f'{rule}: {json.dumps(f"{FUNCTION}{name}>")} "\\n" {" ".join(parts)} "{END}"'
 
 
-def _value(
-    rule: str, schema: Schema, types: frozenset[str], what: str, padding: str
-) -> Iterator[str]:
-    """Yield what stands between the tags, then rules that it needs."""
-    closing = json.dumps(f"{padding}{END_OF_VALUE}")
-    own = {key: each for key, each in schema.items() if key not in _DEFINITIONS}
-    if types and "string" not in types:
-        held = {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **schema}
-        yield f"{rule}_json {closing}"
-        yield f"{rule}_json: %json {json.dumps(held)}"
-    elif "enum" in own or "const" in own:
-        values = [own["const"]] if "const" in own else _given(own, "enum", list, what)
-        texts = [_text(each, what) for each in values]
-        yield f"({' | '.join(texts)}) {closing}"
-    elif types == STRING and own.keys() & (_OF_STRINGS - {"type"}):
-        _only(own, _OF_STRINGS, what)
-        yield f"{rule}_text"
-        yield f"{rule}_text[lazy]: {rule.upper()} {closing}"
-        yield f"{rule.upper()}: {' & '.join(_bounds(own, what))}"
-    else:
-        _only(own, _OF_CHOICES, what)
-        choices = [each for key in ("anyOf", "oneOf") for each in _given(own, key, list, what)]
-        if types - STRING - _WORDS or any(map(_is_held, choices)):
-            _refuse(f"{what} may be a string or something else that reads the same")
-        yield "free"
+def _split(schema: Schema, what: str) -> tuple[dict[str, Any], frozenset[str], bool]:
+    """Return the arguments that may be given, which have to be, and whether any others may."""
+    own = _followed(schema, schema, what)
+    _only(own, _OF_OBJECTS, what)
+    if own.get("type", "object") != "object":
+        _refuse(f"{what} takes a {str(own['type'])[:_SHOWN]!r}, and arguments are an object")
+    properties: dict[str, Any] = {**_given(own, "properties", dict, what)}
+    needed = _given(own, "required", list, what)
+    if not all(isinstance(key, str) for key in needed):
+        _refuse(f"`required` of {what} has something else than names")
+    others = own.get("additionalProperties", True)
+    if others is False and (unnamed := [key for key in needed if key not in properties]):
+        _refuse(f"{what} requires {unnamed[0][:_SHOWN]!r}, which it does not allow")
+    if not isinstance(others, bool) and "properties" not in own:
+        _refuse(f"{what} binds arguments that it does not name")
+    properties = {**properties, **{key: others for key in needed if key not in properties}}
+    if banned := [key for key in needed if properties[key] is False]:
+        _refuse(f"{what} requires {banned[0][:_SHOWN]!r}, which it does not allow")
+    allowed = {key: each for key, each in properties.items() if each is not False}
+    if len(allowed) > _MAX_PARAMETERS:
+        _refuse(f"{what} has {len(allowed)} parameters; it may have {_MAX_PARAMETERS}")
+    return allowed, frozenset(needed), "properties" not in own and others is True and not needed
 
 
-def _bounds(schema: Schema, what: str) -> Iterator[str]:
-    """Yield expressions that the text of a string has to match, all of them."""
-    yield r"~/(.|\n)*<\/parameter>(.|\n)*/"
-    least, most = (_given(schema, key, int, what) for key in ("minLength", "maxLength"))
-    yield rf"/(.|\n){{{least},{most if 'maxLength' in schema else ''}}}/"
-    if pattern := _given(schema, "pattern", str, what):
-        begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", pattern)
-        if "|" in pattern and (begins or ends):
-            _refuse(f"the pattern of {what} has choices beside ^ or $, which could mean both")
+class _Value:
+    """The rules of one argument's value."""
+
+    def __init__(self, rule: str, root: Schema, padding: str, what: str) -> None:
+        self._rule, self._root, self._what = rule, root, what
+        self._closing = json.dumps(f"{padding}{END_OF_VALUE}")
+
+    def rules(self, schema: Any) -> Iterator[str]:
+        """Yield what stands between the tags, then rules that it needs."""
+        given: Schema = {} if schema is True else schema
+        own, types = _followed(given, self._root, self._what), types_of(given, self._root)
+        said = own.keys() - _NOTES
+        _types_of(own, self._what)
+        if types and "string" not in types:
+            yield f"{self._rule}_json {self._closing}"
+            yield f"{self._rule}_json: %json {json.dumps(self._held(given))}"
+        elif "enum" in said or "const" in said:
+            yield f"({' | '.join(self._texts(own, types))}) {self._closing}"
+        elif types == STRING and said & _OF_STRINGS:
+            yield from self._bound(own)
+        elif "anyOf" in said:
+            yield from self._choices(own, types)
+        elif said - {"type"} or types - STRING - _WORDS:
+            self._refuse(said - {"type"}, "may be a string or something else that reads the same")
+        else:
+            yield "free"
+
+    def _choices(self, own: Schema, types: frozenset[str]) -> Iterator[str]:
+        """Yield the rules of one of several: null beside a string, or any text."""
+        _only(own, frozenset({"anyOf"}), self._what)
+        choices = [
+            _followed(choice, self._root, self._what)
+            for choice in _given(own, "anyOf", list, self._what)
+        ]
+        bound = [choice for choice in choices if choice.keys() - _NOTES - {"type"}]
+        if not bound and not types - STRING - _WORDS:
+            for choice in choices:
+                _types_of(choice, self._what)
+            yield "free"
+            return
+        others = [choice for choice in choices if choice is not (bound or choices)[0]]
+        if len(bound) != 1 or any(_types_of(each, self._what) != {"null"} for each in others):
+            self._refuse(set(), "may be a string or something else that reads the same")
+        if "enum" in bound[0] or "const" in bound[0]:
+            texts = [*self._texts(bound[0], types), *(['"null"'] if others else [])]
+            yield f"({' | '.join(texts)}) {self._closing}"
+            return
+        if types - {"null"} != STRING:
+            self._refuse(set(), "may be a string or something else that reads the same")
+        value, *more = self._bound(bound[0])
+        yield f'({value} | "null" {self._closing})' if others else value
+        yield from more
+
+    def _held(self, schema: Schema) -> dict[str, Any]:
+        """Return a schema with the definitions that it refers to."""
+        held: dict[str, Any] = {**schema}
+        if any(key in schema for key in _DEFINITIONS):
+            self._refuse(set(), "has definitions of its own")
+        found, waiting = set[str](), [json.dumps(schema, ensure_ascii=False)]
+        while waiting:
+            for reference in re.findall(r'"\$ref": "((?:[^"\\]|\\.)*)"', waiting.pop()):
+                where, _, key = reference.removeprefix("#/").partition("/")
+                inside = self._root.get(where) if where in _DEFINITIONS else None
+                if not isinstance(inside, dict) or key not in inside or reference[:1] != "#":
+                    self._refuse(set(), f"refers to {reference[:_SHOWN]!r}, no definition of its")
+                if reference not in found:
+                    found.add(reference)
+                    held.setdefault(where, {})[key] = inside[key]
+                    waiting.append(json.dumps(inside[key], ensure_ascii=False))
+        return {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **held}
+
+    def _texts(self, own: Schema, types: frozenset[str]) -> Iterator[str]:
+        """Yield the text of each of the values that are allowed."""
+        _only(own, _OF_STRINGS - {"pattern"} | {"type", "enum", "const"}, self._what)
+        values = _given(own, "enum", list, self._what) if "enum" in own else [own["const"]]
+        if "enum" in own and "const" in own:
+            self._refuse({"const"}, "")
+        kinds = _types_of(own, self._what)
+        least, most = (_given(own, key, int, self._what) for key in ("minLength", "maxLength"))
+        left = 0
+        for value in values:
+            kind = kind_of(value)
+            if kind not in kinds and not (kind == "integer" and "number" in kinds):
+                continue
+            if isinstance(value, str) and not least <= len(value) <= (
+                most if "maxLength" in own else len(value)
+            ):
+                continue
+            text = value if isinstance(value, str) else json.dumps(value)
+            read = json.loads(as_json(text, types))
+            if END_OF_VALUE in text or (read, kind_of(read)) != (value, kind):
+                self._refuse(set(), f"may be {text[:_SHOWN]!r}, which would be read otherwise")
+            left += 1
+            yield json.dumps(text)
+        if not left:
+            self._refuse(set(), "has no value that its schema allows")
+
+    def _bound(self, own: Schema) -> Iterator[str]:
+        """Yield the rules of a text that has to match expressions, all of them."""
+        _only(own, _OF_STRINGS | {"type"}, self._what)
+        terminal = self._rule.upper()
+        least, most = (_given(own, key, int, self._what) for key in ("minLength", "maxLength"))
+        bounds = [
+            r"~/(.|\n)*<\/parameter>(.|\n)*/",
+            rf"/(.|\n){{{least},{most if 'maxLength' in own else ''}}}/",
+        ]
+        if pattern := _given(own, "pattern", str, self._what):
+            bounds.append(self._expression(pattern))
+        yield f"{self._rule}_text"
+        yield f"{self._rule}_text[lazy]: {terminal} {self._closing}"
+        yield f"{terminal}: {' & '.join(bounds)}"
+
+    def _expression(self, pattern: str) -> str:
+        begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$\Z", pattern)
+        if (begins or ends) and _has_choices(pattern):
+            self._refuse(set(), "has a pattern with choices beside ^ or $: put them into a group")
         inner = re.sub(r'\\?["<\n/]|\\.', _harmless, pattern[begins : -1 if ends else None])
         before, after = ("" if held else r"(.|\n)*" for held in (begins, ends))
-        yield f"/{before}({inner}){after}/"
+        return f"/{before}({inner}){after}/"
+
+    def _refuse(self, keys: set[str] | frozenset[str], reason: str) -> NoReturn:
+        if keys:
+            _refuse(f"{self._what} is text, which {min(keys)[:_SHOWN]!r} cannot bind here")
+        _refuse(f"{self._what} {reason}")
+
+
+def _followed(schema: Any, root: Schema, what: str) -> Schema:
+    """Return what a schema refers to, if nothing beside the reference would be left out."""
+    found = follow(schema, root)
+    if found is None:
+        _refuse(f"{what} has a schema that is none, or refers to what is not there")
+    if found is not schema:
+        _only(schema, frozenset(("$ref", "allOf", *_DEFINITIONS)), what)
+    return found
+
+
+def _types_of(schema: Schema, what: str) -> frozenset[str]:
+    """Return the types that a schema names; all where it names none."""
+    named = schema.get("type")
+    types = _TYPES if named is None else named if isinstance(named, list) else [named]
+    if not types or not all(isinstance(each, str) and each in _TYPES for each in types):
+        _refuse(f"{what} is of type {json.dumps(named)[:_SHOWN]}")
+    return frozenset(types)
+
+
+def _given(schema: Schema, key: str, kind: type, what: str) -> Any:
+    """Return what a schema says there, or the empty value of that type."""
+    found = schema.get(key, kind())
+    if kind_of(found) != kind_of(kind()) or (kind is int and found < 0):
+        _refuse(f"{key!r} of {what} is {json.dumps(found)[:_SHOWN]}")
+    return found
+
+
+def _has_choices(pattern: str) -> bool:
+    """Tell whether there is a `|` outside of groups and classes."""
+    depth, in_class = 0, False
+    for found in re.finditer(r"\\.|[\[\]()|]", pattern, re.DOTALL):
+        mark = found[0]
+        if in_class:
+            in_class = mark != "]"
+        elif mark == "|" and depth == 0:
+            return True
+        else:
+            in_class, depth = mark == "[", depth + (mark == "(") - (mark == ")")
+    return False
 
 
 def _harmless(found: re.Match[str]) -> str:
@@ -115,30 +259,10 @@ def _harmless(found: re.Match[str]) -> str:
     return _HARMLESS.get(found[0].removeprefix("\\"), found[0])
 
 
-def _text(value: Any, what: str) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    if END_OF_VALUE in text:
-        _refuse(f"a value of {what} holds {END_OF_VALUE}")
-    return json.dumps(text)
-
-
-def _given(schema: Schema, key: str, kind: type, what: str) -> Any:
-    """Return what a schema says there, or the empty value of that type."""
-    found = schema.get(key, kind())
-    if not isinstance(found, kind):
-        _refuse(f"{key!r} of {what} is {json.dumps(found)[:40]}")
-    return found
-
-
-def _is_held(choice: Any) -> bool:
-    """Tell whether one of several choices holds text to more than its type."""
-    return not isinstance(choice, dict) or bool(choice.keys() - _NOTES - {"type"})
-
-
 def _only(schema: Schema, known: frozenset[str], what: str) -> None:
     """Refuse what is said beyond these keys."""
     if unknown := sorted(schema.keys() - known - _NOTES):
-        _refuse(f"{what}: this base model writes them as text, which {unknown[0]!r} does not bind")
+        _refuse(f"{unknown[0][:_SHOWN]!r} of {what} cannot be held where arguments are text")
 
 
 def _refuse(reason: str) -> NoReturn:

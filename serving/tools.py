@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.calls import CallFormat
-from serving.engine.boundary import Grammar
-from serving.engine.grammar import JSON_SPACE
+from serving.engine.boundary import Grammar, GrammarRefused
+from serving.engine.grammar import JSON_SPACE, MAX_SOURCE_CHARACTERS
 from serving.tagged_grammar import SHARED_RULES, tagged_rules
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -40,12 +40,19 @@ def call_grammar(
     """Return the grammar of an output that calls these tools; None where everything is allowed.
 
     `must`: there is a call, and nothing else. `many`: there may be several. `special_id` gives
-    the id of a text that is a control token of the base. Raises GrammarRefused for a schema that
-    the format cannot be held to.
+    the id of a text that is a control token of the base. Raises GrammarRefused for schemas that
+    are too large, or that the format cannot be held to.
     """
     if not must and many and not any(tool.strict for tool in tools):
         return None
-    rules = [*_rules(form, must, many, special_id), *_calls(form, tools, must)]
+    rules, length = [*_rules(form, must, many, special_id)], 0
+    for rule in _calls(form, tools, must):
+        rules.append(rule)
+        length += len(rule)
+        if length > MAX_SOURCE_CHARACTERS:
+            raise GrammarRefused(
+                f"The grammar of these tools has more than {MAX_SOURCE_CHARACTERS} characters."
+            )
     return Grammar("lark", "\n".join(rules))
 
 

@@ -7,7 +7,7 @@ from msgspec import Meta, Raw, Struct
 MAX_PARTS = 256
 MAX_TOOLS = 128
 
-ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+ToolName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}\\Z")]
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):

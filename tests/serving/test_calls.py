@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import pytest
 from hypothesis import example, given
@@ -99,6 +99,12 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             [("g", '{"a": 1}')],
         ),
         (HERMES, '<tool_call>{"name": "g", "parameters": {}}</tool_call>', "", [("g", "{}")]),
+        (
+            HERMES,
+            '<tool_call>{"name": "g", "arguments": "\\ud800"}</tool_call>',
+            "",
+            [("g", '"\\ud800"')],
+        ),
         (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
         (MISTRAL, f"[TOOL_CALLS] [{CALL}]", "", [("f", ARGUMENTS)]),
         (
@@ -157,6 +163,7 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             [("f", '{"name": "x]"}'), ("g", "{}")],
         ),
         (COHERE, '<|START_ACTION|>[{"tool_name": "g"}]', "", [("g", "{}")]),
+        (COHERE, '<|START_ACTION|>[{"tool_name": "g"}]]], [ x', "]], [ x", [("g", "{}")]),
         (COHERE, '<|START_ACTION|>[{"tool_name": "g"}] <|END', " <|END", [("g", "{}")]),
         (
             TAGS,
@@ -203,6 +210,21 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             [("g", "{}")],
         ),
         (TAGS, "<tool_call><function=f><parameter=s>\nhalf a ", "", [("f", '{"s": "half a ')]),
+        (TAGS, "<tool_call><function=f><parameter=s>\na\n</par", "", [("f", '{"s": "a\\n</par')]),
+        (TAGS, "<tool_call><function=f><parameter=i>\n12\n</par", "", [("f", '{"i": 12\n</par')]),
+        (
+            TAGS,
+            "<tool_call><function=f><parameter=i>1</parameter><parameter=i>2</parameter>"
+            "<parameter=any>['\\ud800']</parameter></function></tool_call>",
+            "",
+            [("f", '{"i": 1, "any": ["\\ud800"]}')],
+        ),
+        (
+            TAGS,
+            f"<tool_call><function=f><parameter=i>{'7' * 5000}</parameter></function></tool_call>",
+            "",
+            [("f", f'{{"i": {"7" * 5000}}}')],
+        ),
         (
             TAGS,
             "so\n<function=nobody><parameter=s>a</parameter><function=f>\n<parameter=i>\n7\n"
@@ -240,6 +262,7 @@ def test_calls_are_found_however_the_text_is_cut(
         (HERMES, '<tool_call>{"x": 1}</tool_call>'),
         (HERMES, '<tool_call>{"name": 7, "arguments": {}}</tool_call>'),
         (HERMES, '<tool_call>\n{"nam'),
+        (HERMES, '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
         (HERMES, '{"name": "f", "arguments": {}}'),
         (HERMES, "<tool_call>"),
         (HERMES, ""),
@@ -370,3 +393,29 @@ def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) 
     assert looked_at(form, [piece] * 2_000) < 2_000 * bound
     once, long = (looked_at(form, [piece * count]) for count in (1_000, 4_000))
     assert long < 5 * max(once, 1_000)
+
+
+def test_schemas_that_refer_to_themselves_or_grow_are_looked_at_a_bounded_number_of_times() -> None:
+    """Twenty definitions that each name the next one twice would be a million."""
+    grown: dict[str, Any] = {
+        f"A{n}": {"anyOf": [{"$ref": f"#/$defs/A{n + 1}"}] * 2} for n in range(60)
+    }
+    loop = {"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "null"}]}
+    schema = {
+        "properties": {"a": {"$ref": "#/$defs/A0"}, "b": {"$ref": "#/$defs/loop"}},
+        "$defs": {**grown, "loop": loop},
+    }
+    parser = CallParser(TAGS, {"f": schema})
+    text = "<tool_call><function=f><parameter=a>1</parameter><parameter=b>x</parameter></function>"
+    _, calls = gather([*parser.push(text), *parser.finish()])
+    assert calls == [("f", '{"a": 1, "b": "x"}')]
+
+
+def test_what_a_tool_s_own_reference_says_of_its_arguments_is_read_by() -> None:
+    schema = {
+        "$ref": "#/$defs/T",
+        "$defs": {"T": {"type": "object", "properties": {"a": {"type": "string"}}}},
+    }
+    parser = CallParser(TAGS, {"f": schema})
+    _, calls = gather(parser.push("<tool_call><function=f><parameter=a>7</parameter></function>"))
+    assert calls == [("f", '{"a": "7"}')]

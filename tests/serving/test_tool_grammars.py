@@ -217,6 +217,12 @@ MEETING: dict[str, Any] = {
         "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
         "level": {"enum": ["low", 3, None, True]},
         "free": {},
+        "extra": {"type": "string"},
+        "maybe": {"anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "null"}]},
+        "short": {"anyOf": [{"type": "string", "maxLength": 8}, {"type": "null"}]},
+        "group": {"type": "string", "pattern": "^(a|b)$"},
+        "one": {"allOf": [{"$ref": "#/$defs/Hour"}], "default": 5},
+        "never": False,
     },
     "required": ["day", "extra"],
     "$defs": {
@@ -252,6 +258,17 @@ DAY = {"day": "Mon", "extra": "x"}
         ({"day": "Mon", "level": True, "extra": "x"}, True),
         ({"day": "Mon", "level": "high", "extra": "x"}, False),
         ({"day": "Mon", "other": 1, "extra": "x"}, False),
+        ({"day": "Mon", "extra": "x", "maybe": "a"}, True),
+        ({"day": "Mon", "extra": "x", "maybe": None}, True),
+        ({"day": "Mon", "extra": "x", "maybe": "c"}, False),
+        ({"day": "Mon", "extra": "x", "short": "12"}, True),
+        ({"day": "Mon", "extra": "x", "short": None}, True),
+        ({"day": "Mon", "extra": "x", "short": "123456789"}, False),
+        ({"day": "Mon", "extra": "x", "group": "b"}, True),
+        ({"day": "Mon", "extra": "x", "group": "c"}, False),
+        ({"day": "Mon", "extra": "x", "one": 5}, True),
+        ({"day": "Mon", "extra": "x", "one": 24}, False),
+        ({"day": "Mon", "extra": "x", "never": "x"}, False),
     ],
 )
 def test_arguments_between_tags_follow_their_schema_and_are_read_back(
@@ -278,13 +295,51 @@ def test_a_tool_that_says_nothing_of_its_arguments_takes_any_between_tags(judge:
     assert judge.takes(TAGS, call(TAGS, ("any", "{}")), [closed], must=True, many=False)
 
 
+STRINGS = {"$defs": {"S": {"type": "string"}}}
+LOOP = {
+    "properties": {"a": {"$ref": "#/$defs/A"}},
+    "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/A"}, {"type": "null"}]}},
+}
+MANY_REFERENCES = {
+    "properties": {f"p{n}": {"$ref": "#/$defs/I"} for n in range(200)},
+    "$defs": {"I": {"type": "integer", "description": "x" * 1000}},
+}
+
+
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
         ({"anyOf": [{"required": ["a"]}]}, "'anyOf'"),
         ({"properties": {"a": {"type": ["string", "integer"]}}}, "'a'"),
         ({"properties": {"a": {"anyOf": [{"type": "string", "pattern": "x"}, {}]}}}, "'a'"),
-        ({"properties": {"a": {"anyOf": [{"type": "string", "pattern": "x"}]}}}, "'a'"),
+        ({"properties": {"a": {"anyOf": [{"type": "string"}, {"enum": ["x"]}]}}}, "'a'"),
+        ({"properties": {"a": {"oneOf": [{"type": "string"}, {"title": "x"}]}}}, "'oneOf'"),
+        ({"properties": {"a": {"type": ["string", "null"], "anyOf": [{}]}}}, "'type'"),
+        ({"properties": {"a": {"enum": ["1", 2]}}}, "'1'"),
+        ({"properties": {"a": {"enum": ["True", False]}}}, "'True'"),
+        ({"properties": {"a": {"anyOf": [{"enum": ["null"]}, {"type": "null"}]}}}, "'null'"),
+        ({"properties": {"a": {"enum": ["a", "b"], "not": {"const": "a"}}}}, "'not'"),
+        ({"properties": {"a": {"type": "string", "enum": [1]}}}, "no value"),
+        ({"properties": {"a": {"enum": []}}}, "'a'"),
+        ({"properties": {"a": {"type": 7}}}, "7"),
+        ({"properties": {"a": {"type": "text"}}}, "text"),
+        ({"properties": {"a": 7}}, "'a'"),
+        ({"properties": {"a": {"$ref": "#/$defs/No"}}}, "not there"),
+        ({"properties": {"a": {"$ref": "#/$defs/S", "maxLength": 2}}, **STRINGS}, "'maxLength'"),
+        ({"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}, "'#'"),
+        ({"properties": {"a": {"type": "array", "$defs": {}}}}, "definitions"),
+        ({"properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/No"}}}}, "No"),
+        ({"$ref": "#"}, "not there"),
+        ({"$ref": "#/$defs/S", **STRINGS}, "object"),
+        ({"properties": {"a": False}, "required": ["a"]}, "'a'"),
+        ({"required": ["x"], "additionalProperties": False}, "'x'"),
+        ({"additionalProperties": {"type": "integer"}}, "does not name"),
+        ({"required": [7]}, "names"),
+        ({"properties": {"a": {"type": "string", "minLength": True}}}, "minLength"),
+        ({"properties": {"a": {"type": "string", "minLength": -5}}}, "minLength"),
+        (LOOP, "'a'"),
+        ({"properties": {"a": {"type": "integer", "description": "x" * 70_000}}}, "65536"),
+        (MANY_REFERENCES, "65536"),
         ({"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "'not'"),
         ({"properties": {"a": {"not": {}}}}, "'not'"),
         ({"properties": {"a": {"type": "string", "pattern": "^a|b$"}}}, "pattern"),

@@ -287,6 +287,7 @@ def test_a_base_whose_template_has_no_tools_says_so(live: Running) -> None:
     [
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "no blanks"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "line\n"}}]}, "tools"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "x", "parameters": 3}}]}, "tools"),
         (
