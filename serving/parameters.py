@@ -13,7 +13,7 @@ Schema = Mapping[str, Any]
 
 STRING = frozenset({"string"})
 UNKNOWN: frozenset[str] = frozenset()
-_MAX_REFERENCES = 8  # one behind the other
+MAX_REFERENCES = 8  # one behind the other
 _MAX_LOOKED_AT = 4096  # choices and values of one argument
 _MAX_LITERAL = 65_536  # characters
 _WORDS = {"True": "true", "False": "false", "None": "null"}
@@ -44,17 +44,24 @@ class Arguments:
 
 def follow(schema: Any, root: Schema) -> Schema | None:
     """Return what a schema refers to, or itself; None where that leads nowhere."""
-    for _ in range(_MAX_REFERENCES):
+    for _ in range(MAX_REFERENCES):
         if not isinstance(schema, Mapping):
             return None
         own = cast("Schema", schema)
-        if isinstance(reference := own.get("$ref"), str):
-            schema = _at(reference, root)
-        elif isinstance(parts := own.get("allOf"), list) and len(cast("list[Any]", parts)) == 1:
-            schema = parts[0]
-        else:
+        key, schema = reference(own, root)
+        if not key:
             return own
     return None
+
+
+def reference(schema: Schema, root: Schema) -> tuple[str, Any]:
+    """Return the key by which a schema stands for another one, and that one; or "", and itself."""
+    if isinstance(where := schema.get("$ref"), str):
+        return "$ref", _at(where, root)
+    parts = schema.get("allOf")
+    if isinstance(parts, list) and len(cast("list[Any]", parts)) == 1:
+        return "allOf", parts[0]
+    return "", schema
 
 
 def types_of(schema: Any, root: Schema) -> frozenset[str]:
@@ -93,7 +100,7 @@ def as_json(text: str, types: frozenset[str]) -> str:
     if found is not None:
         written, kind = found
         wanted = types | {"integer"} if "number" in types else types
-        if kind in wanted or ("string" not in wanted and (wanted or kind != "string")):
+        if kind in wanted - STRING or ("string" not in wanted and (wanted or kind != "string")):
             return written
     return json.dumps(text, ensure_ascii=False)
 
@@ -102,9 +109,9 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _at(reference: str, root: Schema) -> Any:
+def _at(where: str, root: Schema) -> Any:
     """Return what a reference inside the schema (`#/$defs/name`) points at."""
-    start, *path = reference.split("/")
+    start, *path = where.split("/")
     found: Any = root if start == "#" else None
     for step in path:
         key = step.replace("~1", "/").replace("~0", "~")  # RFC 6901

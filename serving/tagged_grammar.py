@@ -13,7 +13,15 @@ from typing import Any, NoReturn
 from serving.call_tags import END, END_OF_VALUE, FUNCTION, PARAMETER
 from serving.engine.boundary import GrammarRefused
 from serving.engine.grammar import JSON_SPACE, MAX_SOURCE_CHARACTERS
-from serving.parameters import STRING, Schema, as_json, follow, kind_of, types_of
+from serving.parameters import (
+    MAX_REFERENCES,
+    STRING,
+    Schema,
+    as_json,
+    kind_of,
+    reference,
+    types_of,
+)
 
 _MAX_PARAMETERS = 256  # of a tool
 _SHOWN = 64  # characters of a name or value in a message
@@ -30,7 +38,11 @@ _OF_STRINGS = frozenset(("pattern", "minLength", "maxLength"))
 _TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 # Types beside which a string may be any text: what reads as a word of theirs is valid as well.
 _WORDS = frozenset(("null", "boolean"))
+# What would end an expression here, or look like a control token, written in another way.
 _HARMLESS = {'"': r"\x22", "<": r"\x3c", "\n": r"\n", "/": r"\/"}
+# Of ASCII in ECMA-262.
+_CLASSES = {r"\d": "0-9", r"\w": "A-Za-z0-9_", r"\D": "^0-9", r"\W": "^A-Za-z0-9_"}
+_NEGATED = (r"\D", r"\W")
 
 # Rules that all calls share. Text goes on to the first end of a value.
 SHARED_RULES = (
@@ -92,7 +104,8 @@ class _Value:
 
     def __init__(self, rule: str, root: Schema, padding: str, what: str) -> None:
         self._rule, self._root, self._what = rule, root, what
-        self._closing = json.dumps(f"{padding}{END_OF_VALUE}")
+        self._end = f"{padding}{END_OF_VALUE}"
+        self._closing = json.dumps(self._end)
 
     def rules(self, schema: Any) -> Iterator[str]:
         """Yield what stands between the tags, then rules that it needs."""
@@ -104,7 +117,7 @@ class _Value:
             yield f"{self._rule}_json {self._closing}"
             yield f"{self._rule}_json: %json {json.dumps(self._held(given))}"
         elif "enum" in said or "const" in said:
-            yield f"({' | '.join(self._texts(own, types))}) {self._closing}"
+            yield f"({' | '.join(self._texts(own, types))})"
         elif types == STRING and said & _OF_STRINGS:
             yield from self._bound(own)
         elif "anyOf" in said:
@@ -131,14 +144,18 @@ class _Value:
         if len(bound) != 1 or any(_types_of(each, self._what) != {"null"} for each in others):
             self._refuse(set(), "may be a string or something else that reads the same")
         if "enum" in bound[0] or "const" in bound[0]:
-            texts = [*self._texts(bound[0], types), *(['"null"'] if others else [])]
-            yield f"({' | '.join(texts)}) {self._closing}"
+            texts = [*self._texts(bound[0], types), *([self._literal("null")] if others else [])]
+            yield f"({' | '.join(texts)})"
             return
         if types - {"null"} != STRING:
             self._refuse(set(), "may be a string or something else that reads the same")
         value, *more = self._bound(bound[0])
-        yield f'({value} | "null" {self._closing})' if others else value
+        yield f"({value} | {self._literal('null')})" if others else value
         yield from more
+
+    def _literal(self, text: str) -> str:
+        # With the closing in it: llguidance goes on with the longest text that could match.
+        return json.dumps(f"{text}{self._end}")
 
     def _held(self, schema: Schema) -> dict[str, Any]:
         """Return a schema with the definitions that it refers to."""
@@ -147,13 +164,13 @@ class _Value:
             self._refuse(set(), "has definitions of its own")
         found, waiting = set[str](), [json.dumps(schema, ensure_ascii=False)]
         while waiting:
-            for reference in re.findall(r'"\$ref": "((?:[^"\\]|\\.)*)"', waiting.pop()):
-                where, _, key = reference.removeprefix("#/").partition("/")
+            for pointer in re.findall(r'"\$ref": "((?:[^"\\]|\\.)*)"', waiting.pop()):
+                where, _, key = pointer.removeprefix("#/").partition("/")
                 inside = self._root.get(where) if where in _DEFINITIONS else None
-                if not isinstance(inside, dict) or key not in inside or reference[:1] != "#":
-                    self._refuse(set(), f"refers to {reference[:_SHOWN]!r}, no definition of its")
-                if reference not in found:
-                    found.add(reference)
+                if not isinstance(inside, dict) or key not in inside or pointer[:1] != "#":
+                    self._refuse(set(), f"refers to {pointer[:_SHOWN]!r}, no definition of its")
+                if pointer not in found:
+                    found.add(pointer)
                     held.setdefault(where, {})[key] = inside[key]
                     waiting.append(json.dumps(inside[key], ensure_ascii=False))
         return {"x-guidance": {"whitespace_pattern": JSON_SPACE}, **held}
@@ -180,7 +197,7 @@ class _Value:
             if END_OF_VALUE in text or (read, kind_of(read)) != (value, kind):
                 self._refuse(set(), f"may be {text[:_SHOWN]!r}, which would be read otherwise")
             left += 1
-            yield json.dumps(text)
+            yield self._literal(text)
         if not left:
             self._refuse(set(), "has no value that its schema allows")
 
@@ -200,10 +217,23 @@ class _Value:
         yield f"{terminal}: {' & '.join(bounds)}"
 
     def _expression(self, pattern: str) -> str:
+        """Return an expression as ECMA-262 has it in the form that llguidance reads."""
         begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$\Z", pattern)
-        if (begins or ends) and _has_choices(pattern):
-            self._refuse(set(), "has a pattern with choices beside ^ or $: put them into a group")
-        inner = re.sub(r'\\?["<\n/]|\\.', _harmless, pattern[begins : -1 if ends else None])
+        depth, in_class, inner = 0, False, ""
+        for found in re.finditer(r"\\.|.", pattern[begins : -1 if ends else None], re.DOTALL):
+            mark = found[0]
+            if mark == "|" and not depth and not in_class and (begins or ends):
+                self._refuse(set(), "has a pattern with choices beside ^ or $: group them")
+            if mark in _NEGATED and in_class:
+                self._refuse(set(), f"has a pattern with {mark} in brackets")
+            if mark in _CLASSES:
+                inner += _CLASSES[mark] if in_class else f"[{_CLASSES[mark]}]"
+            elif in_class and mark in "[&~":  # sets of sets, which ECMA-262 has not
+                inner += f"\\{mark}"
+            else:
+                inner += _HARMLESS.get(mark.removeprefix("\\"), mark)
+            depth += 0 if in_class else (mark == "(") - (mark == ")")
+            in_class = mark == "[" or (in_class and mark != "]")
         before, after = ("" if held else r"(.|\n)*" for held in (begins, ends))
         return f"/{before}({inner}){after}/"
 
@@ -214,13 +244,16 @@ class _Value:
 
 
 def _followed(schema: Any, root: Schema, what: str) -> Schema:
-    """Return what a schema refers to, if nothing beside the reference would be left out."""
-    found = follow(schema, root)
-    if found is None:
-        _refuse(f"{what} has a schema that is none, or refers to what is not there")
-    if found is not schema:
-        _only(schema, frozenset(("$ref", "allOf", *_DEFINITIONS)), what)
-    return found
+    """Return what a schema refers to, if nothing beside a reference would be left out."""
+    for _ in range(MAX_REFERENCES):
+        if not isinstance(schema, dict):
+            _refuse(f"{what} has a schema that is none, or refers to what is not there")
+        key, found = reference(schema, root)
+        if not key:
+            return schema
+        _only(schema, frozenset((key, *_DEFINITIONS)), what)
+        schema = found
+    return _refuse(f"{what} refers to what refers to something else, too often")
 
 
 def _types_of(schema: Schema, what: str) -> frozenset[str]:
@@ -238,25 +271,6 @@ def _given(schema: Schema, key: str, kind: type, what: str) -> Any:
     if kind_of(found) != kind_of(kind()) or (kind is int and found < 0):
         _refuse(f"{key!r} of {what} is {json.dumps(found)[:_SHOWN]}")
     return found
-
-
-def _has_choices(pattern: str) -> bool:
-    """Tell whether there is a `|` outside of groups and classes."""
-    depth, in_class = 0, False
-    for found in re.finditer(r"\\.|[\[\]()|]", pattern, re.DOTALL):
-        mark = found[0]
-        if in_class:
-            in_class = mark != "]"
-        elif mark == "|" and depth == 0:
-            return True
-        else:
-            in_class, depth = mark == "[", depth + (mark == "(") - (mark == ")")
-    return False
-
-
-def _harmless(found: re.Match[str]) -> str:
-    """Write what would end an expression, or look like a control token, in another way."""
-    return _HARMLESS.get(found[0].removeprefix("\\"), found[0])
 
 
 def _only(schema: Schema, known: frozenset[str], what: str) -> None:

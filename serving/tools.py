@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serving.call_tags import FUNCTION
 from serving.calls import CallFormat
 from serving.engine.boundary import Grammar, GrammarRefused
 from serving.engine.grammar import JSON_SPACE, MAX_SOURCE_CHARACTERS
@@ -45,7 +46,7 @@ def call_grammar(
     """
     if not must and many and not any(tool.strict for tool in tools):
         return None
-    rules, length = [*_rules(form, must, many, special_id)], 0
+    rules, length = [*_rules(form, tools, must, many, special_id)], 0
     for rule in _calls(form, tools, must):
         rules.append(rule)
         length += len(rule)
@@ -57,7 +58,11 @@ def call_grammar(
 
 
 def _rules(
-    form: CallFormat, must: bool, many: bool, special_id: Callable[[str], int | None]
+    form: CallFormat,
+    tools: Sequence[Tool],
+    must: bool,
+    many: bool,
+    special_id: Callable[[str], int | None],
 ) -> Iterator[str]:
     def symbol(text: str) -> str:
         token_id = special_id(text)
@@ -90,7 +95,10 @@ def _rules(
     lazy = "[lazy]" if special_id(form.opening) is None else ""
     yield f"head{lazy}: TEXT {opening}"
     yield "text: TEXT"
-    yield r"TEXT: /(.|\n)*/"
+    # A tagged call counts without its opening, too, and is no text.
+    names = "|".join(tool.name for tool in tools)
+    bare = rf" & ~/(.|\n)*{FUNCTION}({names})>(.|\n)*/" if form.tagged else ""
+    yield rf"TEXT: /(.|\n)*/{bare}"
 
 
 def _calls(form: CallFormat, tools: Sequence[Tool], must: bool) -> Iterator[str]:

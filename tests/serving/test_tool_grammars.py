@@ -223,6 +223,9 @@ MEETING: dict[str, Any] = {
         "group": {"type": "string", "pattern": "^(a|b)$"},
         "one": {"allOf": [{"$ref": "#/$defs/Hour"}], "default": 5},
         "never": False,
+        "mail": {"anyOf": [{"type": "string", "pattern": r"@\D*$"}, {"type": "null"}]},
+        "longer": {"enum": ["a", "a\nb", "a<b"]},
+        "classes": {"type": "string", "pattern": r"^\d[&]\[\w$"},
     },
     "required": ["day", "extra"],
     "$defs": {
@@ -269,6 +272,17 @@ DAY = {"day": "Mon", "extra": "x"}
         ({"day": "Mon", "extra": "x", "one": 5}, True),
         ({"day": "Mon", "extra": "x", "one": 24}, False),
         ({"day": "Mon", "extra": "x", "never": "x"}, False),
+        ({"day": "Mon", "extra": "x", "mail": "a@b"}, True),
+        ({"day": "Mon", "extra": "x", "mail": None}, True),
+        ({"day": "Mon", "extra": "x", "mail": '"@"'}, True),
+        ({"day": "Mon", "extra": "x", "mail": "ab"}, False),
+        ({"day": "Mon", "extra": "x", "mail": "@2"}, False),
+        ({"day": "Mon", "extra": "x", "longer": "a"}, True),
+        ({"day": "Mon", "extra": "x", "longer": "a\nb"}, True),
+        ({"day": "Mon", "extra": "x", "longer": "a<b"}, True),
+        ({"day": "Mon", "extra": "x", "classes": "7&[_"}, True),
+        ({"day": "Mon", "extra": "x", "classes": "٣&[_"}, False),
+        ({"day": "Mon", "extra": "x", "classes": "7&[é"}, False),
     ],
 )
 def test_arguments_between_tags_follow_their_schema_and_are_read_back(
@@ -287,6 +301,19 @@ def test_arguments_between_tags_follow_their_schema_and_are_read_back(
     assert json.loads(written) == arguments
 
 
+@pytest.mark.parametrize("form", [TAGS, SEED], ids=lambda form: form.name)
+def test_a_call_without_its_opening_is_no_text_where_a_tool_is_strict(
+    judge: Judge, form: CallFormat
+) -> None:
+    bare = tagged(form, "city", json.loads(WRONG))
+    for many in (True, False):
+        assert not judge.takes(form, bare, must=False, many=many)
+        assert not judge.takes(form, f"so: {bare}", must=False, many=many)
+        assert judge.takes(form, "so: <function=city <function=x>", must=False, many=many)
+    right = call(form, ("city", RIGHT))
+    assert not judge.takes(form, f"{right}\n{bare}", must=False, many=True)
+
+
 def test_a_tool_that_says_nothing_of_its_arguments_takes_any_between_tags(judge: Judge) -> None:
     text = call(TAGS, ("any", '{"x y": "a", "b": {"c": 1}}'))
     assert judge.takes(TAGS, text, [ANY], must=True, many=False)
@@ -295,6 +322,13 @@ def test_a_tool_that_says_nothing_of_its_arguments_takes_any_between_tags(judge:
     assert judge.takes(TAGS, call(TAGS, ("any", "{}")), [closed], must=True, many=False)
 
 
+CHAIN: dict[str, Any] = {
+    "$defs": {
+        "A": {"$ref": "#/$defs/B", "maxLength": 2},
+        "B": {"type": "string"},
+        "T": {"type": "object"},
+    },
+}
 STRINGS = {"$defs": {"S": {"type": "string"}}}
 LOOP = {
     "properties": {"a": {"$ref": "#/$defs/A"}},
@@ -329,7 +363,12 @@ MANY_REFERENCES = {
         ({"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}, "'#'"),
         ({"properties": {"a": {"type": "array", "$defs": {}}}}, "definitions"),
         ({"properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/No"}}}}, "No"),
-        ({"$ref": "#"}, "not there"),
+        ({"$ref": "#"}, "too often"),
+        (CHAIN | {"properties": {"a": {"$ref": "#/$defs/A"}}}, "'maxLength'"),
+        (CHAIN | {"properties": {"a": {"allOf": [{"$ref": "#/$defs/B", "not": {}}]}}}, "'not'"),
+        (CHAIN | {"properties": {"a": {"$ref": "#/$defs/B", "allOf": [{}]}}}, "'allOf'"),
+        (CHAIN | {"$ref": "#/$defs/T", "allOf": [{"required": ["b"]}]}, "'allOf'"),
+        ({"properties": {"a": {"type": "string", "pattern": r"^[^\D]$"}}}, "brackets"),
         ({"$ref": "#/$defs/S", **STRINGS}, "object"),
         ({"properties": {"a": False}, "required": ["a"]}, "'a'"),
         ({"required": ["x"], "additionalProperties": False}, "'x'"),
@@ -360,6 +399,13 @@ def test_what_cannot_be_held_between_tags_is_refused(schema: dict[str, Any], say
         TAGS, [Tool("t", schema)], must=False, many=False, special_id=lambda text: None
     )
     assert free is not None, "what the model may write as it likes needs no schema"
+
+
+def test_two_marks_in_brackets_are_no_sets_of_sets(judge: Judge) -> None:
+    schema = {"properties": {"a": {"type": "string", "pattern": "^[&&a~~][[]$"}}}
+    for text, right in (("&[", True), ("~[", True), ("a[", True), ("b[", False), ("a", False)):
+        written = call(TAGS, ("t", json.dumps({"a": text})))
+        assert judge.takes(TAGS, written, [Tool("t", schema)], must=True, many=False) == right
 
 
 def test_a_pattern_cannot_leave_its_expression(judge: Judge) -> None:
