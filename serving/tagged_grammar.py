@@ -38,6 +38,7 @@ _OF_STRINGS = frozenset(("pattern", "minLength", "maxLength"))
 _TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 # Types beside which a string may be any text: what reads as a word of theirs is valid as well.
 _WORDS = frozenset(("null", "boolean"))
+_UNCLEAR = "may be a string or something else that reads the same, and needs one type"
 # What would end an expression here, or look like a control token, written in another way.
 _HARMLESS = {'"': r"\x22", "<": r"\x3c", "\n": r"\n", "/": r"\/"}
 # Of ASCII in ECMA-262.
@@ -123,7 +124,7 @@ class _Value:
         elif "anyOf" in said:
             yield from self._choices(own, types)
         elif said - {"type"} or types - STRING - _WORDS:
-            self._refuse(said - {"type"}, "may be a string or something else that reads the same")
+            self._refuse(said - {"type"}, _UNCLEAR)
         else:
             yield "free"
 
@@ -142,13 +143,13 @@ class _Value:
             return
         others = [choice for choice in choices if choice is not (bound or choices)[0]]
         if len(bound) != 1 or any(_types_of(each, self._what) != {"null"} for each in others):
-            self._refuse(set(), "may be a string or something else that reads the same")
+            self._refuse(set(), _UNCLEAR)
         if "enum" in bound[0] or "const" in bound[0]:
             texts = [*self._texts(bound[0], types), *([self._literal("null")] if others else [])]
             yield f"({' | '.join(texts)})"
             return
         if types - {"null"} != STRING:
-            self._refuse(set(), "may be a string or something else that reads the same")
+            self._refuse(set(), _UNCLEAR)
         value, *more = self._bound(bound[0])
         yield f"({value} | {self._literal('null')})" if others else value
         yield from more
@@ -280,4 +281,7 @@ def _only(schema: Schema, known: frozenset[str], what: str) -> None:
 
 
 def _refuse(reason: str) -> NoReturn:
-    raise GrammarRefused(f"A call cannot be held to this schema: {reason}.")
+    raise GrammarRefused(
+        f"A call cannot be held to this schema: {reason}. Change that, or let the model write the "
+        "arguments as it likes, with neither `strict` nor a call that is required."
+    )
