@@ -87,8 +87,6 @@ def _split(schema: Schema, what: str) -> tuple[dict[str, Any], frozenset[str], b
     if not all(isinstance(key, str) for key in needed):
         _refuse(f"`required` of {what} has something else than names")
     others = own.get("additionalProperties", True)
-    if others is False and (unnamed := [key for key in needed if key not in properties]):
-        _refuse(f"{what} requires {unnamed[0][:_SHOWN]!r}, which it does not allow")
     if not isinstance(others, bool) and "properties" not in own:
         _refuse(f"{what} binds arguments that it does not name")
     properties = {**properties, **{key: others for key in needed if key not in properties}}
@@ -123,9 +121,10 @@ class _Value:
             yield from self._bound(own)
         elif "anyOf" in said:
             yield from self._choices(own, types)
-        elif said - {"type"} or types - STRING - _WORDS:
-            self._refuse(said - {"type"}, _UNCLEAR)
         else:
+            _only(own, frozenset({"type"}), self._what)
+            if types - STRING - _WORDS:
+                self._refuse(_UNCLEAR)
             yield "free"
 
     def _choices(self, own: Schema, types: frozenset[str]) -> Iterator[str]:
@@ -143,13 +142,13 @@ class _Value:
             return
         others = [choice for choice in choices if choice is not (bound or choices)[0]]
         if len(bound) != 1 or any(_types_of(each, self._what) != {"null"} for each in others):
-            self._refuse(set(), _UNCLEAR)
+            self._refuse(_UNCLEAR)
         if "enum" in bound[0] or "const" in bound[0]:
             texts = [*self._texts(bound[0], types), *([self._literal("null")] if others else [])]
             yield f"({' | '.join(texts)})"
             return
         if types - {"null"} != STRING:
-            self._refuse(set(), _UNCLEAR)
+            self._refuse(_UNCLEAR)
         value, *more = self._bound(bound[0])
         yield f"({value} | {self._literal('null')})" if others else value
         yield from more
@@ -162,14 +161,14 @@ class _Value:
         """Return a schema with the definitions that it refers to."""
         held: dict[str, Any] = {**schema}
         if any(key in schema for key in _DEFINITIONS):
-            self._refuse(set(), "has definitions of its own")
+            self._refuse("has definitions of its own")
         found, waiting = set[str](), [json.dumps(schema, ensure_ascii=False)]
         while waiting:
             for pointer in re.findall(r'"\$ref": "((?:[^"\\]|\\.)*)"', waiting.pop()):
                 where, _, key = pointer.removeprefix("#/").partition("/")
                 inside = self._root.get(where) if where in _DEFINITIONS else None
                 if not isinstance(inside, dict) or key not in inside or pointer[:1] != "#":
-                    self._refuse(set(), f"refers to {pointer[:_SHOWN]!r}, no definition of its")
+                    self._refuse(f"refers to {pointer[:_SHOWN]!r}, no definition of its")
                 if pointer not in found:
                     found.add(pointer)
                     held.setdefault(where, {})[key] = inside[key]
@@ -181,7 +180,7 @@ class _Value:
         _only(own, _OF_STRINGS - {"pattern"} | {"type", "enum", "const"}, self._what)
         values = _given(own, "enum", list, self._what) if "enum" in own else [own["const"]]
         if "enum" in own and "const" in own:
-            self._refuse({"const"}, "")
+            self._refuse("has `enum` and `const`, of which one would do")
         kinds = _types_of(own, self._what)
         least, most = (_given(own, key, int, self._what) for key in ("minLength", "maxLength"))
         left = 0
@@ -196,11 +195,11 @@ class _Value:
             text = value if isinstance(value, str) else json.dumps(value)
             read = json.loads(as_json(text, types))
             if END_OF_VALUE in text or (read, kind_of(read)) != (value, kind):
-                self._refuse(set(), f"may be {text[:_SHOWN]!r}, which would be read otherwise")
+                self._refuse(f"may be {text[:_SHOWN]!r}, which would be read otherwise")
             left += 1
             yield self._literal(text)
         if not left:
-            self._refuse(set(), "has no value that its schema allows")
+            self._refuse("has no value that its schema allows")
 
     def _bound(self, own: Schema) -> Iterator[str]:
         """Yield the rules of a text that has to match expressions, all of them."""
@@ -224,9 +223,9 @@ class _Value:
         for found in re.finditer(r"\\.|.", pattern[begins : -1 if ends else None], re.DOTALL):
             mark = found[0]
             if mark == "|" and not depth and not in_class and (begins or ends):
-                self._refuse(set(), "has a pattern with choices beside ^ or $: group them")
+                self._refuse("has a pattern with choices beside ^ or $: group them")
             if mark in _NEGATED and in_class:
-                self._refuse(set(), f"has a pattern with {mark} in brackets")
+                self._refuse(f"has a pattern with {mark} in brackets")
             if mark in _CLASSES:
                 inner += _CLASSES[mark] if in_class else f"[{_CLASSES[mark]}]"
             elif in_class and mark in "[&~":  # sets of sets, which ECMA-262 has not
@@ -234,13 +233,13 @@ class _Value:
             else:
                 inner += _HARMLESS.get(mark.removeprefix("\\"), mark)
             depth += 0 if in_class else (mark == "(") - (mark == ")")
+            if depth < 0:
+                self._refuse("has a pattern that closes a parenthesis which is not open")
             in_class = mark == "[" or (in_class and mark != "]")
         before, after = ("" if held else r"(.|\n)*" for held in (begins, ends))
         return f"/{before}({inner}){after}/"
 
-    def _refuse(self, keys: set[str] | frozenset[str], reason: str) -> NoReturn:
-        if keys:
-            _refuse(f"{self._what} is text, which {min(keys)[:_SHOWN]!r} cannot bind here")
+    def _refuse(self, reason: str) -> NoReturn:
         _refuse(f"{self._what} {reason}")
 
 

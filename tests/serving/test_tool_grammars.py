@@ -382,6 +382,7 @@ MANY_REFERENCES = {
         ({"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "'not'"),
         ({"properties": {"a": {"not": {}}}}, "'not'"),
         ({"properties": {"a": {"type": "string", "pattern": "^a|b$"}}}, "pattern"),
+        ({"properties": {"a": {"type": "string", "pattern": "a)(b"}}}, "parenthesis"),
         ({"properties": {"a": {"type": "string", "pattern": 7}}}, "pattern"),
         ({"properties": {"a": {"enum": ["</parameter>"]}}}, "</parameter>"),
         ({"properties": {"a>": {}}}, "tag"),
@@ -408,14 +409,21 @@ def test_two_marks_in_brackets_are_no_sets_of_sets(judge: Judge) -> None:
         assert judge.takes(TAGS, written, [Tool("t", schema)], must=True, many=False) == right
 
 
-def test_a_pattern_cannot_leave_its_expression(judge: Judge) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "right"),
+    [
+        ('x/\nstart: "y"', 'x/\nstart: "y"'),
+        (r"x\\/ | /y", "x\\/ "),
+        ('x"<[300]>"', 'x"<3>"'),
+    ],
+)
+def test_a_pattern_cannot_leave_its_expression(judge: Judge, pattern: str, right: str) -> None:
     """Neither the grammar around it nor a control token can be written into it."""
-    for pattern in ('x/\nstart: "y"', "x\\\\/ | /y", 'x"<[300]>"', "a)(b"):
-        schema = {"properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
-        tool = Tool("t", schema)
-        try:
-            assert not judge.takes(TAGS, "y", [tool], must=True, many=False)
-            wrong = call(TAGS, ("t", '{"a": "nothing of it"}'))
-            assert not judge.takes(TAGS, wrong, [tool], must=True, many=False)
-        except GrammarRefused:
-            continue
+    schema = {"properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+
+    def takes(text: str) -> bool:
+        return judge.takes(TAGS, text, [Tool("t", schema)], must=True, many=False)
+
+    assert takes(call(TAGS, ("t", json.dumps({"a": f"so {right}"}))))
+    assert not takes(call(TAGS, ("t", '{"a": "nothing of it"}')))
+    assert not takes("y")
