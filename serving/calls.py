@@ -1,8 +1,9 @@
 """Calls of tools in what a model writes, found while it is written.
 
 A family of models writes a call as a JSON object with the tool's name and its arguments, as the
-name and then an object of arguments, or with each argument between tags (`call_tags`). Where they
-stand differs. Every character is read a bounded number of times, whatever the model writes.
+name and then an object of arguments, with each argument between tags (`call_tags`), or as Python
+writes one (`call_python`). Where they stand differs. Every character is read a bounded number of
+times, whatever the model writes.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from serving.call_python import PythonCall
 from serving.call_tags import FUNCTION, TaggedCall, overlap
 from serving.parameters import Arguments, Schema
 
@@ -26,7 +28,9 @@ _PORTION = 512  # characters: what is left of a portion is copied at each call i
 class CallFormat:
     """How a family of models writes calls."""
 
-    name: Literal["hermes", "mistral", "mistral_args", "llama", "granite", "cohere", "tags", "seed"]
+    name: Literal[
+        "hermes", "mistral", "mistral_args", "llama", "granite", "cohere", "tags", "seed", "olmo"
+    ]
     opening: str  # what stands before calls
     closing: str  # what stands after each call, or after a list of them; empty: nothing
     arguments: str = "arguments"  # the key of the arguments
@@ -37,6 +41,7 @@ class CallFormat:
     marks: tuple[str, ...] = ()  # between the tool's name, which is in no object, and its arguments
     tagged: bool = False  # each argument is between tags, and no object there
     padding: str = ""  # what stands before and after the value of such an argument
+    python: bool = False  # calls are those of Python, one behind the other before `closing`
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -56,7 +61,8 @@ COHERE = CallFormat(
 )
 TAGS = CallFormat("tags", "<tool_call>", "</tool_call>", tagged=True, padding="\n")
 SEED = CallFormat("seed", "<seed:tool_call>", "</seed:tool_call>", tagged=True)
-FORMATS = (HERMES, MISTRAL, MISTRAL_ARGS, LLAMA, GRANITE, COHERE, TAGS, SEED)
+OLMO = CallFormat("olmo", "<function_calls>", "</function_calls>", python=True)
+FORMATS = (HERMES, MISTRAL, MISTRAL_ARGS, LLAMA, GRANITE, COHERE, TAGS, SEED, OLMO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ class CallParser:
         self._called = False  # since the last opening
         self._at_end = False  # of a list of calls, which a mark still closes
         self._at_start = True
-        self._object: _CallObject | TaggedCall | None = None
+        self._object: _Call | None = None
         self._events: list[Event] = []
 
     def push(self, text: str) -> list[Event]:
@@ -164,11 +170,14 @@ class CallParser:
             self._among_calls = self._at_end = bool(form.closing)
             return True
         begins = FUNCTION if form.tagged else form.closing if self._at_end else "{"
-        if not text or any(
-            text != mark and mark.startswith(text) for mark in (begins, form.closing)
-        ):
+        marks = (form.closing,) if form.python else (begins, form.closing)
+        if not text or any(text != mark and mark.startswith(text) for mark in marks):
             return False
-        if not self._at_end and (not self._called if form.marks else text.startswith(begins)):
+        if form.python:  # it begins with a tool's name, whatever that is
+            found = not text.startswith(form.closing)
+        else:
+            found = not self._called if form.marks else text.startswith(begins)
+        if found and not self._at_end:
             self._begin_object()
             return True
         if form.closing and text.startswith(form.closing) and self._called:
@@ -186,6 +195,8 @@ class CallParser:
         self._at_start = False
         if self._form.tagged:
             self._object = TaggedCall(self._form.padding, self._arguments_of)
+        elif self._form.python:
+            self._object = PythonCall(lambda tool: self._arguments_of(tool).names)
         else:
             made = _NamedCall if self._form.marks else _CallObject
             self._object = made(self._form)
@@ -195,7 +206,7 @@ class CallParser:
             self._arguments[tool] = Arguments(self._tools.get(tool, {}))
         return self._arguments[tool]
 
-    def _read_object(self, found: "_CallObject | TaggedCall") -> bool:
+    def _read_object(self, found: "_Call") -> bool:
         read = found.read(self._text)
         self._held.append(self._text[:read])
         self._text = self._text[read:]
@@ -213,7 +224,7 @@ class CallParser:
         self._object = None
         return True
 
-    def _begin_call(self, found: "_CallObject | TaggedCall", name: str) -> None:
+    def _begin_call(self, found: "_Call", name: str) -> None:
         # Behind an opening a call of something unknown is still one; a bare object may be data.
         if not self._among_calls and name not in self._tools:
             found.over = True
@@ -351,6 +362,9 @@ class _NamedCall(_CallObject):
         elif rest and not _CALL_ID.startswith(rest) and not _ARGS.startswith(rest):
             self.over = True
         return read
+
+
+_Call = _CallObject | TaggedCall | PythonCall
 
 
 def _string(text: str) -> str | None:

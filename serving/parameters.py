@@ -30,13 +30,15 @@ class Arguments:
     def __init__(self, schema: Schema) -> None:
         self._root = schema
         self._own = follow(schema, schema) or {}
+        properties = self._own.get("properties")
+        named: Schema = properties if isinstance(properties, Mapping) else {}
+        self._properties, self.names = named, tuple(named)
         self._types: dict[str, frozenset[str]] = {}
 
     def types(self, key: str) -> frozenset[str]:
         """Return the names of the JSON types that an argument may have, or UNKNOWN."""
         if key not in self._types:
-            properties = self._own.get("properties")
-            found = cast("Schema", properties).get(key) if isinstance(properties, Mapping) else None
+            found = self._properties.get(key)
             found = self._own.get("additionalProperties") if found is None else found
             self._types[key] = types_of(found, self._root)
         return self._types[key]

@@ -36,7 +36,7 @@ def ask_template(chat: ChatEncoder) -> ToolTemplate | None:
     """Return how the template has tools; None: not at all, or in no form that is known."""
     one, two = (_render(chat, tool_calls=[_call(n) for n in range(count)]) for count in (1, 2))
     if form := next((form for form in FORMATS if _reads(form, one, 1)), None):
-        return ToolTemplate(form, _reads(form, two, 2))
+        return ToolTemplate(form, _reads(form, two, 2)) if _takes_results(chat) else None
     form = next((form for form in _TAUGHT if _teaches(form, chat)), None)
     if _TOOL.name in one or form is None:
         return None
@@ -85,6 +85,16 @@ def _teaches(form: CallFormat, chat: ChatEncoder) -> bool:
     except (TemplateError, TypeError, ValueError):
         return False
     return form.opening in shown and form.opening not in plain and _RESULT in shown
+
+
+def _takes_results(chat: ChatEncoder) -> bool:
+    """Tell whether the prompt shows what a tool answered."""
+    called = {"role": "assistant", "content": "", "tool_calls": [_call(0)]}
+    result = {"role": "tool", "content": _RESULT, "tool_call_id": _call(0)["id"]}
+    try:
+        return _RESULT in chat.text([_QUESTION, called, result], [_TOOL.described])
+    except (TemplateError, TypeError, ValueError):
+        return False
 
 
 def _render(chat: ChatEncoder, **fields: Any) -> str:

@@ -9,7 +9,8 @@ from serving.call_tags import FUNCTION
 from serving.calls import CallFormat
 from serving.engine.boundary import Grammar, GrammarRefused
 from serving.engine.grammar import JSON_SPACE, MAX_SOURCE_CHARACTERS
-from serving.tagged_grammar import SHARED_RULES, tagged_rules
+from serving.python_grammar import PYTHON_RULES, python_rules
+from serving.tagged_grammar import TAGGED_RULES, tagged_rules
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -75,7 +76,11 @@ def _rules(
         yield r"OTHER: /[ \t\r\n]*[^{ \t\r\n](.|\n)*/"
         return
     gap = "" if form.marks else '"\\n"'  # between a call and the next
-    if form.listed:
+    together = form.listed or form.python  # all calls behind one opening
+    if form.python:
+        calls = f"object ({gap} object)*" if many else "object"
+        yield f"body: {calls} {symbol(form.closing)}"
+    elif form.listed:
         objects = 'object ("," GAP? object)*' if many else "object"
         closing = symbol(form.closing) if form.closing else ""
         yield f'body: GAP? "[" GAP? {objects} GAP? "]" {closing}'
@@ -87,7 +92,7 @@ def _rules(
         yield "CALL_ID: /[a-zA-Z0-9]{9}/"
     else:
         yield f'body: "\\n" object "\\n" {symbol(form.closing)}'
-    repeated = many and not form.listed
+    repeated = many and not together
     if must:
         yield f"start: {opening} body" + (f" ({gap} {opening} body)*" if repeated else "")
         return
@@ -106,11 +111,16 @@ def _calls(form: CallFormat, tools: Sequence[Tool], must: bool) -> Iterator[str]
     if form.numbered:
         yield "NUMBER: /[0-9]{1,4}/"
     if form.tagged:
-        yield from SHARED_RULES
+        yield from TAGGED_RULES
+    elif form.python:
+        yield from PYTHON_RULES
     for number, tool in enumerate(tools):
         rule, schema = f"tool_{number}", tool.parameters if must or tool.strict else ANY_OBJECT
         if form.tagged:
             yield from tagged_rules(rule, tool.name, schema, form.padding)
+            continue
+        if form.python:
+            yield from python_rules(rule, tool.name, schema)
             continue
         before, after = _around(form, json.dumps(tool.name))
         yield f"{rule}: {before} arguments_{number} {after}"

@@ -116,8 +116,23 @@ _SEED = (
     "{% if add_generation_prompt %}<seed:bos>assistant\n{% endif %}"
 )
 
+# OLMo 3: calls of Python; results are what the environment says.
+_OLMO = (
+    "{% if tools %}<|im_start|>system\n<functions>{{ tools | tojson }}</functions> Calls stand "
+    "within <function_calls></function_calls>.<|im_end|>\n{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content if m.content }}"
+    "{% if m.tool_calls %}<function_calls>{% for c in m.tool_calls %}{{ c.function.name }}("
+    "{% for key, value in c.function.arguments | items %}{{ key }}={{ value | tojson }}"
+    "{{ ', ' if not loop.last }}{% endfor %}){{ '\n' if not loop.last }}{% endfor %}"
+    "</function_calls>{% endif %}<|im_end|>\n{% elif m.role == 'tool' %}"
+    "<|im_start|>environment\n{{ m.content }}<|im_end|>\n{% else %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 BY_HAND = {
+    "olmo": _OLMO,
     "granite": _granite("tools"),
     "cohere": _COHERE,
     "seed": _SEED,

@@ -4,8 +4,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Running:
     server: DrainingServer
     thread: threading.Thread
     loop: asyncio.AbstractEventLoop
+    clients: ExitStack = field(default_factory=ExitStack)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -89,8 +90,9 @@ class Running:
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=30, **options)
 
     def openai(self, **options: Any) -> OpenAI:
+        """Return a client whose connections are closed before the server is stopped."""
         settings = {"api_key": self.key, "max_retries": 0, "timeout": 30.0} | options
-        return OpenAI(base_url=f"{self.url}/v1", **settings)
+        return self.clients.enter_context(OpenAI(base_url=f"{self.url}/v1", **settings))
 
     def post(self, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
         with self.client() as client:
@@ -130,7 +132,8 @@ def running(
         assert started.wait(10), "the server did not start"
         live = Running(settings.url, key, engine, services_of(app), server, thread, loops[0])
         try:
-            yield live
+            with live.clients:
+                yield live
         finally:
             if thread.is_alive():
                 live.stop()

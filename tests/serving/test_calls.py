@@ -1,7 +1,8 @@
 """Calls of tools found in what a model writes, whatever pieces it comes in."""
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import pytest
@@ -16,6 +17,7 @@ from serving.calls import (
     LLAMA,
     MISTRAL,
     MISTRAL_ARGS,
+    OLMO,
     SEED,
     TAGS,
     CallFormat,
@@ -47,6 +49,8 @@ BITS = [
     *("<|tool_call|>", "<|START_ACTION|>", "<|END_ACTION|>", '{"tool_name": "g"}', "],"),
     *("<seed:tool_call>", "</seed:tool_call>", "<function=f>", "<parameter=s>", "<parameter=i>"),
     *("</parameter>", "</function>", "</par", "<func", "<parameter=", "7", "True", "None"),
+    *("<function_calls>", "</function_calls>", "f(s=", "f(", ")", "i=", "'", ",", "\\u00", "e9"),
+    *("\\x4", "=", ":", "(", "\\'", "\\U0001F60", "00"),
 ]
 Found = tuple[str, list[tuple[str, str]]]
 
@@ -239,6 +243,48 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             "",
             [("f", '{"s": "\\n7\\n", "o": {"a": 1}}')],
         ),
+        (
+            OLMO,
+            'so:<function_calls>f(s="a, b=(c)", i=-7)\ng()</function_calls>\nok',
+            "so:\nok",
+            [("f", '{"s": "a, b=(c)", "i": -7}'), ("g", "{}")],
+        ),
+        (
+            OLMO,
+            "<function_calls>\n  f( s = 'it\\'s \"é\"\\n' ,\n o={'a': [1.5e3, None], 'b': (True,)}"
+            ",)\n</function_calls>",
+            "",
+            [("f", '{"s": "it\'s \\"é\\"\\n", "o": {"a": [1.5e3, null], "b": [true]}}')],
+        ),
+        (
+            OLMO,
+            r"""<function_calls>f(s='\x41\u00e9\U0001F600\d\/\\', any='a' "\ud83d\ude00")"""
+            "</function_calls>",
+            "",
+            [("f", r'{"s": "\u0041\u00e9😀\\d\/\\", "any": "a\ud83d\ude00"}')],
+        ),
+        (
+            OLMO,
+            "<function_calls>f(s=New York, i=007, n=12:30, m=, e=true, any={1: a b})"
+            "</function_calls>",
+            "",
+            [
+                (
+                    "f",
+                    '{"s": "New York", "i": "007", "n": "12:30", "m": null, "e": true, '
+                    '"any": {"1": "a b"}}',
+                )
+            ],
+        ),
+        (  # without names, and one of them twice
+            OLMO,
+            "<function_calls>f('x', 7, i=8)g(1)</function_calls>",
+            "",
+            [("f", '{"s": "x", "i": 7}'), ("g", '{"0": 1}')],
+        ),
+        (OLMO, "<function_calls>f(any=[1, (2})", "", [("f", '{"any": [1, [2]]')]),
+        (OLMO, '<function_calls>nobody(a="b', "", [("nobody", '{"a": "b')]),
+        (OLMO, "<function_calls>f() and</function_calls>", " and</function_calls>", [("f", "{}")]),
     ],
 )
 def test_calls_are_found_however_the_text_is_cut(
@@ -297,6 +343,11 @@ def test_calls_are_found_however_the_text_is_cut(
         (TAGS, "<function=nobody>\n</function>"),
         (TAGS, "see <function=f"),
         (SEED, "<tool_call>\n<function=nobody>\n</function>\n</tool_call>"),
+        (OLMO, "<function_calls>no call</function_calls> x"),
+        (OLMO, "<function_calls>\n</function_calls>"),
+        (OLMO, "<function_calls>f"),
+        (OLMO, f"<function_calls>{'f' * 65}()</function_calls>"),
+        (OLMO, "f(s='x')"),
         (LLAMA, '{"name": "nobody", "parameters": {"a": 1}}'),
         (LLAMA, '{"answer": {"name": "f", "parameters": {}}} and more'),
         (LLAMA, '  \n hello {"name": "f", "parameters": {}}'),
@@ -338,6 +389,33 @@ def test_lists_in_lists_without_end_are_text(cut: int) -> None:
     """Deeper than any parser of JSON goes."""
     text = f'<tool_call>{{"name": {"[" * 100_000}{"]" * 100_000}}}'
     assert parse(HERMES, text, range(cut, len(text), cut)) == (text, [])
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    max_leaves=12,
+)
+
+
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_é]{1,9}", fullmatch=True), VALUES, max_size=4),
+    st.sampled_from([repr, ascii, json.dumps]),
+    st.lists(st.integers(0, 2**16), max_size=5),
+)
+def test_what_python_or_json_writes_is_read_as_what_it_is(
+    arguments: dict[str, Any], write: Callable[[Any], str], places: list[int]
+) -> None:
+    written = ", ".join(f"{key}={write(value)}" for key, value in arguments.items())
+    text = f"<function_calls>f({written})</function_calls>"
+    cuts = sorted({place % (len(text) + 1) for place in places})
+    said, [(name, found)] = parse(OLMO, text, cuts)
+    assert (said, name) == ("", "f")
+    assert json.loads(found) == json.loads(json.dumps(arguments))
 
 
 class Counted(str):
@@ -385,6 +463,7 @@ def looked_at(form: CallFormat, pieces: Sequence[str]) -> int:
         *("<tool_call><function=f>", "<parameter=s>", "<parameter=i>7", "</parameter", "<function"),
         *("<tool_call><function=f><parameter=i>7</parameter></function></tool_call>",),
         *('<|START_ACTION|>[{"tool_name":"g"}]', "<|START_ACTION|>", "]", "<|END_ACTION|>"),
+        *("<function_calls>f(", "f(s=", "i=[", "<function_calls>f()\n", "'\\x", "a ", ",b=(:"),
     ],
 )
 def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) -> None:

@@ -11,6 +11,7 @@ from serving.calls import (
     LLAMA,
     MISTRAL,
     MISTRAL_ARGS,
+    OLMO,
     SEED,
     TAGS,
     CallFormat,
@@ -46,6 +47,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
         ("qwen3_5_nothink", TAGS, True),
         ("qwen3_6", TAGS, True),
         ("seed", SEED, True),
+        ("olmo", OLMO, True),
         ("llama3", None, False),  # no tools
         ("phi3", None, False),
         ("gemma3", None, False),
@@ -79,6 +81,15 @@ def test_a_template_that_writes_no_calls_has_tools_only_where_it_teaches_and_kee
     template = chat_template("smollm3")
     assert says in template
     tokenizer.chat_template = template.replace(says, instead)
+    assert ask_template(ChatEncoder(tokenizer)) is None
+
+
+def test_a_template_that_drops_what_a_tool_answers_has_none(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    template = chat_template("olmo")
+    tokenizer.chat_template = template.replace("environment\n{{ m.content }}", "environment\n")
+    assert tokenizer.chat_template != template
     assert ask_template(ChatEncoder(tokenizer)) is None
 
 

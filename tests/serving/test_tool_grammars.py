@@ -9,7 +9,17 @@ import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
-from serving.calls import FORMATS, HERMES, LLAMA, MISTRAL_ARGS, SEED, TAGS, CallFormat, CallParser
+from serving.calls import (
+    FORMATS,
+    HERMES,
+    LLAMA,
+    MISTRAL_ARGS,
+    OLMO,
+    SEED,
+    TAGS,
+    CallFormat,
+    CallParser,
+)
 from serving.engine.boundary import GrammarRefused
 from serving.engine.grammar import GrammarCompiler
 from serving.tools import Tool, call_grammar
@@ -30,7 +40,7 @@ RIGHT, WRONG = '{"name": "Oslo"}', '{"name": "Bonn"}'
 MARKS = [
     *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>"),
     *("<|tool_call|>", "<|START_ACTION|>", "<|END_ACTION|>"),
-    *("<seed:tool_call>", "</seed:tool_call>"),
+    *("<seed:tool_call>", "</seed:tool_call>", "<function_calls>", "</function_calls>"),
 ]
 
 
@@ -102,6 +112,9 @@ def call(form: CallFormat, *written: tuple[str, str]) -> str:
     if form.tagged:
         blocks = [tagged(form, name, json.loads(said)) for name, said in written]
         return "\n".join(f"{form.opening}\n{each}\n{form.closing}" for each in blocks)
+    if form.python:
+        calls = [python(name, json.loads(said)) for name, said in written]
+        return form.opening + "\n".join(calls) + form.closing
     objects = [f'{{"{form.tool}": "{name}", "{form.arguments}": {said}}}' for name, said in written]
     if form.numbered:
         objects = [
@@ -113,6 +126,11 @@ def call(form: CallFormat, *written: tuple[str, str]) -> str:
     if form is LLAMA:
         return "; ".join(objects)
     return f"{form.opening} [{', '.join(objects)}]{form.closing}"
+
+
+def python(name: str, arguments: dict[str, Any]) -> str:
+    """Write a call as Python does, with values as JSON."""
+    return f"{name}({', '.join(f'{key}={json.dumps(arguments[key])}' for key in arguments)})"
 
 
 def tagged(form: CallFormat, name: str, arguments: dict[str, Any]) -> str:
@@ -178,7 +196,7 @@ def test_arguments_are_an_object_where_their_schema_does_not_say_so(judge: Judge
     for form in FORMATS:
         for must in (True, False):
             assert judge.takes(form, call(form, ("city", RIGHT)), untyped, must=must, many=False)
-            if not form.tagged:  # between tags they cannot be anything else
+            if not form.tagged and not form.python:  # there they cannot be anything else
                 text = call(form, ("city", "7"))
                 assert not judge.takes(form, text, untyped, must=must, many=False)
 
@@ -385,8 +403,8 @@ MANY_REFERENCES = {
         ({"properties": {"a": {"type": "string", "pattern": "a)(b"}}}, "parenthesis"),
         ({"properties": {"a": {"type": "string", "pattern": 7}}}, "pattern"),
         ({"properties": {"a": {"enum": ["</parameter>"]}}}, "</parameter>"),
-        ({"properties": {"a>": {}}}, "tag"),
-        ({"properties": {"": {}}}, "tag"),
+        ({"properties": {"a>": {}}}, "'a>'"),
+        ({"properties": {"": {}}}, "the name of ''"),
         ({"properties": [1]}, "properties"),
         ({"required": "a"}, "required"),
         ({"properties": {str(n): {} for n in range(257)}}, "257"),
@@ -427,3 +445,86 @@ def test_a_pattern_cannot_leave_its_expression(judge: Judge, pattern: str, right
     assert takes(call(TAGS, ("t", json.dumps({"a": f"so {right}"}))))
     assert not takes(call(TAGS, ("t", '{"a": "nothing of it"}')))
     assert not takes("y")
+
+
+ORDERED: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer"},
+        "b": {"type": "string", "maxLength": 3},
+        "c d": {"$ref": "#/$defs/List"},
+        "e": {},
+        "never": False,
+    },
+    "required": ["b"],
+    "$defs": {"List": {"type": "array", "items": {"type": "boolean"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('b="x"', {"b": "x"}),
+        (
+            'a=1, b="x", c d=[true], e={"f": null}',
+            {"a": 1, "b": "x", "c d": [True], "e": {"f": None}},
+        ),
+        (r'b="é\"=", e=")\n"', {"b": 'é"=', "e": ")\n"}),
+        ('a=1, b="x",', None),
+        (', b="x"', None),
+        ('a=1 b="x"', None),
+        ('b="x", a=1', None),  # in another order
+        ("a=1", None),
+        ("", None),
+        ('b="long"', None),
+        ("b='x'", None),
+        ('a=1.5, b="x"', None),
+        ('b="x", c d=[1]', None),
+        ('b="x", never=1', None),
+        ('b="x", other=1', None),
+        ('"x"', None),
+    ],
+)
+def test_arguments_of_python_follow_their_schema_and_are_read_back(
+    judge: Judge, written: str, read: dict[str, Any] | None
+) -> None:
+    text = f"{OLMO.opening}t({written}){OLMO.closing}"
+    right = judge.takes(OLMO, text, [Tool("t", ORDERED)], must=True, many=False)
+    assert right == (read is not None)
+    if not right:
+        return
+    parser = CallParser(OLMO, {"t": ORDERED})
+    events = [*parser.push(text), *parser.finish()]
+    assert not any(isinstance(event, str) for event in events)
+    arguments = "".join(event.arguments for event in events if not isinstance(event, str))
+    assert json.loads(arguments) == read
+    jsonschema.validate(read, ORDERED)
+
+
+def test_arguments_of_python_that_may_all_be_left_out(judge: Judge) -> None:
+    tool = Tool("t", {"properties": {"a": {"type": "null"}, "b": {}, "c": {"const": 3}}})
+    for written in ("", "a=null", "b=1", "c=3", "a=null, b=1", "a=null, c=3", "a=null, b=1, c=3"):
+        text = f"{OLMO.opening}t({written}){OLMO.closing}"
+        assert judge.takes(OLMO, text, [tool], must=True, many=False)
+    for written in ("a=1", "c=3, b=1", "a=null, ", "a=null,, b=1", "d=1"):
+        text = f"{OLMO.opening}t({written}){OLMO.closing}"
+        assert not judge.takes(OLMO, text, [tool], must=True, many=False)
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"properties": {"a": 7}}, "'a' of 't' has a schema that is none"),
+        ({"properties": {"a=": {}}}, "'a='"),
+        ({"properties": {" a": {}}}, "' a'"),
+        ({"properties": {'"': {}}}, "'\"' of 't'"),
+        ({"properties": {"a": {"$ref": "#/properties/b"}, "b": {}}}, "'#/properties/b'"),
+        ({"anyOf": [{"required": ["a"]}]}, "'anyOf' of 't'"),
+        ({"required": ["a"], "properties": {"a": False}}, "'a'"),
+        ({"additionalProperties": {"type": "string"}}, "does not name"),
+    ],
+)
+def test_what_cannot_be_held_in_python_is_refused(schema: dict[str, Any], says: str) -> None:
+    with pytest.raises(GrammarRefused) as refused:
+        call_grammar(OLMO, [Tool("t", schema)], must=True, many=True, special_id=lambda text: None)
+    assert says in str(refused.value)

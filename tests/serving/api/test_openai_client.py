@@ -164,7 +164,7 @@ def test_an_aborted_stream_frees_its_engine_request(wardrobe: Wardrobe, tokens: 
     engine = ScriptedEngine(step_seconds=0.01)
     with running(wardrobe, tokens, engine) as live:
         stream = live.openai().chat.completions.create(**CHAT, stream=True, max_tokens=400, n=2)
-        next(iter(stream))
+        next(stream)
         assert len(engine.running) == 2
         stream.close()
         wait_until(lambda: not engine.running, 1.0)
@@ -203,7 +203,7 @@ def test_a_full_queue_is_a_rate_limit_with_retry_after(wardrobe: Wardrobe, token
     engine = ScriptedEngine(step_seconds=0.05, max_running=1, max_waiting=0)
     with running(wardrobe, tokens, engine) as live:
         stream = live.openai().chat.completions.create(**CHAT, stream=True, max_tokens=100)
-        next(iter(stream))
+        next(stream)
         for streamed in (False, True):
             with pytest.raises(openai.RateLimitError) as busy:
                 live.openai().chat.completions.create(**CHAT, stream=streamed)

@@ -50,6 +50,7 @@ SPOKEN = {
         "<seed:tool_call>\n<function=weather>\n<parameter=city>Oslo</parameter>\n</function>\n"
         "</seed:tool_call>"
     ),
+    "olmo": '<function_calls>weather(city="Oslo")</function_calls>',
 }
 TEMPLATES = {"hermes": "qwen2_5", "llama": "llama3_2", "tags": "qwen3_5_nothink"}
 # The others have the family's name.
