@@ -16,10 +16,12 @@ MAX_CONFIG_BYTES = 1 << 20
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # transformers' own forward pass computes these, over the engine's attention and linears.
 THROUGH_TRANSFORMERS = (
-    *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
-    *("gpt2", "gpt_bigcode", "gpt_neox", "granite", "helium", "ministral", "mixtral", "olmo"),
-    *("olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss"),
-    *("smollm3", "starcoder2"),
+    *("apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4"),
+    *("exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe"),
+    *("gpt2", "gpt_bigcode", "gpt_neox", "granite", "granitemoe", "helium", "hunyuan_v1_dense"),
+    *("jais2", "minimax_m2", "ministral", "ministral3", "mixtral", "nanochat", "olmo", "olmo2"),
+    *("olmo3", "olmoe", "opt", "phi", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss"),
+    *("smollm3", "solar_open", "starcoder2", "vaultgemma"),
 )
 # These store the weight of a linear as [in, out] (transformers' Conv1D). A and B are as always.
 TRANSPOSED = ("gpt2",)

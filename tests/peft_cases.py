@@ -382,6 +382,18 @@ REFUSED = [
 
 # Linears and norms of architectures that name them otherwise than Llama does.
 NAMES: dict[str, tuple[list[str], list[str]]] = {
+    "apertus": (["q_proj", "up_proj"], ["attention_layernorm", "feedforward_layernorm"]),
+    "arcee": (["q_proj", "up_proj"], ["input_layernorm", "model.norm"]),
+    "ernie4_5_moe": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
+    "exaone_moe": (["q_proj", "o_proj"], ["post_feedforward_layernorm", "model.norm"]),
+    "flex_olmo": (["q_proj", "o_proj"], ["post_feedforward_layernorm", "model.norm"]),
+    "glm4_moe": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
+    "granitemoe": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
+    "jais2": (["q_proj", "up_proj"], ["input_layernorm", "model.norm"]),
+    "minimax_m2": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
+    "nanochat": (["q_proj", "fc1"], []),
+    "solar_open": (["q_proj", "o_proj"], ["input_layernorm", "model.norm"]),
+    "vaultgemma": (SOME, ["pre_feedforward_layernorm", "model.norm"]),
     "cohere": (SOME, ["input_layernorm", "model.norm"]),
     "cohere2": (SOME, ["input_layernorm", "model.norm"]),
     "exaone4": (SOME, ["post_feedforward_layernorm", "model.norm"]),

@@ -29,18 +29,29 @@ SETTINGS = EngineSettings(
 
 # The linears of an architecture that are not named as Llama's are. Experts are no linears.
 LINEARS: dict[str, Sequence[str]] = {
+    "apertus": (*tiny.ATTENTION, "up_proj", "down_proj"),
+    "arcee": (*tiny.ATTENTION, "up_proj", "down_proj"),
+    "ernie4_5_moe": tiny.ATTENTION,
+    "exaone_moe": tiny.ATTENTION,
+    "flex_olmo": tiny.ATTENTION,
     "glm": (*tiny.ATTENTION, "gate_up_proj", "down_proj"),
     "glm4": (*tiny.ATTENTION, "gate_up_proj", "down_proj"),
+    "glm4_moe": tiny.ATTENTION,
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "gpt_bigcode": ("c_attn", "c_proj", "c_fc"),
     "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "granitemoe": tiny.ATTENTION,
+    "jais2": (*tiny.ATTENTION, "up_proj", "down_proj"),
+    "minimax_m2": tiny.ATTENTION,
     "mixtral": tiny.ATTENTION,
+    "nanochat": (*tiny.ATTENTION, "fc1", "fc2"),
     "olmoe": tiny.ATTENTION,
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "qwen2_moe": tiny.ATTENTION,
     "qwen3_moe": tiny.ATTENTION,
+    "solar_open": tiny.ATTENTION,
     "starcoder2": (*tiny.ATTENTION, "c_fc", "c_proj"),
 }
 SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
@@ -64,6 +75,14 @@ LLAMA3 = rope(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
+)
+# Queries grow with the logarithm of their position beyond the original context.
+LATER = rope(
+    "yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    max_position_embeddings=64,
+    llama_4_scaling_beta=0.3,
 )
 OWN: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
@@ -102,19 +121,32 @@ THROUGH: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"no_rope_layers": [1, 0]}),
 ]
 ALSO: list[tuple[str, dict[str, Any]]] = [
+    ("apertus", {}),
+    ("arcee", {}),
     ("cohere", {"use_qk_norm": True}),
     ("cohere2", SLIDING),
+    ("cwm", SLIDING | {"bos_token_id": 1}),
     ("ernie4_5", {}),
+    ("ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2}),
     ("exaone4", SLIDING),
+    ("exaone_moe", SLIDING | EXPERTS),
+    ("flex_olmo", EXPERTS),
     ("gemma", {}),
     ("glm", {}),
     ("glm4", {}),
+    ("glm4_moe", {"use_qk_norm": True, "n_routed_experts": 4, "num_experts_per_tok": 2}),
     ("gpt_bigcode", {}),
     ("gpt_neox", {}),
     ("granite", MULTIPLIERS),
+    ("granitemoe", MULTIPLIERS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("helium", {}),
+    ("hunyuan_v1_dense", {}),
+    ("jais2", {}),
+    ("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}),
     ("ministral", SLIDING),
+    ("ministral3", LATER),
     ("mixtral", {"num_local_experts": 4, "sliding_window": 9}),
+    ("nanochat", {}),
     ("olmo", {"clip_qkv": 1.0}),
     ("olmo2", {}),
     ("olmo3", SLIDING),
@@ -122,7 +154,9 @@ ALSO: list[tuple[str, dict[str, Any]]] = [
     ("phi", {}),
     ("qwen2_moe", EXPERTS),
     ("seed_oss", {}),
+    ("solar_open", {"n_routed_experts": 4, "num_experts_per_tok": 2}),
     ("starcoder2", {"sliding_window": 9}),
+    ("vaultgemma", SLIDING),
 ]
 
 
