@@ -15,6 +15,7 @@ from registry.durable import sync
 from registry.errors import Problem
 from registry.jsonfile import canonical
 from registry.manifest import config_bytes, digest_of
+from registry.text_half import keep_text
 from registry.upload import UploadedFile, uploaded
 from registry.validate import Checked, validate
 from registry.vectors import AnyConfig
@@ -41,7 +42,8 @@ def pass_gate(
     `files` are all of `staging`, which nobody else can write to.
     """
     files = dict(files)
-    if converted := convert(staging, bases, base=base):
+    told = [*filter(None, (keep_text(staging), convert(staging, bases, base=base)))]
+    if told:
         files[WEIGHTS_NAME] = uploaded(staging / WEIGHTS_NAME)
     with ThreadPoolExecutor(1, "push-sync") as beside:
         # The gate needs the bytes, and not that the disk has them, which takes as long. What the
@@ -51,8 +53,7 @@ def pass_gate(
         on_disk.result()
     if checked.config is not None:
         files[CONFIG_NAME] = _write_config(staging, checked.config)
-    warnings = (converted, *checked.warnings) if converted else checked.warnings
-    return Passed(_describe(name, checked, files), files, warnings)
+    return Passed(_describe(name, checked, files), files, (*told, *checked.warnings))
 
 
 def _sync_all(files: Iterable[UploadedFile]) -> None:

@@ -5,8 +5,9 @@ https://github.com/huggingface/safetensors#format. The reference reader accepts 
 and headers of 100 MB; this one does not.
 """
 
+import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -126,6 +127,28 @@ def tensor_files(folder: Path) -> list[Path]:
         if Path(name).name != name or not (folder / name).is_file():
             raise refused("file_missing", f"{index} names {name!r}, which is not in {folder}.")
     return [folder / name for name in sorted(names)]
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[int]:
+    """Write tensors of other files into one of their own, under these names; yield bytes written.
+
+    Nothing of them is held in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    position = 0
+    for name, tensor in tensors.items():
+        end = position + tensor.stop - tensor.start
+        offsets = [position, end]
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        position = end
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)  # the reference implementation aligns what follows
+    with path.open("wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        for tensor in tensors.values():
+            for chunk in read_chunks(tensor):
+                file.write(chunk)
+                yield len(chunk)
 
 
 def read_chunks(tensor: Tensor, chunk: int = CHUNK) -> Iterator[bytes]:

