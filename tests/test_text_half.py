@@ -257,6 +257,13 @@ def rename(adapter: Path, what: str, by: str) -> None:
     [
         (["language_model.model.layers.0.self_attn.q_proj", "tower.x"], "tower.x"),
         (["language_model.model.layers.9.self_attn.q_proj"], "layers.9"),
+        (
+            [
+                f"{each}.layers.0.mlp.up_proj"
+                for each in ("language_model.model", "model.language_model")
+            ],
+            "language_model",
+        ),
     ],
 )
 def test_what_is_of_neither_half_is_refused(
