@@ -20,6 +20,7 @@ from registry.tensors import ADAPTER_BOUNDS, Tensor, read_array, read_header
 from registry.upload import ALLOWED
 from registry.validate import base_id, read_card
 
+LORA_TYPES = frozenset(("LORA", *FORMS))  # modules are named as LoRA does it
 MAX_BYTES = 1 << 30  # of the LoRA, which is made in memory
 _MODULE = r"base_model\.model\.([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+){0,30})\."
 
@@ -61,6 +62,14 @@ def convert(folder: Path, bases: Bases, *, base: str | None = None) -> Problem |
     path.write_bytes(config_bytes(_plain_config(config, modules)))
     rank = max(module.rank for module in modules)
     return ("converted", f"{form.title} was stored as the LoRA that it is, of rank {rank}.")
+
+
+def parse_lora(raw: dict[str, Any]) -> AdapterConfig | None:
+    """Read the configuration of a LoRA, or of what becomes one; None: of another type."""
+    if raw.get("peft_type") == "LORA":
+        return AdapterConfig.parse(raw)
+    form = FORMS.get(str(raw.get("peft_type")))
+    return None if form is None else _parse(raw, form)
 
 
 def _parse(raw: dict[str, Any], form: Form) -> AdapterConfig:

@@ -42,7 +42,8 @@ def pass_gate(
     `files` are all of `staging`, which nobody else can write to.
     """
     files = dict(files)
-    told = [*filter(None, (keep_text(staging), convert(staging, bases, base=base)))]
+    half = keep_text(staging, bases, base=base)
+    told = [*filter(None, (half, convert(staging, bases, base=base)))]
     if told:
         files[WEIGHTS_NAME] = uploaded(staging / WEIGHTS_NAME)
     with ThreadPoolExecutor(1, "push-sync") as beside:

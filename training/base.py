@@ -12,6 +12,7 @@ from filelock import FileLock
 from registry.architectures import read_base_config
 from registry.base import BaseModel, Bases
 from registry.errors import BaseNotFound
+from registry.jsonfile import read_object
 from registry.text_half import TEXT_HALF, text_config, write_text_base
 from training.catalogue import Packaged, fetch_packaged_gguf, find_packaged
 from training.errors import BaseUnavailable, HubUnreachable
@@ -19,6 +20,7 @@ from training.gguf import convert_gguf, sha256_of
 from training.hub import BASE_FILES, RepoFiles, fetch_base_files, list_base_files
 from training.progress import Progress, Report
 
+MAX_TEMPLATE_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -141,8 +143,13 @@ def _from_gguf(gguf: Path, folder: Path, origin: str, progress: Report) -> str:
 
 
 def _keep_text(folder: Path, config: dict[str, Any], progress: Report) -> Path:
-    """Write the decoder of a base that also sees beside it."""
-    text = folder.with_name(f"{folder.name}.text")
+    """Write the decoder of a base that also sees."""
+    template = folder / "chat_template.json"  # where older ones that see keep it
+    if template.is_file() and not (folder / "chat_template.jinja").exists():
+        said = read_object(template, MAX_TEMPLATE_BYTES).get("chat_template")
+        if isinstance(said, str):
+            (folder / "chat_template.jinja").write_text(said)
+    text = folder / "text"  # beside it could be where another base is prepared
     shutil.rmtree(text, ignore_errors=True)
     for done, total in write_text_base(folder, text, config):
         progress(Progress("convert", done, total, "the text half"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -128,7 +129,7 @@ def read_config(folder: Path) -> Any:
     """Return config.json as the class of its architecture. Raises EngineUnavailable."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise EngineUnavailable(f"{folder}/config.json cannot be read: {error}") from error
 
 
