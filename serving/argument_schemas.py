@@ -105,9 +105,7 @@ def given(schema: Schema, key: str, kind: type, what: str) -> Any:
 def only(schema: Schema, known: frozenset[str], what: str) -> None:
     """Refuse what is said beyond these keys."""
     if unknown := sorted(schema.keys() - known - NOTES):
-        refuse(
-            f"{unknown[0][:MAX_SHOWN]!r} of {what} cannot be held where each argument stands alone"
-        )
+        refuse(f"{unknown[0][:MAX_SHOWN]!r} of {what} cannot be held in this base model's calls")
 
 
 def refuse(reason: str) -> NoReturn:

@@ -112,7 +112,7 @@ class CallParser:
         if self._object is None or not self._object.begun:
             self._release()
             self._say(self._text)
-        elif isinstance(self._object, TaggedCall):
+        elif isinstance(self._object, TaggedCall | PythonCall):
             self._object.cut(self._text)
             if arguments := self._object.take():
                 self._events.append(CallDelta(self.calls - 1, "", arguments))
@@ -162,7 +162,7 @@ class CallParser:
     def _read_between(self) -> bool:
         """Read from one call to the next, or to the end of the calls."""
         form = self._form
-        between = "[," if form.listed else ";" * form.bare
+        between = "[," if form.listed else ",;" if form.python else ";" * form.bare
         self._skip(_SPACE + ("" if self._at_end else between))
         text = self._text
         if form.listed and self._called and not self._at_end and text.startswith("]"):
@@ -170,8 +170,9 @@ class CallParser:
             self._among_calls = self._at_end = bool(form.closing)
             return True
         begins = FUNCTION if form.tagged else form.closing if self._at_end else "{"
-        marks = (form.closing,) if form.python else (begins, form.closing)
-        if not text or any(text != mark and mark.startswith(text) for mark in marks):
+        if not text or any(
+            text != mark and mark.startswith(text) for mark in (begins, form.closing)
+        ):
             return False
         if form.python:  # it begins with a tool's name, whatever that is
             found = not text.startswith(form.closing)

@@ -254,7 +254,7 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
             "<function_calls>\n  f( s = 'it\\'s \"é\"\\n' ,\n o={'a': [1.5e3, None], 'b': (True,)}"
             ",)\n</function_calls>",
             "",
-            [("f", '{"s": "it\'s \\"é\\"\\n", "o": {"a": [1.5e3, null], "b": [true]}}')],
+            [("f", '{"s": "it\'s \\"é\\"\\n", "o": {"a": [1500.0, null], "b": [true]}}')],
         ),
         (
             OLMO,
@@ -265,6 +265,17 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
         ),
         (
             OLMO,
+            r"<function_calls>f(s='\0\a\v\101\8', any='\U00110000\U0000D800\UD')</function_calls>",
+            "",
+            [
+                (
+                    "f",
+                    r'{"s": "\u0000\u0007\u000bA\\8", "any": "\\U00110000\\U0000D800\\UD"}',
+                )
+            ],
+        ),
+        (
+            OLMO,
             "<function_calls>f(s=New York, i=007, n=12:30, m=, e=true, any={1: a b})"
             "</function_calls>",
             "",
@@ -272,17 +283,52 @@ ARGUMENTS = '{"a": [1, {"b": "}\\""}], "c": " x"}'
                 (
                     "f",
                     '{"s": "New York", "i": "007", "n": "12:30", "m": null, "e": true, '
-                    '"any": {"1": "a b"}}',
+                    '"any": "{1: a b}"}',
                 )
             ],
         ),
+        (  # strings of several lines, with quotes, prefixes, and in parts
+            OLMO,
+            "<function_calls>f(s=\"\"\"x = \"a, (b\"\n\"\"\", any='''it's''', o=r'\\d' \"'\", e=f''"
+            ")</function_calls>",
+            "",
+            [("f", '{"s": "x = \\"a, (b\\"\\n", "any": "it\'s", "o": "\\\\d\'", "e": ""}')],
+        ),
+        (
+            OLMO,
+            "<function_calls>f(s='a' + \\\n'b',  # (it's)\n i=(3), o=('x' 'y'), any={1, 2})"
+            "</function_calls>",
+            "",
+            [("f", '{"s": "ab", "i": 3, "o": "xy", "any": [1, 2]}')],
+        ),
+        (
+            OLMO,
+            "<function_calls>f(i=1_000, n=.5, m=+1, e=0x1F, any=[true, None, 'it\\'s'],, o=dict("
+            "a=1))</function_calls>",
+            "",
+            [
+                (
+                    "f",
+                    '{"i": 1000, "n": 0.5, "m": 1, "e": 31, "any": [true, null, "it\'s"], '
+                    '"o": "dict(a=1)"}',
+                )
+            ],
+        ),
+        (  # what makes no sense is there to be seen
+            OLMO,
+            "<function_calls>f(s='a'.upper(), any=it's fine, o={(1, 2): 3}, i=]])</function_calls>",
+            "",
+            [("f", '{"s": "a.upper()", "any": "it\'s fine", "o": "{(1, 2): 3}", "i": "]]"}')],
+        ),
         (  # without names, and one of them twice
             OLMO,
-            "<function_calls>f('x', 7, i=8)g(1)</function_calls>",
+            "<function_calls>f(i=7, 'x', i=8), g(1) ; f ()</function_calls>",
             "",
-            [("f", '{"s": "x", "i": 7}'), ("g", '{"0": 1}')],
+            [("f", '{"i": 7, "s": "x"}'), ("g", '{"0": 1}'), ("f", "{}")],
         ),
-        (OLMO, "<function_calls>f(any=[1, (2})", "", [("f", '{"any": [1, [2]]')]),
+        (OLMO, "<function_calls>f(any=[1, (2})", "", [("f", '{"any": [1, (2})')]),
+        (OLMO, "<function_calls>f(s='x', i=12", "", [("f", '{"s": "x", "i": 12')]),
+        (OLMO, "<function_calls>f(s='x' and", "", [("f", '{"s": "xand')]),
         (OLMO, '<function_calls>nobody(a="b', "", [("nobody", '{"a": "b')]),
         (OLMO, "<function_calls>f() and</function_calls>", " and</function_calls>", [("f", "{}")]),
     ],
@@ -463,7 +509,7 @@ def looked_at(form: CallFormat, pieces: Sequence[str]) -> int:
         *("<tool_call><function=f>", "<parameter=s>", "<parameter=i>7", "</parameter", "<function"),
         *("<tool_call><function=f><parameter=i>7</parameter></function></tool_call>",),
         *('<|START_ACTION|>[{"tool_name":"g"}]', "<|START_ACTION|>", "]", "<|END_ACTION|>"),
-        *("<function_calls>f(", "f(s=", "i=[", "<function_calls>f()\n", "'\\x", "a ", ",b=(:"),
+        *("<function_calls>f(", "<function_calls>f()\n", "<function_calls>f(s='a')", "f("),
     ],
 )
 def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) -> None:
@@ -472,6 +518,21 @@ def test_a_hostile_output_is_read_in_linear_steps(form: CallFormat, piece: str) 
     assert looked_at(form, [piece] * 2_000) < 2_000 * bound
     once, long = (looked_at(form, [piece * count]) for count in (1_000, 4_000))
     assert long < 5 * max(once, 1_000)
+
+
+@pytest.mark.parametrize("begun", ["", "'", "r'", '"""', "'a'", "'a' b", "[", "['", "{'''", "w"])
+@pytest.mark.parametrize(
+    "piece",
+    [*("'", '"', "\\", "\\x", "\\u00", "(", "]", "a", " ", "\n", "+", "#", ",", "=", "a=", "r'")],
+)
+def test_a_hostile_value_of_python_is_read_in_linear_steps(begun: str, piece: str) -> None:
+    start = f"<function_calls>f(s={begun}"
+    bound = 6 * (len(piece) + len(OLMO.opening))
+    assert looked_at(OLMO, [start, *[piece] * 2_000]) < 2_000 * bound
+    once, long = (looked_at(OLMO, [start, piece * count]) for count in (1_000, 4_000))
+    assert long < 5 * max(once, 1_000)
+    text = start + piece * 300
+    assert parse(OLMO, text) == parse(OLMO, text, range(1, len(text)))
 
 
 def test_schemas_that_refer_to_themselves_or_grow_are_looked_at_a_bounded_number_of_times() -> None:

@@ -501,6 +501,36 @@ def test_arguments_of_python_follow_their_schema_and_are_read_back(
     jsonschema.validate(read, ORDERED)
 
 
+def test_a_tool_that_says_nothing_of_its_arguments_takes_any_of_python(judge: Judge) -> None:
+    def takes(written: str) -> bool:
+        text = f"{OLMO.opening}any({written}){OLMO.closing}"
+        return judge.takes(OLMO, text, [ANY], must=True, many=True)
+
+    assert all(map(takes, ("", "a=1", 'x y="a", b={"c": 1}, d=[]', f"{'k' * 128}=null")))
+    assert not any(
+        map(takes, ("1", "a=1,", "a=b", "a = 1", f"{'k' * 257}=1", "[=1", "{}=1", "'=1"))
+    )
+
+
+def test_calls_of_python_stand_behind_one_opening(judge: Judge) -> None:
+    one = call(OLMO, ("city", RIGHT))
+    assert judge.takes(OLMO, one, must=True, many=True)
+    assert not judge.takes(OLMO, f"{one}\n{one}", must=True, many=True)
+    assert not judge.takes(OLMO, one.replace(")", ")\n\n"), must=True, many=True)
+
+
+def test_as_many_arguments_of_python_as_may_be_left_out(judge: Judge) -> None:
+    names = [f"p{n}" for n in range(200)]
+    tool = Tool("t", {"properties": {name: {"type": "integer"} for name in names}})
+    text = call(OLMO, ("t", '{"p0": 1, "p7": 2, "p199": 3}'))
+    assert judge.takes(OLMO, text, [tool], must=True, many=False)
+    needed = Tool("t", {**tool.parameters, "required": ["p199"]})
+    assert judge.takes(OLMO, text, [needed], must=True, many=False)
+    text = call(OLMO, ("t", '{"p199": 3}'))
+    assert judge.takes(OLMO, text, [needed], must=True, many=False)
+    assert not judge.takes(OLMO, call(OLMO, ("t", "{}")), [needed], must=True, many=False)
+
+
 def test_arguments_of_python_that_may_all_be_left_out(judge: Judge) -> None:
     tool = Tool("t", {"properties": {"a": {"type": "null"}, "b": {}, "c": {"const": 3}}})
     for written in ("", "a=null", "b=1", "c=3", "a=null, b=1", "a=null, c=3", "a=null, b=1, c=3"):
@@ -522,6 +552,9 @@ def test_arguments_of_python_that_may_all_be_left_out(judge: Judge) -> None:
         ({"anyOf": [{"required": ["a"]}]}, "'anyOf' of 't'"),
         ({"required": ["a"], "properties": {"a": False}}, "'a'"),
         ({"additionalProperties": {"type": "string"}}, "does not name"),
+        ({"properties": {"k" * 257: {}}}, "the name of 'kkk"),
+        ({"properties": {"a  b": {}}}, "'a  b'"),
+        ({"properties": {f"p{n}": {} for n in range(201)}}, "more than 200 parameters"),
     ],
 )
 def test_what_cannot_be_held_in_python_is_refused(schema: dict[str, Any], says: str) -> None:
