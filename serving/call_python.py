@@ -4,8 +4,11 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn, cast
+
+from serving.call_text import TextCall
+from serving.parameters import Arguments
 
 MAX_KEY = 256  # characters
 _MAX_LITERAL = 65_536  # characters
@@ -33,23 +36,17 @@ _OUTSIDE = re.compile(r"""[^"'()\[\]{},]+""")
 _CONSTANTS = {"true": True, "false": False, "null": None}  # of JSON
 
 
-class PythonCall:
+class PythonCall(TextCall):
     """`name(key="text", other=[1, None])`.
 
     A string is told while it is written, any other value at its end. A value without a name is that
     of the first argument in the tool's schema that has none yet.
     """
 
-    def __init__(self, names_of: Callable[[str], Sequence[str]]) -> None:
-        """`names_of`: the names of a tool's arguments, by its own."""
-        self._names_of = names_of
-        self.name: str | None = None
-        self.begun = False  # it is known to be a call
-        self.over = False  # at its end, or not what it should be
-        self._key = ""  # of the argument that is read now
-        self._known: set[str] = set()  # keys that were given: of two values the first one counts
-        self._value: _Value | None = None
-        self._arguments: list[str] = []  # not taken yet
+    def __init__(self, arguments_of: Callable[[str], Arguments]) -> None:
+        """`arguments_of`: the arguments of a tool, by its name."""
+        super().__init__(arguments_of)
+        self._value: _Value | None = None  # that is read now
 
     def read(self, text: str) -> int:
         """Read up to the tool's name, the call's end, or what needs more text.
@@ -65,12 +62,6 @@ class PythonCall:
                 break
             at = after
         return at
-
-    def take(self) -> str:
-        """Return the arguments' text that was not taken yet."""
-        taken = "".join(self._arguments)
-        self._arguments = []
-        return taken
 
     def cut(self, rest: str) -> None:
         """Take what was held back of a value: the output ends within it."""
@@ -94,13 +85,12 @@ class PythonCall:
         if _MAY_BECOME_KEY.fullmatch(text, at):
             return at
         found = _KEY.match(text, at)
-        self._key = found[1].strip() if found else self._next_name()
         self._value = _Value()
-        self._say(f"{', ' if self._known else '{'}{json.dumps(self._key)}: ")
+        self._begin_argument(found[1].strip() if found else self._next_name())
         return found.end() if found else self._read_value(text, at)
 
     def _next_name(self) -> str:
-        names = self._names_of(str(self.name))
+        names = self._arguments_of(str(self.name)).names
         return next((n for n in names if n not in self._known), str(len(self._known)))
 
     def _read_value(self, text: str, at: int) -> int:
@@ -109,18 +99,13 @@ class PythonCall:
         self._say(value.take())
         if not value.over:
             return at
-        self._known.add(self._key)
         self._value = None
+        self._end_argument()
         return at + 1 if text[at] == "," else self._end(at)
 
     def _end(self, at: int) -> int:
-        self.over = True
-        self._arguments.append("}" if self._known else "{}")
+        self._end_call()
         return at + 1
-
-    def _say(self, text: str) -> None:
-        if self._key not in self._known:
-            self._arguments.append(text)
 
 
 class _Value:

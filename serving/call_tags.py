@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 
+from serving.call_text import TextCall
 from serving.parameters import STRING, Arguments, as_json
 
 FUNCTION, PARAMETER, END = "<function=", "<parameter=", "</function>"
@@ -15,22 +16,17 @@ _TAG = re.compile(
 )
 
 
-class TaggedCall:
+class TaggedCall(TextCall):
     """`<function=name>`, `<parameter=key>value</parameter>` for each argument, `</function>`."""
 
     def __init__(self, padding: str, arguments_of: Callable[[str], Arguments]) -> None:
         """`padding`: what stands before and after each value; `arguments_of`: by a tool's name."""
-        self._padding, self._arguments_of = padding, arguments_of
-        self.name: str | None = None
-        self.begun = False  # it is known to be a call
-        self.over = False  # at its end, or not what it should be
+        super().__init__(arguments_of)
+        self._padding = padding
         self._schema = Arguments({})
-        self._key: str | None = None  # of the argument that is read now
-        self._known: set[str] = set()  # keys that were given: of two values the first one counts
         self._types = STRING
         self._fresh = False  # nothing of its value was read
         self._value: list[str] = []  # of what is no string, in pieces
-        self._arguments: list[str] = []  # not taken yet
 
     def read(self, text: str) -> int:
         """Read up to the tool's name, the call's end, or what needs more text.
@@ -44,12 +40,6 @@ class TaggedCall:
                 break
             at = after
         return at
-
-    def take(self) -> str:
-        """Return the arguments' text that was not taken yet."""
-        taken = "".join(self._arguments)
-        self._arguments = []
-        return taken
 
     def cut(self, rest: str) -> None:
         """Take what was held back of a value: the output ends within it."""
@@ -75,13 +65,12 @@ class TaggedCall:
         if self.over and self.name is None:
             return at + 1  # this one begins no call
         if self.over:
-            self._arguments.append("}" if self._known else "{}")
+            self._end_call()
         return found.end() if found else at
 
     def _begin_value(self, key: str) -> None:
-        self._key, self._fresh = key, True
-        self._types = self._schema.types(key)
-        self._say(f"{', ' if self._known else '{'}{json.dumps(key)}: ")
+        self._fresh, self._types = True, self._schema.types(key)
+        self._begin_argument(key)
         self._say('"' if self._types == STRING else "")
 
     def _read_value(self, text: str, at: int) -> int:
@@ -109,12 +98,8 @@ class TaggedCall:
 
     def _end_value(self) -> None:
         self._say('"' if self._types == STRING else as_json("".join(self._value), self._types))
-        self._known.add(str(self._key))
-        self._key, self._value = None, []
-
-    def _say(self, text: str) -> None:
-        if self._key not in self._known:
-            self._arguments.append(text)
+        self._value = []
+        self._end_argument()
 
 
 def _may_become_tag(text: str) -> bool:

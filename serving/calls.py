@@ -197,7 +197,7 @@ class CallParser:
         if self._form.tagged:
             self._object = TaggedCall(self._form.padding, self._arguments_of)
         elif self._form.python:
-            self._object = PythonCall(lambda tool: self._arguments_of(tool).names)
+            self._object = PythonCall(self._arguments_of)
         else:
             made = _NamedCall if self._form.marks else _CallObject
             self._object = made(self._form)
