@@ -165,7 +165,7 @@ def _with_text_names(
 ) -> dict[str, Any]:
     """Return the configuration with the decoder's names where modules are saved or named in full.
 
-    What `LoRA` is put on is left to `_written_out`.
+    Where LoRA and its kin are put is left to `_written_out`.
     """
     # As one text each: a list may be long, and the tensors are thousands.
     here, gone = "\n".join(kept), "\n".join(left)

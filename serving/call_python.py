@@ -48,32 +48,22 @@ class PythonCall(TextCall):
         super().__init__(arguments_of)
         self._value: _Value | None = None  # that is read now
 
-    def read(self, text: str) -> int:
-        """Read up to the tool's name, the call's end, or what needs more text.
-
-        Return how many characters that were.
-        """
+    def _read_on(self, text: str, at: int) -> int:
         if self.name is None:
-            return self._read_name(text)
-        at = 0
-        while not self.over:
-            after = self._read_key(text, at) if self._value is None else self._read_value(text, at)
-            if after == at:
-                break
-            at = after
-        return at
+            return self._read_name(text, at)
+        return self._read_key(text, at) if self._value is None else self._read_value(text, at)
 
     def cut(self, rest: str) -> None:
         """Take what was held back of a value: the output ends within it."""
         if self._value is not None:
             self._say(self._value.cut(rest))
 
-    def _read_name(self, text: str) -> int:
-        if found := _CALL.match(text):
+    def _read_name(self, text: str, at: int) -> int:
+        if found := _CALL.match(text, at):
             self.name = found[1]
             return found.end()
-        self.over = _MAY_BECOME_CALL.fullmatch(text) is None
-        return 0
+        self.over = _MAY_BECOME_CALL.fullmatch(text, at) is None
+        return at
 
     def _read_key(self, text: str, at: int) -> int:
         between = _BETWEEN.match(text, at)

@@ -28,18 +28,8 @@ class TaggedCall(TextCall):
         self._fresh = False  # nothing of its value was read
         self._value: list[str] = []  # of what is no string, in pieces
 
-    def read(self, text: str) -> int:
-        """Read up to the tool's name, the call's end, or what needs more text.
-
-        Return how many characters that were.
-        """
-        at, named = 0, self.name is not None
-        while not self.over and (self.name is not None) == named:
-            after = self._read_tag(text, at) if self._key is None else self._read_value(text, at)
-            if after == at:
-                break
-            at = after
-        return at
+    def _read_on(self, text: str, at: int) -> int:
+        return self._read_tag(text, at) if self._key is None else self._read_value(text, at)
 
     def cut(self, rest: str) -> None:
         """Take what was held back of a value: the output ends within it."""

@@ -19,6 +19,23 @@ class TextCall:
         self._known: set[str] = set()  # keys that were given: of two values the first one counts
         self._told: list[str] = []  # not taken yet
 
+    def read(self, text: str) -> int:
+        """Read up to the tool's name, the call's end, or what needs more text.
+
+        Return how many characters that were.
+        """
+        at, named = 0, self.name is not None
+        while not self.over and (self.name is not None) == named:
+            after = self._read_on(text, at)
+            if after == at:
+                break
+            at = after
+        return at
+
+    def _read_on(self, text: str, at: int) -> int:
+        """Read one piece from `at` on; return where it ends, `at` if it needs more text."""
+        raise NotImplementedError
+
     def take(self) -> str:
         """Return the arguments' text that was not taken yet."""
         taken = "".join(self._told)
